@@ -1,0 +1,81 @@
+//! The one currency: everything that decides computes with these functions, in microseconds of GPU or waiting time.
+//!
+//! Owns the formulas of the design's section 5. Invariant: pure arithmetic on measured or configured numbers with units;
+//! results are finite and never negative. Estimates themselves are made where things are measured (`tiers::measure`).
+
+/// How fast a worker prefills: microseconds for `n` new tokens after a context of `c` tokens are
+/// `base_us + token_us * n + pair_us * (n * c + n * n / 2)`.
+///
+/// `pair_us` is the attention term (query-key pairs under a causal mask), `token_us` everything linear in tokens.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PrefillProfile {
+    /// Launch and scheduling, once a prefill, in microseconds.
+    pub base_us: f64,
+    /// Microseconds a token.
+    pub token_us: f64,
+    /// Microseconds a query-key pair.
+    pub pair_us: f64,
+}
+
+impl PrefillProfile {
+    /// Microseconds to prefill `new_tokens` after `context_tokens`; 0 for nothing new.
+    pub fn prefill_us(&self, new_tokens: u64, context_tokens: u64) -> f64 {
+        if new_tokens == 0 {
+            return 0.0;
+        }
+        let (new, context) = (new_tokens as f64, context_tokens as f64);
+        self.base_us + self.token_us * new + self.pair_us * (new * context + new * new / 2.0)
+    }
+
+    /// Microseconds that having the block `[context, context + tokens)` saves a prefill that runs anyway.
+    pub fn recompute_us(&self, tokens: u64, context_tokens: u64) -> f64 {
+        (self.prefill_us(tokens, context_tokens) - self.base_us).max(0.0)
+    }
+}
+
+/// Microseconds to get `bytes` from a location: queue + latency + bytes / bandwidth.
+pub fn fetch_us(queue_us: f64, latency_us: f64, bytes: u64, bytes_per_us: f64) -> f64 {
+    assert!(bytes_per_us > 0.0, "a location has a bandwidth");
+    queue_us.max(0.0) + latency_us.max(0.0) + bytes as f64 / bytes_per_us
+}
+
+/// How long a load may go without progress before it is given up (law 3): `max(2 x predicted fetch, 5 % of recompute)`.
+pub fn stall_us(predicted_fetch_us: f64, recompute_us: f64) -> f64 {
+    (2.0 * predicted_fetch_us).max(0.05 * recompute_us)
+}
+
+/// Worth of a copy: `reuse x max(0, next - fetch) / bytes`, in microseconds saved per second and byte.
+pub fn worth(reuse_per_s: f64, next_us: f64, fetch_us: f64, bytes: u64) -> f64 {
+    assert!(bytes > 0, "a copy has bytes");
+    reuse_per_s.max(0.0) * (next_us - fetch_us).max(0.0) / bytes as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const PROFILE: PrefillProfile = PrefillProfile { base_us: 1000.0, token_us: 30.0, pair_us: 0.001 };
+
+    #[test]
+    fn worked_example() {
+        // 16 tokens at context 8000: 480 linear, 128 attention pairs cost, plus the triangle
+        assert!((PROFILE.recompute_us(16, 8000) - (480.0 + 128.0 + 0.128)).abs() < 1e-9);
+        assert!((fetch_us(10.0, 90.0, 2 << 20, 2048.0) - 1124.0).abs() < 1e-9);
+        assert!((stall_us(100.0, 8000.0) - 400.0).abs() < 1e-9);
+        assert!(worth(1.0, 50.0, 80.0, 1).abs() < 1e-12, "a copy slower than the next best is worth nothing");
+    }
+
+    proptest! {
+        #[test]
+        fn splitting_a_prefill_costs_only_the_base(n in 1u64..5000, m in 1u64..5000, c in 0u64..100_000) {
+            let whole = PROFILE.prefill_us(n + m, c);
+            let split = PROFILE.prefill_us(n, c) + PROFILE.prefill_us(m, c + n);
+            prop_assert!((split - whole - PROFILE.base_us).abs() < 1e-6 * whole);
+        }
+        #[test]
+        fn deeper_is_dearer(n in 1u64..5000, c in 0u64..100_000) {
+            prop_assert!(PROFILE.recompute_us(n, c + 1) > PROFILE.recompute_us(n, c));
+        }
+    }
+}

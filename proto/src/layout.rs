@@ -1,0 +1,393 @@
+//! What a block's bytes mean: groups of layers that keep KV alike, each cut into parts. Bytes: `FORMAT.md` section 3.
+//!
+//! Canonical order within a slot: layer range, head range; within a part: head, layer, K/V, token, dim.
+//! Invariant: a `Layout` that exists is valid: every count positive and in limits, ranges divide evenly, every part of
+//! a group has the same size, a multiple of `PART_ALIGN` with zero padding at its end.
+
+use crate::error::Error;
+use crate::limits::{BLOCK_TOKENS_MAX, GROUPS_MAX, PART_ALIGN, PARTS_MAX, SCALE_DIGEST_BYTES_MAX, SLOT_BYTES_MAX};
+use crate::wire;
+
+pub use crate::wire::{DataType, GroupKind, ScaleKind};
+
+/// How one number is stored, and where its scale is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Element {
+    /// The number's type.
+    pub dtype: DataType,
+    /// What one scale covers.
+    pub scale: ScaleKind,
+    /// Digest of scales kept outside the blocks, empty where there are none.
+    pub scale_digest: Vec<u8>,
+}
+
+impl Element {
+    /// An unscaled element.
+    pub fn plain(dtype: DataType) -> Self {
+        Self { dtype, scale: ScaleKind::None, scale_digest: Vec::new() }
+    }
+
+    /// Bits of one number.
+    pub fn bits(&self) -> u64 {
+        match self.dtype {
+            DataType::Unspecified => unreachable!("a checked element has a type"),
+            DataType::F32 => 32,
+            DataType::F16 | DataType::Bf16 => 16,
+            DataType::F8E4m3 | DataType::F8E5m2 | DataType::I8 => 8,
+            DataType::F4E2m1 => 4,
+        }
+    }
+
+    /// Two bytes for the slot header: type, scale.
+    pub fn tag(&self) -> u16 {
+        (self.dtype as u16) << 8 | self.scale as u16
+    }
+}
+
+/// Layers that keep KV alike.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Group {
+    /// What they keep.
+    pub kind: GroupKind,
+    /// Window groups: how far back they look.
+    pub window_tokens: u32,
+    /// Layers in the group.
+    pub layers: u32,
+    /// KV heads (1 for a latent).
+    pub heads: u32,
+    /// Numbers a vector.
+    pub head_size: u32,
+    /// Vectors a token, layer and head: 2 for K and V, 1 for a latent.
+    pub vectors: u32,
+    /// How a number is stored.
+    pub element: Element,
+    /// Equal cuts over layers.
+    pub layer_ranges: u32,
+    /// Equal cuts over heads.
+    pub head_ranges: u32,
+    /// State groups: bytes a layer and head, whatever the tokens.
+    pub state_bytes: u32,
+}
+
+/// One contiguous run of a slot: one layer range x one head range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    /// `layer_range * head_ranges + head_range`.
+    pub index: u16,
+    /// Byte offset in the slot, a multiple of `PART_ALIGN`.
+    pub offset: u32,
+    /// Bytes with meaning; the rest up to the next part is zero.
+    pub bytes: u32,
+}
+
+/// All groups of a model, in order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    groups: Vec<Group>,
+    block_tokens: u32,
+}
+
+impl Group {
+    /// Parts in a slot.
+    pub fn part_count(&self) -> u32 {
+        self.layer_ranges * self.head_ranges
+    }
+
+    fn part_bytes(&self, block_tokens: u32) -> u64 {
+        let cells = u64::from(self.layers / self.layer_ranges) * u64::from(self.heads / self.head_ranges);
+        if self.kind == GroupKind::State {
+            return cells * u64::from(self.state_bytes);
+        }
+        let numbers =
+            cells * u64::from(self.vectors) * u64::from(block_tokens) * u64::from(self.head_size);
+        (numbers * self.element.bits()).div_ceil(8)
+    }
+
+    fn check(&self, at: usize, block_tokens: u32) -> Result<(), Error> {
+        let field = |name: &str| format!("layout.groups[{at}].{name}");
+        let positive = [
+            ("layers", self.layers),
+            ("heads", self.heads),
+            ("layer_ranges", self.layer_ranges),
+            ("head_ranges", self.head_ranges),
+        ];
+        for (name, value) in positive {
+            if value == 0 || value > 65_536 {
+                return Err(Error::invalid(field(name), format!("{value}"), "give 1 to 65536"));
+            }
+        }
+        if self.kind == GroupKind::Unspecified {
+            return Err(Error::invalid(field("kind"), "not given", "say full, window, state, latent or draft"));
+        }
+        let sizes = match self.kind {
+            GroupKind::State => vec![("state_bytes", self.state_bytes, SLOT_BYTES_MAX)],
+            _ => vec![("head_size", self.head_size, 65_536), ("vectors", self.vectors, 4)],
+        };
+        for (name, value, most) in sizes {
+            if value == 0 || value > most {
+                return Err(Error::invalid(field(name), format!("{value}"), format!("give 1 to {most}")));
+            }
+        }
+        if (self.kind == GroupKind::Window) != (self.window_tokens > 0) {
+            return Err(Error::invalid(
+                field("window_tokens"),
+                format!("{} for a {:?} group", self.window_tokens, self.kind),
+                "give it for window groups and only there",
+            ));
+        }
+        if self.kind != GroupKind::State && self.element.dtype == DataType::Unspecified {
+            return Err(Error::invalid(field("element.dtype"), "not given", "name the element type"));
+        }
+        if self.element.scale_digest.len() > SCALE_DIGEST_BYTES_MAX {
+            return Err(Error::invalid(
+                field("element.scale_digest"),
+                format!("{} bytes", self.element.scale_digest.len()),
+                format!("give at most {SCALE_DIGEST_BYTES_MAX}"),
+            ));
+        }
+        for (name, whole, ranges) in [
+            ("layer_ranges", self.layers, self.layer_ranges),
+            ("head_ranges", self.heads, self.head_ranges),
+        ] {
+            if whole % ranges != 0 {
+                return Err(Error::invalid(
+                    field(name),
+                    format!("{ranges} does not divide {whole}"),
+                    "cut into equal ranges",
+                ));
+            }
+        }
+        let parts = u64::from(self.layer_ranges) * u64::from(self.head_ranges);
+        if parts > PARTS_MAX as u64 {
+            return Err(Error::limit(
+                field("layer_ranges"),
+                format!("{parts} parts a block"),
+                format!("cut into at most {PARTS_MAX} parts"),
+            ));
+        }
+        let slot = self.part_bytes(block_tokens).next_multiple_of(u64::from(PART_ALIGN)) * parts;
+        if slot > u64::from(SLOT_BYTES_MAX) {
+            return Err(Error::limit(
+                field("layers"),
+                format!("{slot} bytes a block"),
+                format!("use fewer block_tokens: a slot holds at most {SLOT_BYTES_MAX} bytes"),
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl Layout {
+    /// Checks the groups against each other and the limits.
+    pub fn new(groups: Vec<Group>, block_tokens: u32) -> Result<Self, Error> {
+        if groups.is_empty() || groups.len() > GROUPS_MAX {
+            return Err(Error::invalid(
+                "layout.groups",
+                format!("{} groups", groups.len()),
+                format!("give 1 to {GROUPS_MAX}"),
+            ));
+        }
+        if block_tokens == 0 || block_tokens > BLOCK_TOKENS_MAX {
+            return Err(Error::invalid(
+                "block_tokens",
+                format!("{block_tokens}"),
+                format!("give 1 to {BLOCK_TOKENS_MAX}"),
+            ));
+        }
+        groups.iter().enumerate().try_for_each(|(at, group)| group.check(at, block_tokens))?;
+        Ok(Self { groups, block_tokens })
+    }
+
+    /// One full-attention group with K and V, the usual case.
+    pub fn full(
+        layers: u32,
+        heads: u32,
+        head_size: u32,
+        dtype: DataType,
+        ranges: (u32, u32),
+        block_tokens: u32,
+    ) -> Result<Self, Error> {
+        let group = Group {
+            kind: GroupKind::Full,
+            window_tokens: 0,
+            layers,
+            heads,
+            head_size,
+            vectors: 2,
+            element: Element::plain(dtype),
+            layer_ranges: ranges.0,
+            head_ranges: ranges.1,
+            state_bytes: 0,
+        };
+        Self::new(vec![group], block_tokens)
+    }
+
+    /// Bytes without further meaning: one part of `bytes` (a multiple of 4096), for benchmarks and `named` engines.
+    pub fn opaque(bytes: u32, block_tokens: u32) -> Result<Self, Error> {
+        let group = Group {
+            kind: GroupKind::Full,
+            window_tokens: 0,
+            layers: 1,
+            heads: 1,
+            head_size: bytes / block_tokens.max(1),
+            vectors: 1,
+            element: Element::plain(DataType::I8),
+            layer_ranges: 1,
+            head_ranges: 1,
+            state_bytes: 0,
+        };
+        if block_tokens == 0 || bytes % block_tokens != 0 {
+            return Err(Error::invalid(
+                "block_tokens",
+                format!("{block_tokens} does not divide {bytes} bytes"),
+                "give a divisor of the block's bytes",
+            ));
+        }
+        Self::new(vec![group], block_tokens)
+    }
+
+    /// The groups, in order.
+    pub fn groups(&self) -> &[Group] {
+        &self.groups
+    }
+
+    /// Tokens a whole block has.
+    pub fn block_tokens(&self) -> u32 {
+        self.block_tokens
+    }
+
+    /// Distance between parts of a slot, a multiple of `PART_ALIGN`.
+    pub fn part_stride(&self, group: usize) -> u32 {
+        self.groups[group].part_bytes(self.block_tokens).next_multiple_of(u64::from(PART_ALIGN)) as u32
+    }
+
+    /// Bytes of one slot of a group.
+    pub fn slot_bytes(&self, group: usize) -> u32 {
+        self.part_stride(group) * self.groups[group].part_count()
+    }
+
+    /// The part with the given index.
+    pub fn part(&self, group: usize, index: u16) -> Part {
+        assert!(u32::from(index) < self.groups[group].part_count(), "part {index} of group {group}");
+        Part {
+            index,
+            offset: self.part_stride(group) * u32::from(index),
+            bytes: self.groups[group].part_bytes(self.block_tokens) as u32,
+        }
+    }
+
+    /// All parts of a group's slot, in order.
+    pub fn parts(&self, group: usize) -> impl Iterator<Item = Part> + '_ {
+        (0..self.groups[group].part_count() as u16).map(move |index| self.part(group, index))
+    }
+
+    /// Appends the canonical bytes that the fingerprint covers.
+    pub(crate) fn push_canonical(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&(self.groups.len() as u32).to_le_bytes());
+        for group in &self.groups {
+            let numbers = [
+                group.kind as u32,
+                group.window_tokens,
+                group.layers,
+                group.heads,
+                group.head_size,
+                group.vectors,
+                group.element.dtype as u32,
+                group.element.scale as u32,
+                group.layer_ranges,
+                group.head_ranges,
+                group.state_bytes,
+                group.element.scale_digest.len() as u32,
+            ];
+            numbers.iter().for_each(|number| out.extend_from_slice(&number.to_le_bytes()));
+            out.extend_from_slice(&group.element.scale_digest);
+        }
+    }
+
+    /// From the wire, checked.
+    pub fn from_wire(layout: &wire::Layout, block_tokens: u32) -> Result<Self, Error> {
+        let groups = layout.groups.iter().map(|group| {
+            let element = group.element.clone().unwrap_or_default();
+            Group {
+                kind: group.kind(),
+                window_tokens: group.window_tokens,
+                layers: group.layers,
+                heads: group.heads,
+                head_size: group.head_size,
+                vectors: group.vectors,
+                element: Element {
+                    dtype: element.dtype(),
+                    scale: element.scale(),
+                    scale_digest: element.scale_digest.to_vec(),
+                },
+                layer_ranges: group.layer_ranges,
+                head_ranges: group.head_ranges,
+                state_bytes: group.state_bytes,
+            }
+        });
+        Self::new(groups.collect(), block_tokens)
+    }
+
+    /// As it travels.
+    pub fn to_wire(&self) -> wire::Layout {
+        let groups = self.groups.iter().map(|group| wire::Group {
+            kind: group.kind.into(),
+            window_tokens: group.window_tokens,
+            layers: group.layers,
+            heads: group.heads,
+            head_size: group.head_size,
+            vectors: group.vectors,
+            element: Some(wire::Element {
+                dtype: group.element.dtype.into(),
+                scale: group.element.scale.into(),
+                scale_digest: group.element.scale_digest.clone().into(),
+            }),
+            layer_ranges: group.layer_ranges,
+            head_ranges: group.head_ranges,
+            state_bytes: group.state_bytes,
+        });
+        wire::Layout { groups: groups.collect() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn llama_3_8b_has_32_parts_of_64_kib() {
+        let layout = Layout::full(32, 8, 128, DataType::Bf16, (4, 8), 16).unwrap();
+        assert_eq!(layout.slot_bytes(0), 2 << 20);
+        assert_eq!(layout.parts(0).count(), 32);
+        assert_eq!(layout.part(0, 5), Part { index: 5, offset: 5 * 65_536, bytes: 65_536 });
+        assert_eq!(Layout::from_wire(&layout.to_wire(), 16).unwrap(), layout);
+    }
+
+    #[test]
+    fn parts_are_padded_to_the_alignment() {
+        let layout = Layout::full(3, 1, 10, DataType::F8E4m3, (3, 1), 7).unwrap();
+        assert_eq!(layout.part(0, 2), Part { index: 2, offset: 8192, bytes: 140 });
+        assert_eq!(layout.slot_bytes(0), 3 * 4096);
+    }
+
+    #[test]
+    fn each_bad_number_is_named() {
+        let good = Layout::full(4, 2, 8, DataType::F16, (2, 1), 16).unwrap().groups()[0].clone();
+        let bad = [
+            ("layers", Group { layers: 0, ..good.clone() }),
+            ("layer_ranges", Group { layer_ranges: 3, ..good.clone() }),
+            ("kind", Group { kind: GroupKind::Unspecified, ..good.clone() }),
+            ("window_tokens", Group { kind: GroupKind::Window, ..good.clone() }),
+            ("head_size", Group { head_size: 0, ..good.clone() }),
+            ("state_bytes", Group { kind: GroupKind::State, ..good.clone() }),
+            ("element.dtype", Group { element: Element::plain(DataType::Unspecified), ..good.clone() }),
+            ("layers", Group { layers: 60_000, heads: 60_000, ..good.clone() }),
+        ];
+        for (field, group) in bad {
+            let error = Layout::new(vec![group], 16).unwrap_err();
+            assert!(error.field.ends_with(field), "{error}");
+        }
+        assert_eq!(Layout::new(vec![], 16).unwrap_err().field, "layout.groups");
+        assert_eq!(Layout::new(vec![good], 0).unwrap_err().field, "block_tokens");
+    }
+}

@@ -1,0 +1,29 @@
+//! The words of kvd: what every other crate means by a block id, a space, a layout, a cost, a limit, a message.
+//!
+//! Owns: identity (one place, golden vectors in `vectors/`), the bytes that last or travel (`FORMAT.md`), cost
+//! arithmetic, limits, error codes and the `kvd.v1` messages.
+//! Invariants: no I/O, no clock, no async of its own, no `unsafe`; every decoder refuses what it does not know.
+//! Leaves to others: devices (tiers), addresses and retries (client), state (kvd).
+#![forbid(unsafe_code)]
+
+pub mod block_id;
+pub mod chain;
+pub mod cost;
+pub mod error;
+pub mod frame;
+pub mod layout;
+pub mod limits;
+pub mod slot_header;
+pub mod space;
+pub mod wire;
+
+pub use block_id::{BlockId, Extra};
+pub use chain::Chain;
+pub use error::{Code, Error};
+pub use layout::{Element, Group, GroupKind, Layout, Part};
+pub use space::{Fingerprint, IdScheme, Space};
+
+/// Version of the session protocol and of `kvd.v1`: a peer with another major is refused, a higher minor is read as ours.
+pub const PROTOCOL_MAJOR: u32 = 1;
+/// See [`PROTOCOL_MAJOR`].
+pub const PROTOCOL_MINOR: u32 = 0;

@@ -1,0 +1,49 @@
+//! Every limit that is part of the protocol, with what happens at it. Node-local limits live in the node's config.
+//!
+//! Invariant: a limit is asserted or checked where the thing it bounds is made; the number stands only here.
+
+/// Names of tenants. At the limit: the session is refused (`Invalid`).
+pub const TENANT_BYTES_MAX: usize = 64;
+/// Names of models. At the limit: the space is refused.
+pub const MODEL_BYTES_MAX: usize = 256;
+/// A revision: a digest or the operator's word. At the limit: the space is refused.
+pub const REVISION_BYTES_MAX: usize = 64;
+/// A digest of scales kept outside the blocks. At the limit: the space is refused.
+pub const SCALE_DIGEST_BYTES_MAX: usize = 64;
+/// An engine's or member's name. At the limit: the session is refused.
+pub const ENGINE_BYTES_MAX: usize = 128;
+/// A request key. At the limit: the request is refused.
+pub const REQUEST_KEY_BYTES_MAX: usize = 64;
+/// An engine's own key in the `named` scheme, and one typed extra. At the limit: the id is refused.
+pub const KEY_BYTES_MAX: usize = 4096;
+/// Typed extras of one block. At the limit: the id is refused.
+pub const EXTRAS_MAX: usize = 64;
+/// Tokens of one block. At the limit: the space is refused.
+pub const BLOCK_TOKENS_MAX: u32 = 4096;
+/// Blocks in one request's chain (2 million tokens at 128 a block). At the limit: the request is refused; ask in pieces.
+pub const CHAIN_BLOCKS_MAX: usize = 16_384;
+/// Groups of one layout. At the limit: the space is refused.
+pub const GROUPS_MAX: usize = 8;
+/// Parts of one group. At the limit: the space is refused.
+pub const PARTS_MAX: usize = 256;
+/// A part is a whole number of these, and starts at one: what O_DIRECT and RDMA like.
+pub const PART_ALIGN: u32 = 4096;
+/// Bytes of one slot. At the limit: the space is refused.
+pub const SLOT_BYTES_MAX: u32 = 64 << 20;
+/// Body of one frame on the session socket. At the limit: `Frame` error, the connection is closed.
+pub const FRAME_BYTES_MAX: usize = 1 << 20;
+/// Descriptors beside one frame (the kernel's SCM_MAX_FD is 253). More segments than fit come in frames of their own.
+pub const FRAME_FDS_MAX: usize = 128;
+/// Bytes of one chunk in a gRPC stream, so that a chunk stays well below gRPC's usual 4 MiB message limit.
+pub const CHUNK_BYTES_MAX: usize = 1 << 20;
+/// How long `reserve` may wait for space. Longer wishes are cut to this.
+pub const RESERVE_WAIT_MS_MAX: u32 = 10_000;
+/// Registered spaces of one node. At the limit: the space is refused.
+pub const SPACES_MAX: usize = 4096;
+
+const _: () = {
+    assert!(CHAIN_BLOCKS_MAX * 16 + 1024 <= FRAME_BYTES_MAX, "a full chain fits a frame");
+    assert!(PARTS_MAX <= u16::MAX as usize);
+    assert!(SLOT_BYTES_MAX % PART_ALIGN == 0);
+    assert!(FRAME_FDS_MAX % 2 == 0, "segments travel as pairs of descriptors");
+};

@@ -1,0 +1,16 @@
+//! One node's memory hierarchy: the bytes of each tier, where they are, and which go first.
+//!
+//! Owns: the Medium seam and its media, segments and slots, the catalog, eviction, part checksums, measurements.
+//! Invariants: nothing here knows sockets, peers or requests; what decides (`slots`, `catalog`, `eviction`) has no
+//! clock, file or thread inside; `unsafe` only in `mapping`, `table` and `media`.
+//! Leaves to others: who may read what and when (kvd).
+
+pub mod catalog;
+pub mod checksum;
+pub mod eviction;
+pub mod mapping;
+pub mod measure;
+pub mod media;
+pub mod segment;
+pub mod slots;
+pub mod table;
