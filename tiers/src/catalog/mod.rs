@@ -11,9 +11,10 @@
 //! is that the parent, inserted later, may be evicted before them. A match stops at the gap either way.
 //! Cost: 96 B an entry and 5 B x 8/7..16/7 of table. Give `with_capacity` the node's blocks: growing a table of millions
 //! hashes every entry again within one insert (about 0.1 us each), and a doubling slab moves.
-//! Leaves to others: which slots are free (`slots`), what goes first (`eviction`), what lasts (`store`).
+//! Leaves to others: which slots are free (`slots`), what goes first (`eviction`), what lasts (`record`, `store`).
 
 pub mod entry;
+pub mod record;
 pub mod store;
 
 pub use crate::eviction::Handle;
