@@ -311,7 +311,9 @@ mod tests {
 
     fn pool(segments: &[(SegmentId, u32)]) -> SlotPool {
         let mut pool = SlotPool::new(4096);
-        segments.iter().for_each(|&(id, slots)| pool.add_segment(id, slots));
+        for &(id, slots) in segments {
+            pool.add_segment(id, slots);
+        }
         pool
     }
 
@@ -328,7 +330,9 @@ mod tests {
         assert_eq!(pool.allocate(1), None);
         assert_eq!((pool.free_slots(), pool.live_slots()), (0, 103));
         // freed slots are found again, ascending from the cursor, which wraps
-        [70, 5, 6].iter().for_each(|&slot| pool.free(at(7, slot)));
+        for slot in [70, 5, 6] {
+            pool.free(at(7, slot));
+        }
         let again: Vec<_> = std::iter::from_fn(|| pool.allocate(1)).collect();
         assert_eq!(again, [at(7, 5), at(7, 6), at(7, 70)]);
     }

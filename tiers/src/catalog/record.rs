@@ -99,7 +99,9 @@ pub fn encode_chunk(records: &[Record]) -> Vec<u8> {
     }
     out.extend_from_slice(&(spaces.len() as u16).to_le_bytes());
     out.extend_from_slice(&(records.len() as u16).to_le_bytes());
-    spaces.iter().for_each(|space| out.extend_from_slice(&space.0));
+    for space in &spaces {
+        out.extend_from_slice(&space.0);
+    }
     out.extend_from_slice(&body);
     finish(out)
 }

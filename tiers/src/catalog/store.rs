@@ -77,7 +77,9 @@ impl Store {
     pub fn put_chunks(&self, chunks: &[(ChunkKey, Vec<Record>)]) -> Result<(), StoreError> {
         assert!(chunks.len() <= BATCH_CHUNKS_MAX, "{} chunks in a batch", chunks.len());
         let mut batch = sled::Batch::default();
-        chunks.iter().for_each(|(key, records)| batch.insert(&key.to_bytes(), encode_chunk(records)));
+        for (key, records) in chunks {
+            batch.insert(&key.to_bytes(), encode_chunk(records));
+        }
         guarded(|| self.trees().chunks.apply_batch(batch))
     }
 
@@ -85,7 +87,9 @@ impl Store {
     pub fn remove_chunks(&self, keys: &[ChunkKey]) -> Result<(), StoreError> {
         assert!(keys.len() <= BATCH_CHUNKS_MAX, "{} chunks in a batch", keys.len());
         let mut batch = sled::Batch::default();
-        keys.iter().for_each(|key| batch.remove(&key.to_bytes()));
+        for key in keys {
+            batch.remove(&key.to_bytes());
+        }
         guarded(|| self.trees().chunks.apply_batch(batch))
     }
 
