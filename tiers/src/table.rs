@@ -6,7 +6,11 @@
 //! slot pool's. All words are accessed atomically, so a torn read is detected and never undefined.
 //! Leaves to others: the mapping (`mapping`), when a slot may be reused (kvd), the reader in the client.
 
+use crate::mapping::{Mapping, MemfdOptions};
+use crate::segment::Geometry;
+use kvd_proto::limits::PART_ALIGN;
 use kvd_proto::slot_header::{LIVE_WORD_OFFSET, SlotHeader};
+use rustix::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
@@ -128,6 +132,48 @@ impl TableWriter {
         // SAFETY: index < slots * stride_words, so the word lies within the `len` bytes of `new`; they are aligned,
         // outlive self, and are accessed only atomically by this process.
         unsafe { self.words.add(index).as_ref() }
+    }
+}
+
+/// A table in memory of its own, with its one writer: what the daemon makes for each DRAM segment.
+#[derive(Debug)]
+pub struct LiveTable {
+    writer: TableWriter,
+    // Declared after the writer, whose pointer it keeps valid. Private: nothing else in this process can write it.
+    memory: Mapping,
+}
+
+impl LiveTable {
+    /// A table without headers, for a segment of this geometry.
+    pub fn create(name: &str, geometry: &Geometry) -> std::io::Result<Self> {
+        let (slots, stride) = (geometry.slots as usize, geometry.header_bytes as usize);
+        let bytes = (slots * stride).next_multiple_of(PART_ALIGN as usize);
+        let memory = Mapping::memfd(name, bytes, MemfdOptions { huge_pages: false })?;
+        let start = NonNull::new(memory.as_ptr()).expect("a mapping has an address");
+        // SAFETY: the memory lives as long as self (field order: the writer is dropped first), is page-aligned and at
+        // least slots * stride long; it is private to self, and receivers of `read_only_fd` can only map it for reading.
+        let writer = unsafe { TableWriter::new(start, slots * stride, stride) };
+        Ok(Self { writer, memory })
+    }
+
+    /// For clients.
+    pub fn read_only_fd(&self) -> std::io::Result<OwnedFd> {
+        self.memory.read_only_fd()
+    }
+
+    /// See [`TableWriter::publish`].
+    pub fn publish(&mut self, slot: u32, generation: u32, header: &SlotHeader) {
+        self.writer.publish(slot, generation, header);
+    }
+
+    /// See [`TableWriter::retire`].
+    pub fn retire(&mut self, slot: u32, generation: u32) {
+        self.writer.retire(slot, generation);
+    }
+
+    /// See [`TableWriter::read`].
+    pub fn read(&self, slot: u32) -> Option<(u32, SlotHeader)> {
+        self.writer.read(slot)
     }
 }
 

@@ -34,6 +34,16 @@ enum Which {
     Below { ids: HashSet<BlockId>, grew: bool },
 }
 
+impl Which {
+    /// Whether this pass found blocks that the one before did not know.
+    fn take_grew(&mut self) -> bool {
+        match self {
+            Self::Below { grew, .. } => std::mem::take(grew),
+            Self::Everything | Self::Space(_) => false,
+        }
+    }
+}
+
 impl Node {
     pub(super) fn start_purge(&mut self, ticket: u64, what: What) {
         match self.purge(ticket, what) {
@@ -57,8 +67,9 @@ impl Node {
                 return Err(Error::invalid("space", message, "see `kvctl spaces`"));
             }
             What::IdPrefix(prefix) => {
-                let ids = self.by_prefix(&prefix)?.iter().map(|handle| self.catalog.get(*handle).key().id);
-                Which::Below { ids: ids.collect(), grew: false }
+                let named = self.by_prefix(&prefix)?;
+                let ids = named.iter().map(|handle| self.catalog.get(*handle).key().id).collect();
+                Which::Below { ids, grew: false }
             }
         };
         Ok(Purge { ticket, what, next: 0, done: wire::PurgeReply::default() })
@@ -92,7 +103,7 @@ impl Node {
                 self.purge_entry(handle, &mut purge.done);
             }
         }
-        let again = matches!(&mut purge.what, Which::Below { grew, .. } if std::mem::take(grew));
+        let again = next.is_none() && purge.what.take_grew();
         match next {
             Some(next) => purge.next = next,
             None if again => purge.next = 0,

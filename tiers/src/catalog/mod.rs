@@ -169,7 +169,13 @@ impl Catalog {
 
     /// Entries with a copy, by ascending handle.
     pub fn iter(&self) -> impl Iterator<Item = (Handle, &Entry)> {
-        let used = (0..).zip(&self.entries).filter_map(|(handle, slab)| Some((handle, slab.as_ref()?)));
+        self.iter_from(0)
+    }
+
+    /// As `iter`, from a handle on: how work over all entries is done in slices.
+    pub fn iter_from(&self, first: Handle) -> impl Iterator<Item = (Handle, &Entry)> {
+        let rest = self.entries.get(first as usize..).unwrap_or_default();
+        let used = (first..).zip(rest).filter_map(|(handle, slab)| Some((handle, slab.as_ref()?)));
         used.filter(|(_, entry)| entry.has_copy())
     }
 
