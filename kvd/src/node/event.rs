@@ -158,6 +158,8 @@ pub enum Effect {
         from: SlotRef,
         /// NVMe.
         to: SlotRef,
+        /// For the device; the shell puts in the checksums.
+        header: Box<SlotHeader>,
     },
     /// Copy an NVMe slot to DRAM and verify every part; answered by `Moved`.
     Promote {

@@ -154,7 +154,9 @@ impl Node {
         let token = self.movement.start(handle, false, self.slot_bytes_of(handle));
         let dram = self.pool_of(handle, Tier::Dram);
         self.memory.pools[dram].leaving += 1;
-        self.out.push(Effect::Demote { token, from, to });
+        let mut header = Box::new(self.header(handle));
+        header.flags |= FLAG_CHECKSUMMED;
+        self.out.push(Effect::Demote { token, from, to, header });
         true
     }
 

@@ -1,0 +1,102 @@
+//! The DRAM segments of this daemon: memory, slot tables, and who may reach them by id.
+//!
+//! Invariant: a segment that is listed stays mapped; a table is written under its lock and nowhere else.
+
+use kvd_proto::slot_header::SlotHeader;
+use kvd_tiers::checksum;
+use kvd_tiers::mapping::Mapping;
+use kvd_tiers::media::dram::{DramMedium, DramOptions};
+use kvd_tiers::media::{Buffer, Medium, MediumInfo};
+use kvd_tiers::segment::{Geometry, SegmentId, SlotRef};
+use kvd_tiers::table::LiveTable;
+use rustix::fd::OwnedFd;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+/// One segment.
+pub(crate) struct DramSegment {
+    pub(crate) geometry: Geometry,
+    pub(crate) payload: Arc<Mapping>,
+    table: Mutex<LiveTable>,
+}
+
+/// All segments.
+pub(crate) struct DramSegments {
+    medium: Mutex<DramMedium>,
+    segments: RwLock<HashMap<SegmentId, Arc<DramSegment>>>,
+}
+
+impl DramSegment {
+    pub(crate) fn table(&self) -> MutexGuard<'_, LiveTable> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Table and payload for a client to map: headers read-only, slots read-write.
+    pub(crate) fn descriptors(&self) -> std::io::Result<[OwnedFd; 2]> {
+        let payload = self.payload.fd().expect("a segment is a memfd").try_clone_to_owned()?;
+        Ok([self.table().read_only_fd()?, payload])
+    }
+
+    pub(crate) fn checksums(&self, slot: u32) -> Vec<u32> {
+        let offset = self.geometry.slot_offset(slot) as usize;
+        let (stride, parts) = (self.geometry.part_stride() as usize, usize::from(self.geometry.parts));
+        checksum::part_checksums(&self.payload, offset, stride, parts)
+    }
+
+    pub(crate) fn verify(&self, slot: u32, checksums: &[u32]) -> Result<(), checksum::BadPart> {
+        let offset = self.geometry.slot_offset(slot) as usize;
+        checksum::verify(&self.payload, offset, self.geometry.part_stride() as usize, checksums)
+    }
+
+    /// The slot as a medium's buffer.
+    pub(crate) fn buffer(&self, slot: u32) -> Buffer {
+        Buffer {
+            mapping: self.payload.clone(),
+            offset: self.geometry.slot_offset(slot) as usize,
+            bytes: self.geometry.slot_bytes as usize,
+        }
+    }
+}
+
+impl DramSegments {
+    pub(crate) fn new(options: DramOptions) -> Self {
+        Self { medium: Mutex::new(DramMedium::new(options)), segments: RwLock::default() }
+    }
+
+    pub(crate) fn info(&self) -> MediumInfo {
+        self.medium.lock().unwrap_or_else(PoisonError::into_inner).info()
+    }
+
+    /// Makes memory and table; touches neither.
+    pub(crate) fn open(&self, segment: SegmentId, geometry: Geometry) -> Result<Arc<DramSegment>, String> {
+        let mut medium = self.medium.lock().unwrap_or_else(PoisonError::into_inner);
+        medium.open_segment(segment, geometry.end()).map_err(|error| error.to_string())?;
+        let table = match LiveTable::create(&format!("kvd-table-{segment}"), &geometry) {
+            Ok(table) => table,
+            Err(error) => {
+                medium.close_segment(segment);
+                return Err(format!("slot table of segment {segment}: {error}"));
+            }
+        };
+        let payload = medium.mapping(segment).expect("it was just opened");
+        let opened = Arc::new(DramSegment { geometry, payload, table: Mutex::new(table) });
+        self.segments
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(segment, opened.clone());
+        Ok(opened)
+    }
+
+    pub(crate) fn get(&self, segment: SegmentId) -> Arc<DramSegment> {
+        let segments = self.segments.read().unwrap_or_else(PoisonError::into_inner);
+        segments.get(&segment).cloned().unwrap_or_else(|| panic!("segment {segment} was never opened"))
+    }
+
+    pub(crate) fn publish(&self, slot: SlotRef, generation: u32, header: &SlotHeader) {
+        self.get(slot.segment).table().publish(slot.slot, generation, header);
+    }
+
+    pub(crate) fn retire(&self, slot: SlotRef, generation: u32) {
+        self.get(slot.segment).table().retire(slot.slot, generation);
+    }
+}

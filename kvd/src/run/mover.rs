@@ -1,0 +1,224 @@
+//! The thread that moves blocks between DRAM and NVMe: drives the medium, knows what every NVMe slot's bytes must be.
+//!
+//! Owns: the NVMe medium and part checksums by slot. Invariants: a promotion succeeds only if every part has
+//! the checksum that was recorded when it was written; every order ends with one input to the node; at most the medium's
+//! queue depth is under way, the rest waits here, bounded by the node's own limits.
+
+use super::dram::DramSegments;
+use super::inbox::{Inbox, Input};
+use super::shelf::Shelf;
+use crate::node::event::MoveError;
+use kvd_proto::slot_header::SlotHeader;
+use kvd_tiers::media::{Direction, Done, Io, Medium, MediumInfo, Wake};
+use kvd_tiers::segment::{Geometry, SegmentId, SlotRef};
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Without orders the thread looks around this often.
+const IDLE: Duration = Duration::from_millis(200);
+
+/// An order to the thread.
+pub(super) enum Order {
+    Open { segment: SegmentId, geometry: Geometry },
+    Demote { token: u64, from: SlotRef, to: SlotRef, header: Box<SlotHeader> },
+    Promote { token: u64, from: SlotRef, to: SlotRef },
+    Stop,
+}
+
+/// Gives orders; clones share the thread.
+#[derive(Clone)]
+pub(super) struct Mover {
+    orders: Arc<Mutex<Vec<Order>>>,
+    waker: Arc<dyn Wake>,
+    pub(super) info: MediumInfo,
+}
+
+impl Mover {
+    /// Starts the thread; it ends with `Order::Stop`.
+    pub(super) fn start(
+        medium: Box<dyn Medium>,
+        dram: Arc<DramSegments>,
+        inbox: Inbox,
+    ) -> (Self, std::thread::JoinHandle<()>) {
+        let orders = Arc::<Mutex<Vec<Order>>>::default();
+        let mover = Self { orders: orders.clone(), waker: medium.waker(), info: medium.info() };
+        let queue_depth = medium.info().queue_depth;
+        let mut thread = Thread {
+            medium,
+            dram,
+            inbox,
+            orders,
+            shelf: Shelf::default(),
+            pending: VecDeque::new(),
+            under_way: HashMap::with_capacity(queue_depth),
+            next_io: 0,
+            refused: None,
+            stopping: false,
+        };
+        (mover, super::workers::spawn("kvd-nvme", move || thread.run()))
+    }
+
+    pub(super) fn order(&self, orders: &mut Vec<Order>) {
+        if orders.is_empty() {
+            return;
+        }
+        let mut queue = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = queue.is_empty();
+        queue.append(orders);
+        drop(queue);
+        if first {
+            self.waker.wake();
+        }
+    }
+}
+
+struct Thread {
+    medium: Box<dyn Medium>,
+    dram: Arc<DramSegments>,
+    inbox: Inbox,
+    orders: Arc<Mutex<Vec<Order>>>,
+    shelf: Shelf,
+    pending: VecDeque<Transfer>,
+    under_way: HashMap<u64, Transfer>,
+    next_io: u64,
+    /// The engine itself has failed, with this; every later transfer fails with it at once.
+    refused: Option<String>,
+    stopping: bool,
+}
+
+struct Transfer {
+    work: Work,
+    io: Io,
+    ordered: Instant,
+}
+
+enum Work {
+    Demotion { token: u64, to: SlotRef, header: Box<SlotHeader> },
+    Promotion { token: u64, to: SlotRef, expected: Vec<u32> },
+}
+
+impl Thread {
+    fn run(&mut self) {
+        let mut orders = Vec::new();
+        let mut done = Vec::new();
+        while !self.finished() {
+            orders.append(&mut self.orders.lock().unwrap_or_else(PoisonError::into_inner));
+            orders.drain(..).for_each(|order| self.take(order));
+            self.submit();
+            if let Err(error) = self.medium.reap(Some(IDLE), &mut done) {
+                self.fail_all(&error.to_string());
+            }
+            done.drain(..).for_each(|done| self.finish(done));
+        }
+    }
+
+    fn finished(&self) -> bool {
+        self.stopping && (self.refused.is_some() || (self.pending.is_empty() && self.under_way.is_empty()))
+    }
+
+    fn take(&mut self, order: Order) {
+        match order {
+            Order::Open { segment, geometry } => self.open(segment, geometry),
+            Order::Demote { token, from, to, header } => self.demote(token, from, to, header),
+            Order::Promote { token, from, to } => self.promote(token, from, to),
+            Order::Stop => self.stopping = true,
+        }
+    }
+
+    fn open(&mut self, segment: SegmentId, geometry: Geometry) {
+        let opened = self.medium.open_segment(segment, geometry.end());
+        if opened.is_ok() {
+            self.shelf.open(segment, geometry);
+        }
+        let result = opened.map_err(|error| error.to_string());
+        self.inbox.push(Input::SegmentOpened { segment, result });
+    }
+
+    fn demote(&mut self, token: u64, from: SlotRef, to: SlotRef, mut header: Box<SlotHeader>) {
+        let source = self.dram.get(from.segment);
+        let Some((_, published)) = source.table().read(from.slot) else {
+            unreachable!("{from:?} is marked as moving, so its header stays")
+        };
+        assert_eq!(published.id, header.id, "the slot to demote holds the block to demote");
+        header.part_checksums = published.part_checksums;
+        let io = Io {
+            token: 0,
+            direction: Direction::Write,
+            segment: to.segment,
+            offset: self.shelf.geometry(to.segment).slot_offset(to.slot),
+            buffer: source.buffer(from.slot),
+        };
+        let work = Work::Demotion { token, to, header };
+        self.pending.push_back(Transfer { work, io, ordered: Instant::now() });
+    }
+
+    fn promote(&mut self, token: u64, from: SlotRef, to: SlotRef) {
+        let io = Io {
+            token: 0,
+            direction: Direction::Read,
+            segment: from.segment,
+            offset: self.shelf.geometry(from.segment).slot_offset(from.slot),
+            buffer: self.dram.get(to.segment).buffer(to.slot),
+        };
+        let expected = self.shelf.checksums(from).to_vec();
+        let work = Work::Promotion { token, to, expected };
+        // somebody waits for what is read, nobody for what is written
+        self.pending.push_front(Transfer { work, io, ordered: Instant::now() });
+    }
+
+    fn submit(&mut self) {
+        while let Some(mut transfer) = self.pending.pop_front() {
+            if let Some(why) = self.refused.clone() {
+                self.end(transfer, Err(MoveError::Device(why)));
+                continue;
+            }
+            transfer.io.token = self.next_io;
+            match self.medium.submit(transfer.io.clone()) {
+                Ok(()) => {
+                    self.next_io += 1;
+                    self.under_way.insert(transfer.io.token, transfer);
+                }
+                Err(_) => {
+                    self.pending.push_front(transfer); // the queue is full
+                    return;
+                }
+            }
+        }
+    }
+
+    fn finish(&mut self, done: Done) {
+        let transfer = self.under_way.remove(&done.token).expect("a transfer ends once");
+        self.end(transfer, done.result.map_err(|error| MoveError::Device(error.to_string())));
+    }
+
+    fn end(&mut self, transfer: Transfer, result: Result<(), MoveError>) {
+        let elapsed_us = transfer.ordered.elapsed().as_micros() as u64;
+        let (token, result, checksums) = match transfer.work {
+            Work::Demotion { token, to, header } => {
+                if result.is_ok() {
+                    self.shelf.put(to, &header.part_checksums);
+                }
+                (token, result, Vec::new())
+            }
+            Work::Promotion { token, to, expected } => {
+                let verified = result.and_then(|()| {
+                    self.dram.get(to.segment).verify(to.slot, &expected).map_err(|_| MoveError::Checksum)
+                });
+                (token, verified, expected)
+            }
+        };
+        self.inbox.push(Input::Moved { token, result, elapsed_us, checksums });
+    }
+
+    /// The engine itself is broken: what it had under way is never heard of again. Writes are given up; a read may still
+    /// land in its slot, so it is never said to have ended: its readers stall and miss, its slot is lost (law 2).
+    fn fail_all(&mut self, why: &str) {
+        self.refused = Some(why.to_owned());
+        let writes = |transfer: &Transfer| matches!(transfer.work, Work::Demotion { .. });
+        let lost: Vec<_> = self.under_way.extract_if(|_, transfer| writes(transfer)).collect();
+        for (_, transfer) in lost {
+            self.end(transfer, Err(MoveError::Device(why.to_owned())));
+        }
+    }
+}
