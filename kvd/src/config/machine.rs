@@ -47,6 +47,7 @@ impl Machine {
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "the one place that reads the environment")]
 fn user_data_dir() -> Option<PathBuf> {
     let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     absolute("XDG_DATA_HOME").or_else(|| absolute("HOME").map(|home| home.join(".local/share")))
