@@ -1,0 +1,407 @@
+//! House rules as a test: what ARCHITECTURE.md and CONTRIBUTING.md promise about every file.
+//!
+//! Data first: each rule is a table with the reason beside it, then the few functions that read it. The exceptions are
+//! ratchets: an entry that is no longer needed fails, so lists only get shorter.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+/// Texts that must not stand in some files.
+struct Ban {
+    texts: &'static [&'static str],
+    applies: fn(&File) -> bool,
+    why: &'static str,
+}
+
+// Split, so that this file keeps its own rules.
+const BANS: &[Ban] = &[
+    Ban {
+        texts: &[concat!("env", "::var")],
+        applies: |file| {
+            file.is("rs") && !file.path.starts_with("kvd/src/config") && !file.path.ends_with("build.rs")
+        },
+        why: "only kvd/src/config reads the environment; put it in kvd.toml",
+    },
+    Ban {
+        texts: &[
+            concat!("Instant", "::now"),
+            concat!("SystemTime", "::now"),
+            concat!("rand", "::"),
+            concat!("RandomState", "::"),
+        ],
+        applies: |file| file.is("rs") && DECIDING.iter().any(|deciding| file.path.starts_with(deciding)),
+        why: "what decides has no clock and no randomness: take `now` and estimates as arguments (law 8)",
+    },
+    Ban {
+        texts: &[
+            concat!(".aw", "ait"),
+            concat!("async ", "fn"),
+            concat!("std::", "fs::"),
+            concat!("std::", "net::"),
+        ],
+        applies: |file| file.is("rs") && DECIDING.iter().any(|deciding| file.path.starts_with(deciding)),
+        why: "what decides waits for nothing and touches no file or socket: return an effect (law 8)",
+    },
+    Ban {
+        texts: &[
+            concat!("to", "do!"),
+            concat!("unimple", "mented!"),
+            concat!("TO", "DO"),
+            concat!("FIX", "ME"),
+        ],
+        applies: |file| !file.path.ends_with(".json"),
+        why: "finish it, or say in an issue what is missing",
+    },
+    Ban {
+        texts: &[concat!("/wo", "rk/"), concat!("/tmp/", "wt"), concat!("/ho", "me/"), concat!("/ro", "ot/")],
+        applies: |_| true,
+        why: "no path of one machine",
+    },
+    Ban {
+        texts: &[concat!("thread::", "sleep"), concat!("time::", "sleep")],
+        applies: |file| file.is("rs") && file.path.contains("/tests/"),
+        why: "a sleep is no synchronisation: wait for the event, with a deadline",
+    },
+];
+
+/// Code that decides. Measuring and doing are elsewhere.
+const DECIDING: &[&str] = &[
+    "proto/src/",
+    "tiers/src/slots",
+    "tiers/src/catalog/mod.rs",
+    "tiers/src/eviction/",
+    "tiers/src/segment.rs",
+    "tiers/src/measure.rs",
+    "kvd/src/node/",
+];
+
+/// What each crate may import of ours: downwards only, and no service another service.
+const IMPORTS: &[(&str, &[&str])] = &[
+    ("proto", &[]),
+    ("tiers", &["kvd-proto"]),
+    ("client", &["kvd-proto"]),
+    ("kvd", &["kvd-proto", "kvd-tiers", "kvd-client"]),
+    ("router", &["kvd-proto", "kvd-client"]),
+    ("planner", &["kvd-proto", "kvd-client"]),
+    ("bench", &["kvd-proto", "kvd-tiers", "kvd-client", "kvd"]),
+];
+
+/// Dependencies that no source names, and why they are there.
+const UNNAMED_DEPENDENCIES: &[(&str, &str, &str)] =
+    &[("proto", "tonic-prost", "called by the code that the build generates")];
+
+const FILE_LINES_MAX: usize = 600;
+/// Longer files, and how long they may be.
+const LONG_FILES: &[(&str, usize)] = &[];
+
+const FUNCTION_LINES_MAX: usize = 70;
+/// Longer functions, and how long they may be.
+const LONG_FUNCTIONS: &[(&str, &str, usize)] = &[("proto/src/layout.rs", "check", 79)];
+
+/// One file of the tree.
+struct File {
+    path: String,
+    text: String,
+}
+
+impl File {
+    fn is(&self, extension: &str) -> bool {
+        Path::new(&self.path).extension().is_some_and(|found| found == extension)
+    }
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("bench is in the root").to_owned()
+}
+
+/// Every text file that is ours.
+fn files() -> Vec<File> {
+    let root = root();
+    let read = |path: String| Some(File { text: std::fs::read_to_string(root.join(&path)).ok()?, path });
+    let found: Vec<File> = paths().into_iter().filter_map(read).collect();
+    assert!(found.len() > 30, "only {} files found below {}", found.len(), root.display());
+    found
+}
+
+/// What git knows or would add; in a copy without git, all but hidden folders and build outputs.
+fn paths() -> Vec<String> {
+    let mut git = std::process::Command::new("git");
+    let listing = git.args(["ls-files", "--cached", "--others", "--exclude-standard"]).current_dir(root()).output();
+    match listing {
+        Ok(listing) if listing.status.success() => {
+            String::from_utf8_lossy(&listing.stdout).lines().map(str::to_owned).collect()
+        }
+        _ => walk(&root()),
+    }
+}
+
+fn walk(root: &Path) -> Vec<String> {
+    let (mut found, mut folders) = (Vec::new(), vec![root.to_owned()]);
+    while let Some(folder) = folders.pop() {
+        for path in entries(&folder) {
+            let name = path.file_name().expect("an entry has a name").to_string_lossy().into_owned();
+            if path.is_symlink() || ["target", ".git", "shared"].contains(&name.as_str()) {
+                continue;
+            }
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                found.push(path.strip_prefix(root).expect("below the root").to_string_lossy().into_owned());
+            }
+        }
+    }
+    found
+}
+
+fn entries(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
+    entries.map(|entry| entry.expect("a folder entry").path()).collect()
+}
+
+fn none(broken: &[String]) {
+    let list = broken.iter().fold(String::new(), |mut out, line| {
+        write!(out, "\n  {line}").expect("a String grows");
+        out
+    });
+    assert!(broken.is_empty(), "{} broken:{list}", broken.len());
+}
+
+#[test]
+fn nothing_banned_stands_anywhere() {
+    let mut broken = Vec::new();
+    for file in files() {
+        for ban in BANS.iter().filter(|ban| (ban.applies)(&file)) {
+            for (number, line) in file.text.lines().enumerate() {
+                for text in ban.texts.iter().filter(|text| has_word(line, text)) {
+                    broken.push(format!("{}:{}: {text}: {}", file.path, number + 1, ban.why));
+                }
+            }
+        }
+    }
+    none(&broken);
+}
+
+/// `text` in `line`, not as the end of a longer word ("operand::" is not "rand::").
+fn has_word(line: &str, text: &str) -> bool {
+    let starts_word = text.starts_with(|c: char| c.is_alphanumeric());
+    line.match_indices(text).any(|(at, _)| {
+        let before = line[..at].chars().next_back();
+        !starts_word || !before.is_some_and(|c| c.is_alphanumeric() || c == '_')
+    })
+}
+
+#[test]
+fn tests_inside_sources_do_not_sleep() {
+    let mut broken = Vec::new();
+    for file in files().iter().filter(|file| file.is("rs")) {
+        let Some((_, tests)) = file.text.split_once("#[cfg(test)]\nmod tests {") else { continue };
+        if tests.contains(concat!("thread::", "sleep")) || tests.contains(concat!("time::", "sleep")) {
+            broken.push(format!("{}: a sleep is no synchronisation: wait for the event", file.path));
+        }
+    }
+    none(&broken);
+}
+
+#[test]
+fn every_file_opens_with_what_it_is() {
+    let mut broken = Vec::new();
+    for file in files() {
+        let head: &[&str] = match Path::new(&file.path).extension().and_then(|extension| extension.to_str()) {
+            Some("rs") => &["//!"],
+            Some("proto") => &["//"],
+            Some("py") => &["\"\"\"", "#"],
+            // a crate's manifest opens with its name, and must describe itself
+            Some("toml") if file.path.ends_with("/Cargo.toml") => {
+                if !file.text.contains("\ndescription = ") {
+                    broken.push(format!("{}: has no description", file.path));
+                }
+                continue;
+            }
+            Some("toml" | "sh" | "service" | "yaml" | "yml") => &["#"],
+            None if file.text.starts_with("#!") => &["# "],
+            _ => continue,
+        };
+        let first = file.text.lines().find(|line| !line.starts_with("#!")).unwrap_or_default();
+        if !head.iter().any(|head| first.starts_with(head)) {
+            broken.push(format!("{}: opens with {first:?}, not with a comment saying what it is", file.path));
+        }
+    }
+    none(&broken);
+}
+
+/// The dependencies of one manifest: (section, name).
+fn dependencies(manifest: &str) -> Vec<(String, String)> {
+    let (mut section, mut found) = (String::new(), Vec::new());
+    for line in manifest.lines() {
+        if let Some(name) = line.strip_prefix('[') {
+            section = name.trim_end_matches(']').to_owned();
+        } else if section.ends_with("dependencies") && !line.starts_with('#') {
+            let name = line.split(['.', '=', ' ']).next().unwrap_or_default();
+            if !name.is_empty() {
+                found.push((section.clone(), name.to_owned()));
+            }
+        }
+    }
+    found
+}
+
+fn manifests(files: &[File]) -> impl Iterator<Item = (&str, &File)> {
+    files.iter().filter_map(|file| Some((file.path.strip_suffix("/Cargo.toml")?, file)))
+}
+
+#[test]
+fn every_dependency_is_used() {
+    let files = files();
+    let mut broken = Vec::new();
+    let mut excused = 0;
+    for (krate, manifest) in manifests(&files) {
+        for (_, name) in dependencies(&manifest.text) {
+            if UNNAMED_DEPENDENCIES.iter().any(|(c, n, _)| (*c, *n) == (krate, name.as_str())) {
+                excused += 1;
+                continue;
+            }
+            let path = format!("{}::", name.replace('-', "_"));
+            let below = format!("{krate}/");
+            let sources = files.iter().filter(|file| file.is("rs") && file.path.starts_with(&below));
+            if !sources.into_iter().any(|file| has_word(&file.text, &path)) {
+                broken.push(format!("{}: {name} is used by no source of the crate", manifest.path));
+            }
+        }
+    }
+    none(&broken);
+    assert_eq!(excused, UNNAMED_DEPENDENCIES.len(), "an excuse in UNNAMED_DEPENDENCIES is no longer needed");
+}
+
+#[test]
+fn imports_point_down() {
+    let files = files();
+    let mut broken = Vec::new();
+    for (krate, manifest) in manifests(&files) {
+        let allowed = IMPORTS.iter().find(|(name, _)| *name == krate);
+        let (_, allowed) = allowed.unwrap_or_else(|| panic!("{krate} is not in IMPORTS"));
+        for (section, name) in dependencies(&manifest.text) {
+            if name.starts_with("kvd") && !allowed.contains(&name.as_str()) {
+                broken.push(format!("{}: {section} has {name}; allowed: {allowed:?}", manifest.path));
+            }
+        }
+    }
+    none(&broken);
+}
+
+#[test]
+fn the_root_holds_what_architecture_names() {
+    let architecture = std::fs::read_to_string(root().join("ARCHITECTURE.md")).expect("ARCHITECTURE.md");
+    let mut broken = std::collections::BTreeSet::new();
+    for path in paths() {
+        let name = path.split_once('/').map_or(path.clone(), |(folder, _)| format!("{folder}/"));
+        if !architecture.contains(&format!("`{name}`")) {
+            broken.insert(format!("{name} is in the root and not in ARCHITECTURE.md"));
+        }
+    }
+    none(&broken.into_iter().collect::<Vec<_>>());
+}
+
+#[test]
+fn without_git_the_same_files_are_found() {
+    let mut from_git = paths();
+    from_git.retain(|path| root().join(path).exists());
+    let walked = walk(&root());
+    let missing: Vec<String> = from_git.into_iter().filter(|path| !walked.contains(path)).collect();
+    none(&missing);
+}
+
+#[test]
+fn files_stay_short() {
+    let mut broken = Vec::new();
+    let files = files();
+    for file in files.iter().filter(|file| file.is("rs")) {
+        let lines = file.text.lines().count();
+        let listed = LONG_FILES.iter().find(|(path, _)| *path == file.path);
+        match listed {
+            Some((_, most)) if lines > *most => {
+                broken.push(format!("{}: {lines} lines, was {most}: split it, by noun", file.path));
+            }
+            None if lines > FILE_LINES_MAX => {
+                broken.push(format!("{}: {lines} lines: split it, by noun", file.path));
+            }
+            _ => {}
+        }
+    }
+    for (path, _) in LONG_FILES {
+        let now = files.iter().find(|file| file.path == *path).map_or(0, |file| file.text.lines().count());
+        if now <= FILE_LINES_MAX {
+            broken.push(format!("{path}: {now} lines now: take it off LONG_FILES"));
+        }
+    }
+    none(&broken);
+}
+
+/// (name, lines) of each function: rustfmt puts its end at the indent of its beginning.
+fn functions(text: &str) -> Vec<(String, usize)> {
+    let lines: Vec<&str> = text.lines().collect();
+    let mut found = Vec::new();
+    for (at, line) in lines.iter().enumerate() {
+        let Some(name) = function_name(line) else { continue };
+        let indent = &line[..line.len() - line.trim_start().len()];
+        let ends = |line: &&str| line.strip_prefix(indent).is_some_and(|rest| rest == "}");
+        let declares = |line: &&str| line.ends_with(';') && line.starts_with(indent);
+        let body = lines[at..].iter();
+        if line.ends_with('}') || line.ends_with(';') {
+            continue;
+        }
+        let opens = lines[at..].iter().position(|line| line.ends_with('{')).unwrap_or(usize::MAX);
+        let declared = lines[at..].iter().position(|line| declares(line)).unwrap_or(usize::MAX);
+        if declared < opens {
+            continue;
+        }
+        let length = body.clone().position(ends).map_or(0, |end| end + 1);
+        found.push((name.to_owned(), length));
+    }
+    found
+}
+
+fn function_name(line: &str) -> Option<&str> {
+    let mut rest = line.trim_start();
+    if let Some(after) = rest.strip_prefix("pub") {
+        rest = after
+            .strip_prefix('(')
+            .and_then(|inside| inside.split_once(')'))
+            .map_or(after, |(_, after)| after);
+        rest = rest.strip_prefix(' ')?;
+    }
+    for word in ["const ", "async ", "unsafe ", "extern \"C\" "] {
+        rest = rest.strip_prefix(word).unwrap_or(rest);
+    }
+    rest.strip_prefix("fn ")?.split(['(', '<']).next()
+}
+
+#[test]
+fn functions_fit_a_screen() {
+    let mut broken = Vec::new();
+    let mut needed = Vec::new();
+    for file in files().iter().filter(|file| file.is("rs")) {
+        for (name, lines) in functions(&file.text) {
+            if lines <= FUNCTION_LINES_MAX {
+                continue;
+            }
+            let listed =
+                LONG_FUNCTIONS.iter().find(|(path, n, _)| (*path, *n) == (file.path.as_str(), name.as_str()));
+            match listed {
+                Some(entry) if lines <= entry.2 => needed.push(entry),
+                _ => broken
+                    .push(format!("{}: {name} has {lines} lines, at most {FUNCTION_LINES_MAX}", file.path)),
+            }
+        }
+    }
+    for entry in LONG_FUNCTIONS.iter().filter(|entry| !needed.contains(entry)) {
+        broken.push(format!("{}: {} is short enough: take it off LONG_FUNCTIONS", entry.0, entry.1));
+    }
+    none(&broken);
+}
+
+#[test]
+fn the_measure_of_functions_measures() {
+    let text = "pub(crate) fn one() {\n    a\n}\n\nimpl X {\n    async fn two(\n        x: u8,\n    ) -> u8 {\n        \
+                if x {\n        }\n    }\n    fn three() {}\n}\ntrait T {\n    fn four(\n        &self,\n    ) -> u8;\n}\n";
+    assert_eq!(functions(text), [("one".to_owned(), 3), ("two".to_owned(), 6)]);
+}

@@ -1,0 +1,161 @@
+//! One node, by its gRPC Unix socket: dialling, deadlines, and errors that say what to do.
+
+use crate::text::Prefix;
+use hyper_util::rt::TokioIo;
+use kvd_proto::wire::admin_client::AdminClient;
+use kvd_proto::wire::{self, purge_request::What};
+use kvd_proto::{Code, Error};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint};
+
+/// How long one answer may take. At the limit: an error, the node may still finish.
+const ANSWER_WAIT: Duration = Duration::from_secs(30);
+const SYSTEM_SOCKET: &str = "/var/lib/kvd/grpc.sock";
+const USER_SOCKET: &str = ".local/share/kvd/grpc.sock";
+
+/// A node that answered the dial.
+pub(crate) struct Node {
+    client: AdminClient<Channel>,
+    socket: PathBuf,
+}
+
+impl Node {
+    /// Dials `socket`, or the first default one that exists.
+    pub(crate) async fn dial(socket: Option<&Path>) -> Result<Self, Error> {
+        let socket = match socket {
+            Some(socket) => socket.to_owned(),
+            None => default_socket()?,
+        };
+        // tonic wants an address for its headers; the connector ignores it
+        let endpoint = Endpoint::from_static("http://kvd.local");
+        let path = socket.clone();
+        let connector = tower::service_fn(move |_| {
+            let path = path.clone();
+            async move { UnixStream::connect(path).await.map(TokioIo::new) }
+        });
+        let dialled = tokio::time::timeout(ANSWER_WAIT, endpoint.connect_with_connector(connector)).await;
+        match dialled {
+            Ok(Ok(channel)) => Ok(Self { client: AdminClient::new(channel), socket }),
+            Ok(Err(error)) => Err(away(&socket, &deepest(&error))),
+            Err(_) => Err(away(&socket, "it takes no connection")),
+        }
+    }
+
+    pub(crate) async fn status(&mut self) -> Result<wire::StatusReply, Error> {
+        let answer = self.client.status(wire::StatusRequest {});
+        within(&self.socket, answer).await
+    }
+
+    pub(crate) async fn spaces(&mut self) -> Result<wire::ListSpacesReply, Error> {
+        let answer = self.client.list_spaces(wire::ListSpacesRequest {});
+        within(&self.socket, answer).await
+    }
+
+    pub(crate) async fn tiers(&mut self) -> Result<wire::ListTiersReply, Error> {
+        let answer = self.client.list_tiers(wire::ListTiersRequest {});
+        within(&self.socket, answer).await
+    }
+
+    pub(crate) async fn block(&mut self, prefix: &Prefix) -> Result<wire::DescribeBlockReply, Error> {
+        let request = wire::DescribeBlockRequest { id_prefix: prefix.0.clone().into() };
+        let reply = within(&self.socket, self.client.describe_block(request)).await?;
+        if reply.blocks.is_empty() {
+            return Err(no_block(prefix));
+        }
+        Ok(reply)
+    }
+
+    /// `ttl_ms` 0 unpins.
+    pub(crate) async fn pin(&mut self, prefix: &Prefix, ttl_ms: u32) -> Result<wire::PinBlockReply, Error> {
+        let request = wire::PinBlockRequest { id_prefix: prefix.0.clone().into(), ttl_ms };
+        let reply = within(&self.socket, self.client.pin_block(request)).await?;
+        if reply.blocks == 0 {
+            return Err(no_block(prefix));
+        }
+        Ok(reply)
+    }
+
+    pub(crate) async fn purge(&mut self, what: What) -> Result<wire::PurgeReply, Error> {
+        let answer = self.client.purge(wire::PurgeRequest { what: Some(what) });
+        within(&self.socket, answer).await
+    }
+
+    pub(crate) async fn events(&mut self) -> Result<tonic::Streaming<wire::NodeEvent>, Error> {
+        let answer = self.client.events(wire::EventsRequest {});
+        within(&self.socket, answer).await
+    }
+
+    /// The node ended a stream that has no end.
+    pub(crate) fn gone(&self) -> Error {
+        away(&self.socket, "it stopped")
+    }
+}
+
+async fn within<T>(
+    socket: &Path,
+    answer: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+) -> Result<T, Error> {
+    match tokio::time::timeout(ANSWER_WAIT, answer).await {
+        Ok(answer) => Ok(answer?.into_inner()),
+        Err(_) => Err(away(socket, &format!("no answer within {} s", ANSWER_WAIT.as_secs()))),
+    }
+}
+
+fn no_block(prefix: &Prefix) -> Error {
+    Error::invalid("block", format!("no block's id begins with {prefix}"), "look at `kvctl events` for ids")
+}
+
+fn away(socket: &Path, reason: &str) -> Error {
+    Error::new(
+        Code::Unavailable,
+        "--socket",
+        format!("no node answers at {}: {reason}", socket.display()),
+        "start one with `kvd serve`, or name its listen.grpc_socket with --socket",
+    )
+}
+
+/// The cause that names the system call's trouble, under tonic's "transport error".
+fn deepest(error: &dyn std::error::Error) -> String {
+    std::iter::successors(Some(error), |error| error.source())
+        .last()
+        .map_or_else(String::new, ToString::to_string)
+}
+
+fn default_socket() -> Result<PathBuf, Error> {
+    let home = std::env::home_dir().map(|home| home.join(USER_SOCKET));
+    let candidates: Vec<PathBuf> = [Some(SYSTEM_SOCKET.into()), home].into_iter().flatten().collect();
+    if let Some(found) = candidates.iter().find(|path| path.exists()) {
+        return Ok(found.clone());
+    }
+    let looked: Vec<_> = candidates.iter().map(|path| path.display().to_string()).collect();
+    Err(Error::new(
+        Code::Unavailable,
+        "--socket",
+        format!("no node on this machine: neither {} exists", looked.join(" nor ")),
+        "start one with `kvd serve`, or name its listen.grpc_socket with --socket",
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dial(socket: &Path) -> Error {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(Node::dial(Some(socket))).err().expect("nobody is there")
+    }
+
+    #[test]
+    fn a_node_that_is_away_is_a_clear_sentence() {
+        let error = dial(Path::new("/no/such/folder/grpc.sock"));
+        assert_eq!(error.code, Code::Unavailable);
+        let text = error.to_string();
+        assert!(
+            text.starts_with("--socket: no node answers at /no/such/folder/grpc.sock: No such file"),
+            "{text}"
+        );
+        assert!(text.contains("`kvd serve`"), "{text}");
+    }
+}

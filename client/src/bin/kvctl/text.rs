@@ -1,0 +1,155 @@
+//! Single values as people write and read them: id prefixes, durations, sizes, counts.
+
+use std::fmt;
+use std::str::FromStr;
+
+const ID_BYTES: usize = 16;
+const SIZE_UNITS: [(&str, u64); 5] =
+    [("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1)];
+const TIME_UNITS: [(&str, u64); 5] =
+    [("ms", 1), ("s", 1000), ("m", 60_000), ("h", 3_600_000), ("d", 86_400_000)];
+
+/// The beginning of a block id, 1 to 16 bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Prefix(pub(crate) Vec<u8>);
+
+impl FromStr for Prefix {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let digits: Option<Vec<u8>> = text.chars().map(|c| c.to_digit(16).map(|digit| digit as u8)).collect();
+        match digits {
+            None => Err("an id is written in hex: digits 0-9 and a-f".into()),
+            Some(digits) if digits.is_empty() || digits.len() > 2 * ID_BYTES => {
+                Err(format!("{} digits; an id has {}", digits.len(), 2 * ID_BYTES))
+            }
+            Some(digits) if digits.len() % 2 == 1 => {
+                Err(format!("{} digits are half a byte too many; give one more or one less", digits.len()))
+            }
+            Some(digits) => Ok(Self(digits.chunks(2).map(|pair| pair[0] << 4 | pair[1]).collect())),
+        }
+    }
+}
+
+impl fmt::Display for Prefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hex(&self.0))
+    }
+}
+
+/// A time to live in milliseconds, at least 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Ttl(pub(crate) u32);
+
+impl FromStr for Ttl {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+        let (number, unit) = text.split_at(digits);
+        let scale = TIME_UNITS.iter().find(|(name, _)| *name == unit).map(|(_, scale)| *scale);
+        let ttl_ms =
+            number.parse::<u64>().ok().zip(scale).and_then(|(number, scale)| number.checked_mul(scale));
+        match ttl_ms.map(u32::try_from) {
+            Some(Ok(0)) => Err("0 would unpin; use `kvctl unpin`".into()),
+            Some(Ok(ttl_ms)) => Ok(Self(ttl_ms)),
+            Some(Err(_)) => Err("longer than 49 days".into()),
+            None => Err("write a number and a unit: 30s, 10m, 2h, 1d".into()),
+        }
+    }
+}
+
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes
+        .iter()
+        .flat_map(|byte| [byte >> 4, byte & 15])
+        .filter_map(|d| char::from_digit(u32::from(d), 16))
+        .collect()
+}
+
+/// "23.4 GiB".
+pub(crate) fn size(bytes: u64) -> String {
+    let (unit, scale) = SIZE_UNITS.iter().find(|(_, scale)| bytes >= *scale).unwrap_or(&SIZE_UNITS[4]);
+    if bytes.is_multiple_of(*scale) {
+        return format!("{} {unit}", bytes / scale);
+    }
+    format!("{:.1} {unit}", bytes as f64 / *scale as f64)
+}
+
+/// "1 h 3 min", with the two largest units.
+pub(crate) fn duration_ms(ms: u64) -> String {
+    match ms {
+        0..1000 => format!("{ms} ms"),
+        1000..60_000 => format!("{:.1} s", ms as f64 / 1000.0),
+        60_000..3_600_000 => format!("{} min {} s", ms / 60_000, ms % 60_000 / 1000),
+        3_600_000..86_400_000 => format!("{} h {} min", ms / 3_600_000, ms % 3_600_000 / 60_000),
+        _ => format!("{} d {} h", ms / 86_400_000, ms % 86_400_000 / 3_600_000),
+    }
+}
+
+/// "850 us", "1.3 ms".
+pub(crate) fn duration_us(us: u64) -> String {
+    match us {
+        0..1000 => format!("{us} us"),
+        1000..1_000_000 => format!("{:.1} ms", us as f64 / 1000.0),
+        _ => duration_ms(us / 1000),
+    }
+}
+
+/// "12,345,678".
+pub(crate) fn count(number: u64) -> String {
+    let digits = number.to_string();
+    let groups: Vec<&str> =
+        digits.as_bytes().rchunks(3).rev().filter_map(|g| std::str::from_utf8(g).ok()).collect();
+    groups.join(",")
+}
+
+/// "87.5 %", or "-" of nothing.
+pub(crate) fn percent(part: u64, whole: u64) -> String {
+    if whole == 0 { "-".into() } else { format!("{:.1} %", 100.0 * part as f64 / whole as f64) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prefixes_are_whole_bytes_of_hex() {
+        assert_eq!("3fA9".parse(), Ok(Prefix(vec![0x3f, 0xa9])));
+        let whole = "00112233445566778899aabbccddeeff";
+        assert_eq!(whole.parse::<Prefix>().unwrap().to_string(), whole);
+        for (bad, why) in [
+            ("", "0 digits"),
+            ("3fa", "half a byte"),
+            ("xy", "hex"),
+            ("3fé9", "hex"),
+            ("00112233445566778899aabbccddeeff00", "34 digits"),
+        ] {
+            let error = bad.parse::<Prefix>().unwrap_err();
+            assert!(error.contains(why), "{bad}: {error}");
+        }
+    }
+
+    #[test]
+    fn durations_are_read() {
+        assert_eq!("30s".parse(), Ok(Ttl(30_000)));
+        assert_eq!("2h".parse(), Ok(Ttl(7_200_000)));
+        assert_eq!("250ms".parse(), Ok(Ttl(250)));
+        for bad in ["", "5", "s", "0s", "-1s", "1.5h", "50d", "99999999999999999999s", "30 s"] {
+            assert!(bad.parse::<Ttl>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn numbers_are_shown() {
+        assert_eq!(
+            (size(0), size(25_125_558_681), size(4 << 20)),
+            ("0 B".into(), "23.4 GiB".into(), "4 MiB".into())
+        );
+        assert_eq!((count(7), count(1_234_567)), ("7".into(), "1,234,567".into()));
+        assert_eq!((percent(7, 8), percent(0, 0)), ("87.5 %".into(), "-".into()));
+        let shown = [999, 1500, 61_000, 3_780_000, 90_000_000].map(duration_ms);
+        assert_eq!(shown, ["999 ms", "1.5 s", "1 min 1 s", "1 h 3 min", "1 d 1 h"]);
+        assert_eq!((duration_us(850), duration_us(1300)), ("850 us".into(), "1.3 ms".into()));
+    }
+}

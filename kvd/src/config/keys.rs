@@ -1,0 +1,296 @@
+//! The table of keys: name, kind, default and explanation of everything that can be set, once.
+//!
+//! `values` parses and defaults by it, `text` prints it. Invariants: keys of one section stand together, top-level keys
+//! first; a default only looks at keys above its own; a key that `Config` lacks, or the reverse, fails a test.
+
+use super::machine::{Machine, Room};
+use super::size::human;
+use super::values::Values;
+use super::{SEGMENT_BYTES_MAX, SEGMENT_BYTES_MIN, integer};
+use std::path::Path;
+use toml::Value;
+
+const SYSTEM_DATA_DIR: &str = "/var/lib/kvd";
+const NVME_DEFAULT_BYTES_MAX: u64 = 1 << 40;
+/// Below this an NVMe tier is not worth its file.
+const NVME_DEFAULT_BYTES_MIN: u64 = 64 << 20;
+const DRAM_DEFAULT_BYTES_MIN: u64 = 16 << 20;
+const SEGMENT_DEFAULT_BYTES_MIN: u64 = 256 << 20;
+
+/// What a key's value may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Bytes: an integer, or a text such as "512MiB".
+    Size,
+    /// A number.
+    Count,
+    /// true or false.
+    Flag,
+    /// A path.
+    Path,
+    /// A path, or "" for none.
+    OptionalPath,
+    /// A name.
+    Text,
+    /// "address:port", or "" for off.
+    Address,
+    /// One of these words.
+    Choice(&'static [&'static str]),
+}
+
+/// A default and where it comes from.
+pub(super) type Found = (Value, String);
+
+/// One row.
+pub(super) struct Key {
+    /// Dotted name.
+    pub(super) name: &'static str,
+    /// What it may be.
+    pub(super) kind: Kind,
+    /// What it does, for people.
+    pub(super) help: &'static str,
+    /// What it is where nobody says; a value that its kind does not accept means that the machine has none.
+    pub(super) default: fn(&Machine, &Values) -> Found,
+}
+
+const EVICTIONS: Kind = Kind::Choice(&["lru", "s3fifo"]);
+const WISHES: Kind = Kind::Choice(&["auto", "off"]);
+
+/// Every key.
+pub(super) static KEYS: &[Key] = &[
+    Key {
+        name: "data_dir",
+        kind: Kind::Path,
+        help: "Where the node keeps its NVMe file, its catalog and, by default, its sockets. One daemon a folder.",
+        default: data_dir,
+    },
+    Key {
+        name: "node_name",
+        kind: Kind::Text,
+        help: "The node's name in logs, metrics and, in a cluster, among its peers.",
+        default: |machine, _| (machine.hostname.clone().into(), "this machine's host name".into()),
+    },
+    Key {
+        name: "listen.session_socket",
+        kind: Kind::Path,
+        help: "Unix socket for engines on this machine, which map the node's memory. Who may open it may read their tenant's blocks.",
+        default: |_, values| in_data_dir(values, "kvd.sock"),
+    },
+    Key {
+        name: "listen.grpc_socket",
+        kind: Kind::Path,
+        help: "Unix socket for gRPC: kvctl, and clients that map nothing.",
+        default: |_, values| in_data_dir(values, "grpc.sock"),
+    },
+    Key {
+        name: "listen.grpc_address",
+        kind: Kind::Address,
+        help: "TCP address for gRPC; \"\" turns it off. It is not encrypted: keep it on the loopback or a network you trust.",
+        default: |_, _| fixed("127.0.0.1:7700", "this machine only"),
+    },
+    Key {
+        name: "listen.metrics_address",
+        kind: Kind::Address,
+        help: "HTTP address of /metrics for Prometheus; \"\" turns it off.",
+        default: |_, _| fixed("127.0.0.1:7701", "this machine only"),
+    },
+    Key {
+        name: "dram.capacity_bytes",
+        kind: Kind::Size,
+        help: "Memory for blocks, rounded down to whole segments. When it is full, the coldest blocks go to NVMe.",
+        default: dram_capacity,
+    },
+    Key {
+        name: "dram.segment_bytes",
+        kind: Kind::Size,
+        help: "Memory is handed to a tenant and slot size in pieces of this, 4MiB to 1GiB, whole huge pages. It bounds the largest block.",
+        default: |_, values| segment(values.bytes("dram.capacity_bytes")),
+    },
+    Key {
+        name: "dram.huge_pages",
+        kind: WISHES,
+        help: "auto: ask for 2 MiB pages and do without where there are none; off: do not ask. `kvd check` says what was had.",
+        default: |_, _| fixed("auto", "fewer page faults and TLB misses"),
+    },
+    Key {
+        name: "dram.lock",
+        kind: WISHES,
+        help: "auto: lock segments in memory where the limit allows (`ulimit -l`); off: let the kernel swap them.",
+        default: |_, _| fixed("auto", "a swapped block is slower than a recomputed one"),
+    },
+    Key {
+        name: "dram.eviction",
+        kind: EVICTIONS,
+        help: "Which copy goes first. lru: least recently used; s3fifo: blocks used once leave early.",
+        default: |_, _| fixed("lru", "the policy to compare others with"),
+    },
+    Key {
+        name: "nvme.path",
+        kind: Kind::OptionalPath,
+        help: "File or block device of the NVMe tier; \"\" for none. A file is made if it is missing; a device is overwritten.",
+        default: nvme_path,
+    },
+    Key {
+        name: "nvme.capacity_bytes",
+        kind: Kind::Size,
+        help: "NVMe space for blocks, rounded down to whole segments. When it is full, the coldest blocks are dropped.",
+        default: nvme_capacity,
+    },
+    Key {
+        name: "nvme.segment_bytes",
+        kind: Kind::Size,
+        help: "As dram.segment_bytes. An existing file keeps the size it was made with.",
+        default: |_, values| segment(values.bytes("nvme.capacity_bytes")),
+    },
+    Key {
+        name: "nvme.queue_depth",
+        kind: Kind::Count,
+        help: "Transfers under way at once, 1 to 4096; more wait in the node.",
+        default: |_, _| fixed(64, "keeps one drive busy without long queues"),
+    },
+    Key {
+        name: "nvme.engine",
+        kind: Kind::Choice(&["auto", "io_uring", "psync"]),
+        help: "auto: io_uring, or psync (threads) where the kernel refuses it, as in many containers.",
+        default: |_, _| fixed("auto", "the fastest that works here"),
+    },
+    Key {
+        name: "nvme.sqpoll",
+        kind: Kind::Flag,
+        help: "Let a kernel thread poll for submissions: less latency for one core.",
+        default: |_, _| fixed(false, "a core is worth more to the engine"),
+    },
+    Key {
+        name: "nvme.iopoll",
+        kind: Kind::Flag,
+        help: "Poll the drive for completions where it can be polled; probed at start.",
+        default: |_, _| fixed(false, "a core is worth more to the engine"),
+    },
+    Key {
+        name: "nvme.eviction",
+        kind: EVICTIONS,
+        help: "As dram.eviction.",
+        default: |_, _| fixed("lru", "the policy to compare others with"),
+    },
+    Key {
+        name: "nvme.catalog_cache_bytes",
+        kind: Kind::Size,
+        help: "Memory of the catalog's own cache, at least 1MiB. The catalog is written behind and only read at a start.",
+        default: |_, _| (integer(32 << 20), "enough to write behind".into()),
+    },
+    Key {
+        name: "leases.ttl_ms",
+        kind: Kind::Count,
+        help: "How long a lease lasts, 100 to 3600000. Its end stops new reads; memory is reused only after a release or the process's death.",
+        default: |_, _| fixed(30_000, "longer than any load worth waiting for"),
+    },
+    Key {
+        name: "leases.bytes_max_per_session",
+        kind: Kind::Size,
+        help: "Bytes one engine may have leased at once. Beyond it a match leases a shorter prefix and a reserve grants fewer blocks.",
+        default: |_, values| share(values, 50),
+    },
+    Key {
+        name: "limits.sessions_max",
+        kind: Kind::Count,
+        help: "Engine instances connected at once. Beyond it opening a session is refused.",
+        default: |_, _| fixed(256, "many times the GPUs of one machine"),
+    },
+    Key {
+        name: "limits.members_max",
+        kind: Kind::Count,
+        help: "Connections of all sessions (schedulers, ranks). Beyond it a member is refused.",
+        default: |_, _| fixed(1024, "four a session"),
+    },
+    Key {
+        name: "limits.leases_max_per_session",
+        kind: Kind::Count,
+        help: "Leases one session may hold. Beyond it a match answers without a lease and a reserve is refused.",
+        default: |_, _| fixed(4096, "several for each request an engine runs at once"),
+    },
+    Key {
+        name: "limits.quarantine_bytes_max",
+        kind: Kind::Size,
+        help: "DRAM that may wait for a silent process to let go. Beyond it the process's session gets no further leases.",
+        default: |_, values| share(values, 25),
+    },
+];
+
+fn fixed(value: impl Into<Value>, why: &str) -> Found {
+    (value.into(), why.to_owned())
+}
+
+fn data_dir(machine: &Machine, _: &Values) -> Found {
+    if (machine.writable)(Path::new(SYSTEM_DATA_DIR)) {
+        return fixed(SYSTEM_DATA_DIR, "the system's place for a daemon's state");
+    }
+    let Some(home) = &machine.user_data_dir else {
+        return fixed("", &format!("{SYSTEM_DATA_DIR} cannot be written and there is no home folder"));
+    };
+    let path = home.join("kvd").to_string_lossy().into_owned();
+    (path.into(), format!("{SYSTEM_DATA_DIR} cannot be written by this user"))
+}
+
+fn in_data_dir(values: &Values, name: &str) -> Found {
+    let path = Path::new(values.text("data_dir")).join(name).to_string_lossy().into_owned();
+    fixed(path, "in data_dir")
+}
+
+fn dram_capacity(machine: &Machine, _: &Values) -> Found {
+    let available = machine.available_memory_bytes;
+    let bytes = whole_segments((available / 4).max(DRAM_DEFAULT_BYTES_MIN));
+    let mut why = format!("25 % of {} available memory", human(available));
+    if machine.memory_is_limited {
+        why += " within this control group's limit";
+    }
+    (integer(bytes), why)
+}
+
+fn nvme_path(machine: &Machine, values: &Values) -> Found {
+    let data_dir = Path::new(values.text("data_dir"));
+    let path = data_dir.join("nvme.kvd");
+    match (machine.room)(&path) {
+        Room::Free(bytes) if bytes / 4 < NVME_DEFAULT_BYTES_MIN => {
+            ("".into(), format!("no NVMe tier: only {} free in {}", human(bytes), data_dir.display()))
+        }
+        _ => fixed(path.to_string_lossy().into_owned(), "in data_dir"),
+    }
+}
+
+fn nvme_capacity(machine: &Machine, values: &Values) -> Found {
+    let path = values.text("nvme.path");
+    if path.is_empty() {
+        return fixed(0, "no NVMe tier");
+    }
+    match (machine.room)(Path::new(path)) {
+        Room::Taken(bytes) => (integer(bytes), format!("the size of {path}")),
+        Room::Free(bytes) => {
+            let quarter = whole_segments((bytes / 4).min(NVME_DEFAULT_BYTES_MAX));
+            (integer(quarter), format!("25 % of {} free space, at most 1TiB", human(bytes)))
+        }
+    }
+}
+
+fn share(values: &Values, percent: u64) -> Found {
+    let bytes = u128::from(values.bytes("dram.capacity_bytes")) * u128::from(percent) / 100;
+    (integer(bytes as u64), format!("{percent} % of dram.capacity_bytes"))
+}
+
+/// At least 16 segments where they can be large, so that several tenants and slot sizes fit; at least 4 where not.
+fn segment(capacity_bytes: u64) -> Found {
+    let bytes = segment_bytes(capacity_bytes);
+    let segments = capacity_bytes / bytes;
+    (integer(bytes), format!("{segments} segments in {}", human(capacity_bytes)))
+}
+
+fn segment_bytes(capacity_bytes: u64) -> u64 {
+    let power = |bytes: u64| if bytes == 0 { 0 } else { 1 << bytes.ilog2() };
+    power(capacity_bytes / 16)
+        .clamp(SEGMENT_DEFAULT_BYTES_MIN, SEGMENT_BYTES_MAX)
+        .min(power(capacity_bytes / 4))
+        .max(SEGMENT_BYTES_MIN)
+}
+
+fn whole_segments(bytes: u64) -> u64 {
+    bytes - bytes % segment_bytes(bytes)
+}

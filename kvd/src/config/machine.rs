@@ -1,0 +1,147 @@
+//! What this machine has: memory, space, a name, a place for files. The only reader of the environment in kvd.
+//!
+//! Invariant: looking changes nothing: no folder is made, no file is opened for writing.
+
+use std::os::unix::fs::FileTypeExt as _;
+use std::path::{Path, PathBuf};
+
+/// Where a number cannot be found: small enough to run anywhere.
+const MEMORY_BYTES_UNKNOWN: u64 = 1 << 30;
+
+/// What was found; tests fill it by hand.
+pub(super) struct Machine {
+    /// Memory that can be had without swapping.
+    pub(super) available_memory_bytes: u64,
+    /// Whether a control group's limit was the smaller number.
+    pub(super) memory_is_limited: bool,
+    /// The host's name.
+    pub(super) hostname: String,
+    /// `$XDG_DATA_HOME`, or `~/.local/share`.
+    pub(super) user_data_dir: Option<PathBuf>,
+    /// Whether a folder can be written, or made and then written.
+    pub(super) writable: fn(&Path) -> bool,
+    /// What a file or device could hold.
+    pub(super) room: fn(&Path) -> Room,
+}
+
+/// Space at a path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Room {
+    /// Nothing is there yet; the file system has this much free.
+    Free(u64),
+    /// A file or device of this size is there.
+    Taken(u64),
+}
+
+impl Machine {
+    pub(super) fn found() -> Self {
+        let (whole, limit) = (memory_bytes(), control_group_bytes());
+        Self {
+            available_memory_bytes: whole.min(limit),
+            memory_is_limited: limit < whole,
+            hostname: hostname(),
+            user_data_dir: user_data_dir(),
+            writable,
+            room,
+        }
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "the one place that reads the environment")]
+fn user_data_dir() -> Option<PathBuf> {
+    let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    absolute("XDG_DATA_HOME").or_else(|| absolute("HOME").map(|home| home.join(".local/share")))
+}
+
+/// The host's name, cut at the first dot; "node" where it has none that could be a name.
+fn hostname() -> String {
+    let uname = rustix::system::uname();
+    let name = uname.nodename().to_string_lossy();
+    let fine = |c: &char| c.is_ascii_alphanumeric() || *c == '-' || *c == '_';
+    let name: String = name.chars().take_while(fine).take(super::NODE_NAME_BYTES_MAX).collect();
+    if name.is_empty() { "node".into() } else { name }
+}
+
+fn memory_bytes() -> u64 {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    available_of(&meminfo).unwrap_or(MEMORY_BYTES_UNKNOWN)
+}
+
+fn available_of(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+/// What the tightest control group (version 2) around this process leaves.
+fn control_group_bytes() -> u64 {
+    let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let Some(own) = groups.lines().find_map(|line| line.strip_prefix("0::/")) else {
+        return u64::MAX;
+    };
+    let mount = Path::new("/sys/fs/cgroup");
+    let around = mount.join(own);
+    let inside = around.ancestors().take_while(|folder| folder.starts_with(mount));
+    inside.filter_map(left_in_group).min().unwrap_or(u64::MAX)
+}
+
+fn left_in_group(folder: &Path) -> Option<u64> {
+    let number = |name: &str| std::fs::read_to_string(folder.join(name)).ok()?.trim().parse::<u64>().ok();
+    Some(number("memory.max")?.saturating_sub(number("memory.current").unwrap_or(0)))
+}
+
+fn writable(folder: &Path) -> bool {
+    let Some(nearest) = folder.ancestors().find(|ancestor| ancestor.exists()) else { return false };
+    nearest.is_dir() && rustix::fs::access(nearest, rustix::fs::Access::WRITE_OK).is_ok()
+}
+
+fn room(path: &Path) -> Room {
+    match std::fs::metadata(path) {
+        Ok(found) if found.file_type().is_block_device() => Room::Taken(device_bytes(path)),
+        Ok(found) if found.len() > 0 => Room::Taken(found.len()),
+        _ => Room::Free(free_bytes(path)),
+    }
+}
+
+fn device_bytes(path: &Path) -> u64 {
+    use std::io::{Seek as _, SeekFrom};
+    let end = std::fs::File::open(path).and_then(|mut device| device.seek(SeekFrom::End(0)));
+    end.unwrap_or(0)
+}
+
+fn free_bytes(path: &Path) -> u64 {
+    let nearest = path.ancestors().find(|ancestor| ancestor.exists());
+    let found = nearest.and_then(|folder| rustix::fs::statvfs(folder).ok());
+    found.map_or(0, |space| space.f_bavail.saturating_mul(space.f_frsize))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_something_everywhere() {
+        let machine = Machine::found();
+        assert!(machine.available_memory_bytes > 0);
+        assert!(!machine.hostname.is_empty());
+        assert!(matches!((machine.room)(Path::new("/no/such/folder/file")), Room::Free(bytes) if bytes > 0));
+    }
+
+    #[test]
+    fn reads_meminfo_and_survives_a_strange_one() {
+        assert_eq!(available_of("MemTotal: 9 kB\nMemAvailable:    2048 kB\n"), Some(2 << 20));
+        assert_eq!(available_of("MemAvailable: many"), None);
+        assert_eq!(available_of(""), None);
+    }
+
+    #[test]
+    fn a_file_that_is_there_keeps_its_size() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("nvme.kvd");
+        assert!(matches!(room(&path), Room::Free(_)));
+        std::fs::File::create(&path).unwrap().set_len(1 << 30).unwrap();
+        assert_eq!(room(&path), Room::Taken(1 << 30));
+        assert!(writable(&folder.path().join("made/later")));
+        assert!(!writable(&path), "a file is no folder");
+    }
+}

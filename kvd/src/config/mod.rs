@@ -1,0 +1,377 @@
+//! The configuration: one `kvd.toml`, every key defaulted from what the machine has, every default explained.
+//!
+//! Owns the typed values and the checks between them. The keys, their defaults and their explanations stand in one
+//! table (`keys`), from which parsing, defaulting and `kvd config` are all made.
+//! Invariants: the only place in kvd that reads the environment (`machine`); no clock; a `Config` that exists passed
+//! `check`; an error names the key, the value and the fix.
+
+mod keys;
+mod machine;
+mod size;
+mod text;
+mod values;
+
+#[cfg(test)]
+mod tests;
+
+use kvd_proto::Error;
+use machine::Machine;
+use serde::{Deserialize, Deserializer};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use values::Values;
+
+pub use size::human as human_size;
+
+/// Segments are whole huge pages.
+pub const SEGMENT_ALIGN_BYTES: u64 = 2 << 20;
+/// Smaller segments would be mostly headers and file descriptors. At the limit: refused.
+pub const SEGMENT_BYTES_MIN: u64 = 4 << 20;
+/// Larger segments keep too much for one (tenant, size class). At the limit: refused.
+pub const SEGMENT_BYTES_MAX: u64 = 1 << 30;
+/// Longest path that the kernel's `sockaddr_un` takes. At the limit: refused.
+pub const SOCKET_PATH_BYTES_MAX: usize = 107;
+/// Longest name of a node. At the limit: refused.
+pub const NODE_NAME_BYTES_MAX: usize = 64;
+
+/// Everything that can be set.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Where the node keeps its files and, by default, its sockets.
+    pub data_dir: PathBuf,
+    /// The node's name for people and peers.
+    pub node_name: String,
+    /// Where it listens.
+    pub listen: Listen,
+    /// The DRAM tier.
+    pub dram: Dram,
+    /// The NVMe tier.
+    pub nvme: Nvme,
+    /// What one session may hold.
+    pub leases: Leases,
+    /// How many of each there may be.
+    pub limits: Limits,
+}
+
+/// Where the node listens.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Listen {
+    /// The session socket.
+    pub session_socket: PathBuf,
+    /// gRPC on a Unix socket.
+    pub grpc_socket: PathBuf,
+    /// gRPC on TCP; `None` is off.
+    #[serde(deserialize_with = "address")]
+    pub grpc_address: Option<SocketAddr>,
+    /// Prometheus over HTTP; `None` is off.
+    #[serde(deserialize_with = "address")]
+    pub metrics_address: Option<SocketAddr>,
+}
+
+/// The DRAM tier.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Dram {
+    /// Bytes of all segments, whole segments.
+    pub capacity_bytes: u64,
+    /// Bytes of one segment.
+    pub segment_bytes: u64,
+    /// Whether to ask for huge pages.
+    pub huge_pages: Wish,
+    /// Whether to ask for locked memory.
+    pub lock: Wish,
+    /// Which copy goes first.
+    pub eviction: Eviction,
+}
+
+/// The NVMe tier.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Nvme {
+    /// The file or block device; `None` is no NVMe tier.
+    #[serde(deserialize_with = "path")]
+    pub path: Option<PathBuf>,
+    /// Bytes of all segments, whole segments.
+    pub capacity_bytes: u64,
+    /// Bytes of one segment.
+    pub segment_bytes: u64,
+    /// Transfers under way at most.
+    pub queue_depth: u32,
+    /// How bytes are moved.
+    pub engine: Engine,
+    /// Whether a kernel thread polls the submission queue.
+    pub sqpoll: bool,
+    /// Whether completions are polled.
+    pub iopoll: bool,
+    /// Which copy goes first.
+    pub eviction: Eviction,
+    /// Memory of the catalog's own cache.
+    pub catalog_cache_bytes: u64,
+}
+
+/// What one session may hold.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Leases {
+    /// How long a lease lasts, in milliseconds.
+    pub ttl_ms: u32,
+    /// Bytes one session may lease at once.
+    pub bytes_max_per_session: u64,
+}
+
+/// How many of each there may be.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// Sessions.
+    pub sessions_max: u32,
+    /// Members of all sessions together.
+    pub members_max: u32,
+    /// Leases one session may hold.
+    pub leases_max_per_session: u32,
+    /// DRAM bytes that may wait in quarantine.
+    pub quarantine_bytes_max: u64,
+}
+
+/// Whether to ask the machine for something it may refuse.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Wish {
+    /// Ask, and do without where it is refused.
+    Auto,
+    /// Do not ask.
+    Off,
+}
+
+/// An order of eviction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Eviction {
+    /// Least recently used.
+    Lru,
+    /// S3-FIFO: one-time blocks leave early.
+    S3fifo,
+}
+
+/// How NVMe bytes are moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Engine {
+    /// `io_uring`, or `psync` where it is refused.
+    Auto,
+    /// `io_uring` or nothing.
+    IoUring,
+    /// pread and pwrite on threads.
+    Psync,
+}
+
+impl Config {
+    /// Reads `path`, or takes every default where there is none.
+    pub fn load(path: Option<&Path>) -> Result<Self, Error> {
+        let given = path.map_or_else(|| Ok(toml::Table::new()), text::read)?;
+        Self::of(&Values::resolve(&given, source(path), &Machine::found())?)
+    }
+
+    /// A complete, commented `kvd.toml` with the values `load` would take: what `kvd config` prints.
+    pub fn explain(path: Option<&Path>) -> Result<String, Error> {
+        let given = path.map_or_else(|| Ok(toml::Table::new()), text::read)?;
+        let values = Values::resolve(&given, source(path), &Machine::found())?;
+        Self::of(&values)?;
+        Ok(text::write(&values))
+    }
+
+    /// A node within another program: everything inside `data_dir`, no TCP; `nvme_bytes` 0 is no NVMe tier.
+    pub fn embedded(data_dir: &Path, dram_bytes: u64, nvme_bytes: u64) -> Result<Self, Error> {
+        Self::embedded_on(&Machine::found(), data_dir, dram_bytes, nvme_bytes)
+    }
+
+    fn embedded_on(
+        machine: &Machine,
+        data_dir: &Path,
+        dram_bytes: u64,
+        nvme_bytes: u64,
+    ) -> Result<Self, Error> {
+        let mut given = toml::Table::new();
+        let mut set = |section: &str, key: &str, value: toml::Value| {
+            let table = given.entry(section).or_insert_with(|| toml::Table::new().into());
+            table.as_table_mut().expect("a section").insert(key.into(), value);
+        };
+        set("listen", "grpc_address", "".into());
+        set("listen", "metrics_address", "".into());
+        set("dram", "capacity_bytes", integer(dram_bytes));
+        match nvme_bytes {
+            0 => set("nvme", "path", "".into()),
+            _ => set("nvme", "capacity_bytes", integer(nvme_bytes)),
+        }
+        given.insert("data_dir".into(), data_dir.to_string_lossy().into_owned().into());
+        Self::of(&Values::resolve(&given, "given by the program", machine)?)
+    }
+
+    fn of(values: &Values) -> Result<Self, Error> {
+        let mut config: Self = values.to_table().try_into().map_err(|error: toml::de::Error| {
+            Error::invalid("config", error.message(), "compare with what `kvd config` prints")
+        })?;
+        config.dram.capacity_bytes -= config.dram.capacity_bytes % config.dram.segment_bytes.max(1);
+        config.nvme.capacity_bytes -= config.nvme.capacity_bytes % config.nvme.segment_bytes.max(1);
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Checks each value's range and the values against each other.
+    pub fn check(&self) -> Result<(), Error> {
+        self.check_names()?;
+        self.listen.check()?;
+        check_segments("dram", self.dram.capacity_bytes, self.dram.segment_bytes)?;
+        self.nvme.check()?;
+        self.leases.check(self.dram.capacity_bytes)?;
+        self.limits.check(self.dram.capacity_bytes)
+    }
+
+    fn check_names(&self) -> Result<(), Error> {
+        check_absolute("data_dir", &self.data_dir)?;
+        let fine = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+        let name = self.node_name.as_bytes();
+        if name.is_empty() || name.len() > NODE_NAME_BYTES_MAX || !name.iter().copied().all(fine) {
+            return Err(Error::invalid(
+                "node_name",
+                format!("{:?} is not a name", self.node_name),
+                format!("use 1 to {NODE_NAME_BYTES_MAX} letters, digits, '-', '_' and '.'"),
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl Listen {
+    fn check(&self) -> Result<(), Error> {
+        let sockets =
+            [("listen.session_socket", &self.session_socket), ("listen.grpc_socket", &self.grpc_socket)];
+        for (key, socket) in sockets {
+            check_absolute(key, socket)?;
+            let bytes = socket.as_os_str().len();
+            if bytes > SOCKET_PATH_BYTES_MAX {
+                return Err(Error::invalid(
+                    key,
+                    format!("{} has {bytes} bytes", socket.display()),
+                    format!(
+                        "a socket's path has at most {SOCKET_PATH_BYTES_MAX}; use a shorter one, in /run"
+                    ),
+                ));
+            }
+        }
+        if self.session_socket == self.grpc_socket {
+            let message = format!("{} is the session socket", self.grpc_socket.display());
+            return Err(Error::invalid("listen.grpc_socket", message, "give each socket its own path"));
+        }
+        match (self.grpc_address, self.metrics_address) {
+            (Some(grpc), Some(metrics)) if grpc == metrics && grpc.port() != 0 => Err(Error::invalid(
+                "listen.metrics_address",
+                format!("{metrics} is the gRPC address"),
+                "give each its own port",
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Nvme {
+    fn check(&self) -> Result<(), Error> {
+        let Some(path) = &self.path else { return Ok(()) };
+        check_absolute("nvme.path", path)?;
+        check_segments("nvme", self.capacity_bytes, self.segment_bytes)?;
+        check_range("nvme.queue_depth", u64::from(self.queue_depth), 1, 4096)?;
+        check_range("nvme.catalog_cache_bytes", self.catalog_cache_bytes, 1 << 20, 64 << 30)?;
+        for (key, wanted) in [("nvme.sqpoll", self.sqpoll), ("nvme.iopoll", self.iopoll)] {
+            if wanted && self.engine == Engine::Psync {
+                let fix =
+                    "polling is io_uring's: set nvme.engine to \"auto\" or \"io_uring\", or this to false";
+                return Err(Error::invalid(key, "true with nvme.engine = \"psync\"", fix));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Leases {
+    fn check(&self, dram_bytes: u64) -> Result<(), Error> {
+        check_range("leases.ttl_ms", u64::from(self.ttl_ms), 100, 3_600_000)?;
+        check_share("leases.bytes_max_per_session", self.bytes_max_per_session, dram_bytes)
+    }
+}
+
+impl Limits {
+    fn check(&self, dram_bytes: u64) -> Result<(), Error> {
+        check_range("limits.sessions_max", u64::from(self.sessions_max), 1, 65_536)?;
+        let (sessions, members) = (u64::from(self.sessions_max), u64::from(self.members_max));
+        check_range("limits.members_max", members, sessions, 65_536)?;
+        let leases = u64::from(self.leases_max_per_session);
+        check_range("limits.leases_max_per_session", leases, 1, 1 << 20)?;
+        check_share("limits.quarantine_bytes_max", self.quarantine_bytes_max, dram_bytes)
+    }
+}
+
+fn check_segments(tier: &str, capacity_bytes: u64, segment_bytes: u64) -> Result<(), Error> {
+    let key = format!("{tier}.segment_bytes");
+    check_range(&key, segment_bytes, SEGMENT_BYTES_MIN, SEGMENT_BYTES_MAX)?;
+    if !segment_bytes.is_multiple_of(SEGMENT_ALIGN_BYTES) {
+        let message = format!("{segment_bytes} is not whole huge pages");
+        return Err(Error::invalid(key, message, "use a multiple of 2MiB"));
+    }
+    if capacity_bytes < segment_bytes {
+        return Err(Error::invalid(
+            format!("{tier}.capacity_bytes"),
+            format!("less than one segment of {}", human_size(segment_bytes)),
+            format!("raise it, or lower {tier}.segment_bytes (at least {})", human_size(SEGMENT_BYTES_MIN)),
+        ));
+    }
+    Ok(())
+}
+
+fn check_range(key: &str, value: u64, least: u64, most: u64) -> Result<(), Error> {
+    if (least..=most).contains(&value) {
+        return Ok(());
+    }
+    let show = |number: u64| if key.contains("bytes") { human_size(number) } else { number.to_string() };
+    let fix = format!("use {} to {}", show(least), show(most));
+    Err(Error::invalid(key, format!("{} is out of range", show(value)), fix))
+}
+
+fn check_share(key: &str, value: u64, dram_bytes: u64) -> Result<(), Error> {
+    if (1..=dram_bytes).contains(&value) {
+        return Ok(());
+    }
+    Err(Error::invalid(
+        key,
+        format!("{} of a DRAM tier of {}", human_size(value), human_size(dram_bytes)),
+        "use more than 0 and at most dram.capacity_bytes",
+    ))
+}
+
+fn check_absolute(key: &str, path: &Path) -> Result<(), Error> {
+    if path.is_absolute() {
+        return Ok(());
+    }
+    let fix = "write it from /: a daemon has no working directory to trust";
+    Err(Error::invalid(key, format!("{} is a relative path", path.display()), fix))
+}
+
+fn source(path: Option<&Path>) -> &str {
+    path.and_then(Path::to_str).unwrap_or("the config file")
+}
+
+/// Sizes beyond TOML's integers do not exist; they saturate and fail `check`.
+fn integer(bytes: u64) -> toml::Value {
+    toml::Value::Integer(i64::try_from(bytes).unwrap_or(i64::MAX))
+}
+
+fn address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<SocketAddr>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    if text.is_empty() { Ok(None) } else { text.parse().map(Some).map_err(serde::de::Error::custom) }
+}
+
+fn path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
+    let path = PathBuf::deserialize(deserializer)?;
+    Ok(if path.as_os_str().is_empty() { None } else { Some(path) })
+}
