@@ -325,6 +325,37 @@ mod tests {
     }
 
     #[test]
+    fn fields_are_where_the_format_says() {
+        let record = Record {
+            slot: 5,
+            fingerprint: Fingerprint([3; 32]),
+            id: BlockId([4; 16]),
+            parent: BlockId([5; 16]),
+            depth: 6,
+            tokens: 7,
+            group: 8,
+            flags: 9,
+            write_epoch: 10,
+            part_checksums: vec![11, 12],
+        };
+        let bytes = encode_chunk(std::slice::from_ref(&record));
+        let number = |at: usize, len: usize| {
+            bytes[at..at + len].iter().rev().fold(0, |sum, &byte| sum << 8 | u64::from(byte))
+        };
+        assert_eq!((&bytes[..4], bytes.len()), (b"KVDC".as_slice(), 52 + 68));
+        assert_eq!(
+            [(8, 2), (10, 2), (12, 4), (16, 2), (18, 2)].map(|(at, len)| number(at, len)),
+            [1, 0, 120, 1, 1]
+        );
+        assert_eq!((bytes[20], bytes[51]), (3, 3));
+        let fields = [(0, 2), (2, 2), (4, 2), (6, 2), (8, 2), (10, 2), (12, 4), (16, 4), (20, 8)];
+        assert_eq!(fields.map(|(at, len)| number(52 + at, len)), [68, 5, 0, 8, 9, 2, 6, 7, 10]);
+        assert_eq!((bytes[52 + 28], bytes[52 + 44], number(52 + 60, 4), number(52 + 64, 4)), (4, 5, 11, 12));
+        let longer = [bytes, vec![0]].concat();
+        assert_eq!(decode_chunk(&finish(longer)), None, "a byte too many");
+    }
+
+    #[test]
     fn chunk_keys_sort_as_slots_do() {
         let keys = [(1, 63), (1, 64), (1, 70_000), (2, 0)].map(|(segment, slot)| ChunkKey::of(segment, slot));
         assert!(keys.is_sorted() && keys.map(ChunkKey::to_bytes).is_sorted());
