@@ -50,7 +50,7 @@ pub struct Record {
     pub flags: u16,
     /// As the slot header's: the newer of two wins.
     pub write_epoch: u64,
-    /// CRC-32 of each part, by index.
+    /// CRC-32 of each part, by index; empty: only the slot's header has them.
     pub part_checksums: Vec<u32>,
 }
 
@@ -123,7 +123,7 @@ pub fn decode_chunk(bytes: &[u8]) -> Option<Vec<Record>> {
 impl Record {
     fn push(&self, space: u16, out: &mut Vec<u8>) {
         let parts = self.part_checksums.len();
-        assert!(u32::from(self.slot) < CHUNK_SLOTS && (1..=PARTS_MAX).contains(&parts), "{self:?}");
+        assert!(u32::from(self.slot) < CHUNK_SLOTS && parts <= PARTS_MAX, "{self:?}");
         let bytes = (RECORD_BYTES + 4 * parts) as u16;
         for number in [bytes, self.slot, space, self.group, self.flags, parts as u16] {
             out.extend_from_slice(&number.to_le_bytes());
@@ -154,7 +154,7 @@ impl Record {
             flags,
             part_checksums: (0..parts).map(|_| reader.u32()).collect::<Option<_>>()?,
         };
-        let bounded = u32::from(slot) < CHUNK_SLOTS && (1..=PARTS_MAX).contains(&parts);
+        let bounded = u32::from(slot) < CHUNK_SLOTS && parts <= PARTS_MAX;
         (bounded && (newer || reader.0.is_empty())).then_some(record)
     }
 }
@@ -251,7 +251,7 @@ mod tests {
         fn record()(slot in 0..CHUNK_SLOTS as u16, space in 0..3u8, id in any::<[u8; 16]>(),
                     parent in any::<[u8; 16]>(), depth in any::<u32>(), tokens in any::<u32>(),
                     group in any::<u16>(), flags in any::<u16>(), write_epoch in any::<u64>(),
-                    part_checksums in proptest::collection::vec(any::<u32>(), 1..40)) -> Record {
+                    part_checksums in proptest::collection::vec(any::<u32>(), 0..40)) -> Record {
             Record { slot, fingerprint: Fingerprint([space; 32]), id: BlockId(id), parent: BlockId(parent), depth,
                 tokens, group, flags, write_epoch, part_checksums }
         }

@@ -4,6 +4,9 @@
 //! Invariants: never the truth while the daemon runs; whatever is wrong with it (sled fails or panics, a value does not
 //! decode) means "rebuild from headers", never a wrong answer: what it says is checked against the headers before it is
 //! served. No sled type leaves this file.
+//! Memory: the cache and, once chunks are rewritten at random, up to 16,384 pages of two chunks each: sled queues 64
+//! accesses in each of 256 shards before it evicts. Measured beyond the cache: 455 MB with 32 part checksums a record
+//! (4 million blocks), 230 MB with one (10 million).
 //! Waits for the disk: belongs on a thread of its own. Leaves to others: batching and when to flush (kvd).
 
 use super::record::{ChunkKey, Record, SpaceRecord, decode_chunk, encode_chunk};
