@@ -24,7 +24,7 @@ pub const CACHE_BYTES_DEFAULT: u64 = 32 << 20;
 pub enum StoreError {
     /// Sled says so.
     #[error("catalog: {0}")]
-    Sled(#[from] sled::Error),
+    Sled(String),
     /// Sled panicked; the store must be dropped.
     #[error("catalog: sled panicked: {0}")]
     Panicked(String),
@@ -156,7 +156,7 @@ impl Drop for Store {
 
 fn guarded<T>(call: impl FnOnce() -> Result<T, sled::Error>) -> Result<T, StoreError> {
     match catch_unwind(AssertUnwindSafe(call)) {
-        Ok(result) => Ok(result?),
+        Ok(result) => result.map_err(|error| StoreError::Sled(error.to_string())),
         Err(panic) => {
             let text = panic.downcast_ref::<String>().map(String::as_str);
             let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
