@@ -338,6 +338,16 @@ mod tests {
     }
 
     #[test]
+    fn a_hole_behind_the_cursor_does_not_break_a_run() {
+        let mut pool = pool(&[(7, 10), (9, 10)]);
+        let first: Vec<_> = (0..5).map(|owner| pool.allocate(owner).unwrap()).collect();
+        pool.free(first[1]);
+        let run: Vec<_> = (0..5).map(|owner| pool.allocate(owner).unwrap()).collect();
+        assert_eq!(run, (5..10).map(|slot| at(7, slot)).collect::<Vec<_>>());
+        assert_eq!(pool.allocate(1), Some(at(9, 0)), "the sweep goes on before it comes back to the hole");
+    }
+
+    #[test]
     fn generation_rises_when_a_slot_becomes_free() {
         let mut pool = pool(&[(1, 2)]);
         let slot = pool.allocate(5).unwrap();

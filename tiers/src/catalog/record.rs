@@ -50,7 +50,7 @@ pub struct Record {
     pub flags: u16,
     /// As the slot header's: the newer of two wins.
     pub write_epoch: u64,
-    /// CRC-32 of each part, by index.
+    /// CRC-32 of each part, by index; empty: only the slot's header has them.
     pub part_checksums: Vec<u32>,
 }
 
@@ -123,7 +123,7 @@ pub fn decode_chunk(bytes: &[u8]) -> Option<Vec<Record>> {
 impl Record {
     fn push(&self, space: u16, out: &mut Vec<u8>) {
         let parts = self.part_checksums.len();
-        assert!(u32::from(self.slot) < CHUNK_SLOTS && (1..=PARTS_MAX).contains(&parts), "{self:?}");
+        assert!(u32::from(self.slot) < CHUNK_SLOTS && parts <= PARTS_MAX, "{self:?}");
         let bytes = (RECORD_BYTES + 4 * parts) as u16;
         for number in [bytes, self.slot, space, self.group, self.flags, parts as u16] {
             out.extend_from_slice(&number.to_le_bytes());
@@ -154,7 +154,7 @@ impl Record {
             flags,
             part_checksums: (0..parts).map(|_| reader.u32()).collect::<Option<_>>()?,
         };
-        let bounded = u32::from(slot) < CHUNK_SLOTS && (1..=PARTS_MAX).contains(&parts);
+        let bounded = u32::from(slot) < CHUNK_SLOTS && parts <= PARTS_MAX;
         (bounded && (newer || reader.0.is_empty())).then_some(record)
     }
 }
@@ -251,7 +251,7 @@ mod tests {
         fn record()(slot in 0..CHUNK_SLOTS as u16, space in 0..3u8, id in any::<[u8; 16]>(),
                     parent in any::<[u8; 16]>(), depth in any::<u32>(), tokens in any::<u32>(),
                     group in any::<u16>(), flags in any::<u16>(), write_epoch in any::<u64>(),
-                    part_checksums in proptest::collection::vec(any::<u32>(), 1..40)) -> Record {
+                    part_checksums in proptest::collection::vec(any::<u32>(), 0..40)) -> Record {
             Record { slot, fingerprint: Fingerprint([space; 32]), id: BlockId(id), parent: BlockId(parent), depth,
                 tokens, group, flags, write_epoch, part_checksums }
         }
@@ -322,6 +322,37 @@ mod tests {
         assert_eq!(SpaceRecord::decode(&[1; 32], &finish(bytes.clone())), Some(record));
         bytes[8] = 2;
         assert_eq!(SpaceRecord::decode(&[1; 32], &finish(bytes)), None);
+    }
+
+    #[test]
+    fn fields_are_where_the_format_says() {
+        let record = Record {
+            slot: 5,
+            fingerprint: Fingerprint([3; 32]),
+            id: BlockId([4; 16]),
+            parent: BlockId([5; 16]),
+            depth: 6,
+            tokens: 7,
+            group: 8,
+            flags: 9,
+            write_epoch: 10,
+            part_checksums: vec![11, 12],
+        };
+        let bytes = encode_chunk(std::slice::from_ref(&record));
+        let number = |at: usize, len: usize| {
+            bytes[at..at + len].iter().rev().fold(0, |sum, &byte| sum << 8 | u64::from(byte))
+        };
+        assert_eq!((&bytes[..4], bytes.len()), (b"KVDC".as_slice(), 52 + 68));
+        assert_eq!(
+            [(8, 2), (10, 2), (12, 4), (16, 2), (18, 2)].map(|(at, len)| number(at, len)),
+            [1, 0, 120, 1, 1]
+        );
+        assert_eq!((bytes[20], bytes[51]), (3, 3));
+        let fields = [(0, 2), (2, 2), (4, 2), (6, 2), (8, 2), (10, 2), (12, 4), (16, 4), (20, 8)];
+        assert_eq!(fields.map(|(at, len)| number(52 + at, len)), [68, 5, 0, 8, 9, 2, 6, 7, 10]);
+        assert_eq!((bytes[52 + 28], bytes[52 + 44], number(52 + 60, 4), number(52 + 64, 4)), (4, 5, 11, 12));
+        let longer = [bytes, vec![0]].concat();
+        assert_eq!(decode_chunk(&finish(longer)), None, "a byte too many");
     }
 
     #[test]

@@ -4,6 +4,9 @@
 //! Invariants: never the truth while the daemon runs; whatever is wrong with it (sled fails or panics, a value does not
 //! decode) means "rebuild from headers", never a wrong answer: what it says is checked against the headers before it is
 //! served. No sled type leaves this file.
+//! Memory: the cache and, once chunks are rewritten at random, up to 16,384 pages of two chunks each: sled queues 64
+//! accesses in each of 256 shards before it evicts. Measured beyond the cache: 455 MB with 32 part checksums a record
+//! (4 million blocks), 230 MB with one (10 million).
 //! Waits for the disk: belongs on a thread of its own. Leaves to others: batching and when to flush (kvd).
 
 use super::record::{ChunkKey, Record, SpaceRecord, decode_chunk, encode_chunk};
@@ -21,7 +24,7 @@ pub const CACHE_BYTES_DEFAULT: u64 = 32 << 20;
 pub enum StoreError {
     /// Sled says so.
     #[error("catalog: {0}")]
-    Sled(#[from] sled::Error),
+    Sled(String),
     /// Sled panicked; the store must be dropped.
     #[error("catalog: sled panicked: {0}")]
     Panicked(String),
@@ -153,7 +156,7 @@ impl Drop for Store {
 
 fn guarded<T>(call: impl FnOnce() -> Result<T, sled::Error>) -> Result<T, StoreError> {
     match catch_unwind(AssertUnwindSafe(call)) {
-        Ok(result) => Ok(result?),
+        Ok(result) => result.map_err(|error| StoreError::Sled(error.to_string())),
         Err(panic) => {
             let text = panic.downcast_ref::<String>().map(String::as_str);
             let text = text.or_else(|| panic.downcast_ref::<&str>().copied());

@@ -1,7 +1,7 @@
 //! Least recently used goes first. The `lru` crate's list and map behind the `Eviction` trait.
 //!
 //! Invariant: order of last insert or touch, except that a copy found ineligible counts as just used.
-//! Memory: about 60 B a copy (a list node each, and a map entry that grows by doubling).
+//! Memory: 52 to 70 B a copy (a list node of 32, and a map that doubles); measured 68 at a million.
 
 use super::{Eviction, Handle};
 use lru::LruCache;

@@ -6,7 +6,7 @@
 //! Invariants: a handle is in one queue; queues are lists through `links`, newest at the head, looked at from the tail.
 //! The ghost remembers copies removed from the small queue, about as many as there are handles, four to a bucket, the
 //! oldest of a bucket falling out. A false memory (4 in 2^32 / buckets) sends a new copy straight to main: no harm.
-//! Memory: 13 B a handle (dense arrays, by the largest handle) and 2-4 B a copy of ghost.
+//! Memory: 13 B a handle (dense arrays, by the largest handle) and 2-4 B a copy of ghost; measured 18 at a million.
 
 use super::{Eviction, Handle};
 
