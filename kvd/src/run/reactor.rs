@@ -1,0 +1,489 @@
+//! The node's thread: waits for sockets, processes and other threads, hands what happened to the node in one batch, and
+//! does what it decides.
+//!
+//! Invariants: nothing here decides; nothing here waits but the one `poll`; every wake-up drains everything into as few
+//! `apply` calls as the node's batch limit allows. A member's process is watched by pidfd until the node lets it go.
+
+use super::dram::DramSegments;
+use super::grpc::Callers;
+use super::inbox::{Inbox, Input};
+use super::metrics::Timings;
+use super::mover::{Mover, Order};
+use super::socket::{Left, Socket};
+use super::watch::Watchers;
+use super::workers::{ChecksumOrder, checksummer, populator};
+use crate::node::event::{Answer, Effect, Event, MemberId};
+use crate::node::{EVENTS_PER_CALL_MAX, Node};
+use kvd_proto::slot_header::{FLAG_CHECKSUMMED, SlotHeader};
+use kvd_proto::wire::{self, ClientFrame, Tier, client_frame, node_frame};
+use kvd_proto::{Code, Error};
+use kvd_tiers::segment::{Geometry, SegmentId, SlotRef};
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token};
+use rustix::fd::{AsRawFd, OwnedFd};
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+use tokio::sync::oneshot;
+
+const LISTENER: Token = Token(0);
+pub(super) const WAKE: Token = Token(1);
+/// Tokens of members: `2 * member` the socket, `2 * member + 1` the process.
+const FIRST_MEMBER: MemberId = 1;
+const TICK: Duration = Duration::from_millis(50);
+const POLLED_MAX: usize = 1024;
+const READ_BUFFER_BYTES: usize = 64 << 10;
+
+/// What the reactor is made of.
+pub(super) struct Parts {
+    pub(super) poll: Poll,
+    pub(super) listener: mio::net::UnixListener,
+    pub(super) inbox: Inbox,
+    pub(super) node: Node,
+    pub(super) dram: Arc<DramSegments>,
+    pub(super) mover: Option<Mover>,
+    pub(super) connections_max: usize,
+    pub(super) timings: Arc<Timings>,
+    pub(super) started: Instant,
+}
+
+pub(super) struct Reactor {
+    poll: Poll,
+    listener: mio::net::UnixListener,
+    inbox: Inbox,
+    node: Node,
+    dram: Arc<DramSegments>,
+    mover: Option<Mover>,
+    orders: Vec<Order>,
+    checksums: Sender<ChecksumOrder>,
+    populate: Sender<(SegmentId, Arc<super::dram::DramSegment>)>,
+    members: HashMap<MemberId, Peer>,
+    last_member: MemberId,
+    connections_max: usize,
+    /// Sockets with unread bytes that edge-triggered polling will not mention again.
+    unread: BTreeSet<MemberId>,
+    unsent: BTreeSet<MemberId>,
+    callers: Callers,
+    watchers: Watchers,
+    questions: HashMap<u64, oneshot::Sender<Answer>>,
+    /// By token: the header to show once every part agrees.
+    promotions: HashMap<u64, (SlotRef, u32, Box<SlotHeader>)>,
+    last_ticket: u64,
+    timings: Arc<Timings>,
+    started: Instant,
+    ticked: Instant,
+    events: Vec<Event>,
+    effects: Vec<Effect>,
+    stopping: bool,
+}
+
+/// A socket and the process behind it; either may go first.
+struct Peer {
+    socket: Option<Socket>,
+    process: Option<OwnedFd>,
+    pid: u32,
+    opened: bool,
+}
+
+impl Reactor {
+    pub(super) fn new(parts: Parts) -> std::io::Result<Self> {
+        let mut listener = parts.listener;
+        parts.poll.registry().register(&mut listener, LISTENER, Interest::READABLE)?;
+        Ok(Self {
+            poll: parts.poll,
+            listener,
+            checksums: checksummer(parts.inbox.clone()),
+            populate: populator(parts.inbox.clone()),
+            inbox: parts.inbox,
+            node: parts.node,
+            dram: parts.dram,
+            mover: parts.mover,
+            orders: Vec::new(),
+            members: HashMap::new(),
+            last_member: FIRST_MEMBER,
+            connections_max: parts.connections_max,
+            unread: BTreeSet::new(),
+            unsent: BTreeSet::new(),
+            callers: Callers::default(),
+            watchers: Watchers::default(),
+            questions: HashMap::new(),
+            promotions: HashMap::new(),
+            last_ticket: 0,
+            timings: parts.timings,
+            started: parts.started,
+            ticked: parts.started,
+            events: Vec::new(),
+            effects: Vec::new(),
+            stopping: false,
+        })
+    }
+
+    /// Until `Input::Stop`.
+    pub(super) fn run(&mut self) -> std::io::Result<()> {
+        let mut polled = Events::with_capacity(POLLED_MAX);
+        let mut inputs = Vec::new();
+        while !self.stopping {
+            let more = !self.unread.is_empty() || self.node.busy();
+            let timeout = if more { Duration::ZERO } else { TICK };
+            match self.poll.poll(&mut polled, Some(timeout)) {
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                other => other?,
+            }
+            let woke = Instant::now();
+            for event in &polled {
+                self.polled(event);
+            }
+            self.read_rest();
+            self.inbox.drain(&mut inputs);
+            inputs.drain(..).for_each(|input| self.input(input));
+            if self.ticked.elapsed() >= TICK {
+                self.ticked = Instant::now();
+                self.events.push(Event::Tick);
+            }
+            self.apply();
+            self.send_all();
+            self.timings.round.observe(woke.elapsed().as_secs_f64());
+        }
+        if let Some(mover) = &self.mover {
+            mover.order(&mut vec![Order::Stop]);
+        }
+        Ok(())
+    }
+
+    fn polled(&mut self, event: &mio::event::Event) {
+        match event.token() {
+            LISTENER => self.accept(),
+            WAKE => {}
+            Token(token) => {
+                let member = (token / 2) as MemberId;
+                if token % 2 == 1 {
+                    self.process_gone(member);
+                    return;
+                }
+                if event.is_writable() {
+                    self.unsent.insert(member);
+                }
+                if event.is_readable() || event.is_read_closed() || event.is_error() {
+                    self.unread.insert(member);
+                }
+            }
+        }
+    }
+
+    fn accept(&mut self) {
+        while let Ok((stream, _)) = self.listener.accept() {
+            if self.members.len() >= self.connections_max {
+                tracing::warn!(limit = self.connections_max, "a connection is refused: limits.members_max");
+                continue; // dropped: the peer sees the end at once
+            }
+            if let Err(error) = self.welcome(stream) {
+                tracing::warn!(%error, "a connection could not be taken");
+            }
+        }
+    }
+
+    fn welcome(&mut self, mut stream: mio::net::UnixStream) -> std::io::Result<()> {
+        let pid = rustix::net::sockopt::socket_peercred(&stream)?.pid;
+        let process = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty());
+        self.last_member += 1;
+        let member = self.last_member;
+        let (socket_token, process_token) = tokens(member);
+        let registry = self.poll.registry();
+        registry.register(&mut stream, socket_token, Interest::READABLE | Interest::WRITABLE)?;
+        if let Ok(process) = &process {
+            registry.register(&mut SourceFd(&process.as_raw_fd()), process_token, Interest::READABLE)?;
+        } else {
+            // Its end cannot be proven: what it holds when its socket goes stays in quarantine.
+            tracing::warn!(pid = pid.as_raw_nonzero().get(), "no pidfd for this client");
+        }
+        let pid = pid.as_raw_nonzero().get() as u32;
+        let peer = Peer { socket: Some(Socket::new(stream)), process: process.ok(), pid, opened: false };
+        self.members.insert(member, peer);
+        self.unread.insert(member);
+        Ok(())
+    }
+
+    fn process_gone(&mut self, member: MemberId) {
+        let Some(peer) = self.members.remove(&member) else { return };
+        self.let_go(peer);
+        self.events.push(Event::ProcessGone { member });
+    }
+
+    fn let_go(&self, peer: Peer) {
+        let registry = self.poll.registry();
+        if let Some(process) = &peer.process {
+            let _ = registry.deregister(&mut SourceFd(&process.as_raw_fd()));
+        }
+        if let Some(mut socket) = peer.socket {
+            let _ = registry.deregister(&mut socket.stream);
+        }
+    }
+
+    /// One share of every socket that has something.
+    fn read_rest(&mut self) {
+        let mut buffer = [0; READ_BUFFER_BYTES];
+        let mut frames = Vec::new();
+        for member in std::mem::take(&mut self.unread) {
+            let Some(peer) = self.members.get_mut(&member) else { continue };
+            let Some(socket) = peer.socket.as_mut().filter(|socket| !socket.closing) else { continue };
+            let left = socket.read(&mut buffer, &mut frames);
+            frames.drain(..).for_each(|frame| self.frame(member, frame));
+            match left {
+                Ok(Left::Nothing) => {}
+                Ok(Left::More) => {
+                    self.unread.insert(member);
+                }
+                Ok(Left::Ended) => self.socket_lost(member),
+                Err(error) => self.not_a_frame(member, error),
+            }
+        }
+    }
+
+    fn frame(&mut self, member: MemberId, frame: ClientFrame) {
+        let request_id = frame.request_id;
+        let Some(body) = frame.body else {
+            let error = Error::invalid("body", "not given or of a later version", "use this node's version");
+            self.send(member, crate::node::event::frame(request_id, node_frame::Body::Error(error.into())));
+            return;
+        };
+        let peer = self.members.get_mut(&member).expect("it was just read");
+        self.events.push(match body {
+            client_frame::Body::OpenSession(request) if !peer.opened => {
+                peer.opened = true;
+                Event::Open { member, request_id, pid: peer.pid, maps: true, token: random(), request }
+            }
+            body => Event::Request { member, request_id, body },
+        });
+    }
+
+    /// The next boundary is unknown: says why, then ends the connection.
+    fn not_a_frame(&mut self, member: MemberId, error: Error) {
+        assert_eq!(error.code, Code::Frame, "only a broken frame ends a connection");
+        tracing::warn!(member, %error, "a connection is closed");
+        self.send(member, crate::node::event::frame(0, node_frame::Body::Error(error.into())));
+        let Some(socket) = self.members.get_mut(&member).and_then(|peer| peer.socket.as_mut()) else { return };
+        socket.closing = true;
+        self.unsent.insert(member);
+    }
+
+    fn socket_lost(&mut self, member: MemberId) {
+        let Some(peer) = self.members.get_mut(&member) else { return };
+        if let Some(mut socket) = peer.socket.take() {
+            let _ = self.poll.registry().deregister(&mut socket.stream);
+            self.events.push(Event::SocketLost { member });
+        }
+        if !peer.opened {
+            let peer = self.members.remove(&member).expect("it is there");
+            self.let_go(peer);
+        }
+    }
+
+    fn input(&mut self, input: Input) {
+        match input {
+            Input::Event(event) => self.events.push(event),
+            Input::Moved { token, result, elapsed_us, checksums } => {
+                self.moved(token, result, elapsed_us, &checksums);
+            }
+            Input::Checksummed { slot, generation, checksums, elapsed_us } => {
+                self.checksummed(slot, generation, checksums, elapsed_us);
+            }
+            Input::SegmentOpened { segment, result } => {
+                self.events.push(Event::SegmentOpened { tier: Tier::Nvme, segment, result });
+            }
+            Input::Join { request, answer } => {
+                self.last_member += 1;
+                let member = self.last_member;
+                let request_id = self.callers.join(member, answer);
+                let token = random();
+                self.events.push(Event::Open { member, request_id, pid: 0, maps: false, token, request });
+            }
+            Input::Call { member, body, answer } => {
+                let request_id = self.callers.call(answer);
+                self.events.push(Event::Request { member, request_id, body });
+            }
+            Input::Follow { lease, frames } => self.callers.follow(lease, frames),
+            Input::Ask { question, answer } => {
+                self.last_ticket += 1;
+                self.questions.insert(self.last_ticket, answer);
+                self.events.push(Event::Ask { ticket: self.last_ticket, question });
+            }
+            Input::Watch { events } => self.watchers.add(events),
+            Input::Stop => self.stopping = true,
+        }
+    }
+
+    /// A promotion's header is shown before its readers hear that it is ready.
+    fn moved(
+        &mut self,
+        token: u64,
+        result: Result<(), crate::node::event::MoveError>,
+        elapsed_us: u64,
+        checksums: &[u32],
+    ) {
+        if let Some((slot, generation, mut header)) = self.promotions.remove(&token) {
+            if result.is_ok() {
+                header.part_checksums.copy_from_slice(checksums);
+                self.dram.publish(slot, generation, &header);
+            }
+        }
+        self.events.push(Event::Moved { token, result, elapsed_us });
+    }
+
+    fn checksummed(&mut self, slot: SlotRef, generation: u32, checksums: Vec<u32>, elapsed_us: u64) {
+        let segment = self.dram.get(slot.segment);
+        let mut table = segment.table();
+        if let Some((live, mut header)) = table.read(slot.slot).filter(|(live, _)| *live == generation) {
+            header.flags |= FLAG_CHECKSUMMED;
+            header.part_checksums = checksums;
+            table.publish(slot.slot, live, &header);
+        }
+        drop(table);
+        self.events.push(Event::Checksummed { slot, generation, elapsed_us });
+    }
+
+    fn apply(&mut self) {
+        let mut events = std::mem::take(&mut self.events);
+        loop {
+            let now_us = self.started.elapsed().as_micros() as u64;
+            let batch = events.len().min(EVENTS_PER_CALL_MAX);
+            let mut effects = std::mem::take(&mut self.effects);
+            self.node.apply(events.drain(..batch), now_us, &mut effects);
+            effects.drain(..).for_each(|effect| self.effect(effect));
+            self.effects = effects;
+            events.append(&mut self.events); // what effects completed on the spot
+            if events.is_empty() {
+                break;
+            }
+        }
+        self.events = events;
+        if let Some(mover) = &self.mover {
+            mover.order(&mut self.orders);
+        }
+    }
+
+    fn effect(&mut self, effect: Effect) {
+        match effect {
+            Effect::Send { member, frame } => self.send(member, frame),
+            Effect::Close { member } => self.close(member),
+            Effect::OpenSegment { tier, segment, geometry, .. } => self.open_segment(tier, segment, geometry),
+            Effect::Publish { slot, generation, header } => self.dram.publish(slot, generation, &header),
+            Effect::Retire { slot, generation } => self.dram.retire(slot, generation),
+            Effect::Checksum { slot, generation } => {
+                let segment = self.dram.get(slot.segment);
+                let order = ChecksumOrder { segment, slot, generation };
+                self.checksums.send(order).expect("the thread lives as long as its sender");
+            }
+            Effect::Demote { token, from, to, header } => {
+                self.orders.push(Order::Demote { token, from, to, header });
+            }
+            Effect::Promote { token, from, to, generation, header } => {
+                self.promotions.insert(token, (to, generation, header));
+                self.orders.push(Order::Promote { token, from, to });
+            }
+            Effect::Forget { .. } => {}
+            Effect::Answer { ticket, answer } => {
+                if let Some(asker) = self.questions.remove(&ticket) {
+                    let _ = asker.send(answer); // who stopped waiting is not told
+                }
+            }
+            Effect::Note { kind, text } => {
+                let at_ms = self.started.elapsed().as_millis() as u64;
+                self.watchers.tell(at_ms, kind, text);
+            }
+        }
+    }
+
+    fn open_segment(&mut self, tier: Tier, segment: SegmentId, geometry: Geometry) {
+        if tier == Tier::Nvme {
+            self.orders.push(Order::Open { segment, geometry });
+            return;
+        }
+        let result = self.dram.open(segment, geometry).map(|opened| {
+            let _ = self.populate.send((segment, opened));
+        });
+        self.events.push(Event::SegmentOpened { tier, segment, result });
+    }
+
+    fn send(&mut self, member: MemberId, frame: wire::NodeFrame) {
+        if self.callers.deliver(member, &frame) {
+            return;
+        }
+        let fds = self.descriptors(&frame);
+        let Some(socket) = self.members.get_mut(&member).and_then(|peer| peer.socket.as_mut()) else { return };
+        let keeps_up = fds.map(|fds| socket.push(&frame, fds));
+        self.unsent.insert(member);
+        match keeps_up {
+            Ok(true) => {}
+            Ok(false) => {
+                tracing::warn!(member, "a client does not read its replies: its connection is closed");
+                self.socket_lost(member);
+            }
+            Err(error) => {
+                tracing::error!(member, %error, "segments cannot be shared: raise the open files limit");
+                self.socket_lost(member);
+            }
+        }
+    }
+
+    fn descriptors(&self, frame: &wire::NodeFrame) -> std::io::Result<Vec<OwnedFd>> {
+        let segments: &[wire::Segment] = match &frame.body {
+            Some(node_frame::Body::SessionOpened(opened)) => &opened.segments,
+            Some(node_frame::Body::Segment(segment)) => std::slice::from_ref(segment),
+            _ => return Ok(Vec::new()),
+        };
+        let mut fds = Vec::with_capacity(2 * segments.len());
+        for segment in segments {
+            fds.extend(self.dram.get(segment.segment).descriptors()?);
+        }
+        Ok(fds)
+    }
+
+    fn close(&mut self, member: MemberId) {
+        self.callers.leave(member);
+        let Some(peer) = self.members.get_mut(&member) else { return };
+        match peer.socket.as_mut() {
+            Some(socket) => {
+                socket.closing = true;
+                self.unsent.insert(member);
+            }
+            None => {
+                let peer = self.members.remove(&member).expect("it is there");
+                self.let_go(peer);
+            }
+        }
+    }
+
+    fn send_all(&mut self) {
+        for member in std::mem::take(&mut self.unsent) {
+            let Some(socket) = self.members.get_mut(&member).and_then(|peer| peer.socket.as_mut()) else { continue };
+            let sent = socket.flush();
+            let closing = socket.closing;
+            match sent {
+                Ok(all) if !(all && closing) => {}
+                Ok(_) => {
+                    let peer = self.members.remove(&member).expect("it is there");
+                    let opened = peer.opened;
+                    self.let_go(peer);
+                    if opened {
+                        // after a frame that is none: the node may still know the member
+                        self.events.push(Event::SocketLost { member });
+                    }
+                }
+                Err(_) => self.socket_lost(member),
+            }
+        }
+    }
+}
+
+fn tokens(member: MemberId) -> (Token, Token) {
+    (Token(2 * member as usize), Token(2 * member as usize + 1))
+}
+
+/// A session token: nobody joins a session by guessing.
+fn random() -> [u8; 16] {
+    let mut token = [0; 16];
+    let got = rustix::rand::getrandom(&mut token, rustix::rand::GetRandomFlags::empty());
+    assert_eq!(got, Ok(16), "the kernel has random bytes");
+    token
+}
