@@ -214,7 +214,7 @@ impl SpaceHandle {
 
     /// The tiers of the longest stored prefix, one a block. Pins and touches nothing.
     pub async fn exists(&self, chain: &Chain) -> Result<Vec<wire::Tier>, Error> {
-        let request = wire::ExistsRequest { space: self.id(), chain: chain.to_packed().into() };
+        let request = wire::ExistsRequest { space: self.id(), chain: chain.to_packed().into(), session: 0 };
         let Answer::Exists(reply) = self.session.inner.call(Ask::Exists(request)).await? else {
             return Err(unexpected());
         };
@@ -225,7 +225,7 @@ impl SpaceHandle {
     /// Keeps the stored prefix from being evicted for `ttl`; zero unpins. Returns how many blocks.
     pub async fn pin(&self, chain: &Chain, ttl: Duration) -> Result<u32, Error> {
         let ttl_ms = ttl.as_millis().try_into().unwrap_or(u32::MAX);
-        let request = wire::PinRequest { space: self.id(), chain: chain.to_packed().into(), ttl_ms };
+        let request = wire::PinRequest { space: self.id(), chain: chain.to_packed().into(), ttl_ms, session: 0 };
         match self.session.inner.call(Ask::Pin(request)).await? {
             Answer::Pin(reply) => Ok(reply.blocks),
             _ => Err(unexpected()),
@@ -234,7 +234,7 @@ impl SpaceHandle {
 
     /// Starts to bring the stored prefix into DRAM; returns how many blocks started to move.
     pub async fn prefetch(&self, chain: &Chain) -> Result<u32, Error> {
-        let request = wire::PrefetchRequest { space: self.id(), chain: chain.to_packed().into() };
+        let request = wire::PrefetchRequest { space: self.id(), chain: chain.to_packed().into(), session: 0 };
         match self.session.inner.call(Ask::Prefetch(request)).await? {
             Answer::Prefetch(reply) => Ok(reply.started),
             _ => Err(unexpected()),

@@ -1,0 +1,105 @@
+//! The `Admin` service: questions to the node, answers as they are.
+
+use super::ask;
+use crate::node::event::{Answer, Question};
+use crate::run::dram::DramSegments;
+use crate::run::inbox::{Inbox, Input};
+use kvd_proto::Error;
+use kvd_proto::wire::{self, admin_server};
+use std::sync::Arc;
+use tokio::sync::mpsc;
+use tokio_stream::StreamExt as _;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+/// Events one slow reader may be behind. At the limit: it loses some and is told how many.
+const EVENTS_BEHIND_MAX: usize = 1024;
+
+pub(super) struct Admin {
+    inbox: Inbox,
+    dram: Arc<DramSegments>,
+}
+
+impl Admin {
+    pub(super) fn new(inbox: Inbox, dram: Arc<DramSegments>) -> Self {
+        Self { inbox, dram }
+    }
+}
+
+macro_rules! answered {
+    ($self:ident, $question:expr, $variant:ident) => {
+        match ask(&$self.inbox, $question).await.map_err(Status::from)? {
+            Answer::$variant(reply) => Ok(Response::new(reply)),
+            other => unreachable!("the node answers what it is asked, not {other:?}"),
+        }
+    };
+}
+
+#[tonic::async_trait]
+impl admin_server::Admin for Admin {
+    async fn status(&self, _: Request<wire::StatusRequest>) -> Result<Response<wire::StatusReply>, Status> {
+        match ask(&self.inbox, Question::Status).await.map_err(Status::from)? {
+            Answer::Status(reply) => Ok(Response::new(*reply)),
+            other => unreachable!("the node answers what it is asked, not {other:?}"),
+        }
+    }
+
+    async fn list_spaces(
+        &self,
+        _: Request<wire::ListSpacesRequest>,
+    ) -> Result<Response<wire::ListSpacesReply>, Status> {
+        answered!(self, Question::Spaces, Spaces)
+    }
+
+    async fn list_tiers(
+        &self,
+        _: Request<wire::ListTiersRequest>,
+    ) -> Result<Response<wire::ListTiersReply>, Status> {
+        let mut reply: Response<wire::ListTiersReply> = answered!(self, Question::Tiers, Tiers)?;
+        for tier in &mut reply.get_mut().tiers {
+            if tier.tier() == wire::Tier::Dram {
+                tier.medium = self.dram.info().description;
+            }
+        }
+        Ok(reply)
+    }
+
+    async fn describe_block(
+        &self,
+        request: Request<wire::DescribeBlockRequest>,
+    ) -> Result<Response<wire::DescribeBlockReply>, Status> {
+        answered!(self, Question::Blocks(request.into_inner().id_prefix.to_vec()), Blocks)
+    }
+
+    async fn pin_block(
+        &self,
+        request: Request<wire::PinBlockRequest>,
+    ) -> Result<Response<wire::PinBlockReply>, Status> {
+        let request = request.into_inner();
+        let (id_prefix, ttl_ms) = (request.id_prefix.to_vec(), request.ttl_ms);
+        answered!(self, Question::Pin { id_prefix, ttl_ms }, Pin)
+    }
+
+    async fn purge(
+        &self,
+        request: Request<wire::PurgeRequest>,
+    ) -> Result<Response<wire::PurgeReply>, Status> {
+        let what = request.into_inner().what.ok_or_else(|| {
+            Status::from(Error::invalid("what", "not given", "say everything, a space or an id prefix"))
+        })?;
+        answered!(self, Question::Purge(what), Purge)
+    }
+
+    type EventsStream = std::pin::Pin<
+        Box<dyn tokio_stream::Stream<Item = Result<wire::NodeEvent, Status>> + Send + 'static>,
+    >;
+
+    async fn events(
+        &self,
+        _: Request<wire::EventsRequest>,
+    ) -> Result<Response<Self::EventsStream>, Status> {
+        let (events, told) = mpsc::channel(EVENTS_BEHIND_MAX);
+        self.inbox.push(Input::Watch { events });
+        Ok(Response::new(Box::pin(ReceiverStream::new(told).map(Ok))))
+    }
+}
