@@ -49,7 +49,7 @@ const BANS: &[Ban] = &[
             concat!("TO", "DO"),
             concat!("FIX", "ME"),
         ],
-        applies: |file| !file.path.ends_with(".json"),
+        applies: |file| !file.is("json"),
         why: "finish it, or say in an issue what is missing",
     },
     Ban {
@@ -126,7 +126,8 @@ fn files() -> Vec<File> {
 /// What git knows or would add; in a copy without git, all but hidden folders and build outputs.
 fn paths() -> Vec<String> {
     let mut git = std::process::Command::new("git");
-    let listing = git.args(["ls-files", "--cached", "--others", "--exclude-standard"]).current_dir(root()).output();
+    let listing =
+        git.args(["ls-files", "--cached", "--others", "--exclude-standard"]).current_dir(root()).output();
     match listing {
         Ok(listing) if listing.status.success() => {
             String::from_utf8_lossy(&listing.stdout).lines().map(str::to_owned).collect()
@@ -231,14 +232,14 @@ fn every_file_opens_with_what_it_is() {
 
 /// The dependencies of one manifest: (section, name).
 fn dependencies(manifest: &str) -> Vec<(String, String)> {
-    let (mut section, mut found) = (String::new(), Vec::new());
+    let (mut section, mut found) = ("", Vec::new());
     for line in manifest.lines() {
         if let Some(name) = line.strip_prefix('[') {
-            section = name.trim_end_matches(']').to_owned();
+            section = name.trim_end_matches(']');
         } else if section.ends_with("dependencies") && !line.starts_with('#') {
             let name = line.split(['.', '=', ' ']).next().unwrap_or_default();
             if !name.is_empty() {
-                found.push((section.clone(), name.to_owned()));
+                found.push((section.to_owned(), name.to_owned()));
             }
         }
     }
@@ -336,28 +337,21 @@ fn files_stay_short() {
     none(&broken);
 }
 
-/// (name, lines) of each function: rustfmt puts its end at the indent of its beginning.
+/// (name, lines) of each function with a body of its own lines: rustfmt puts its end at the indent of its beginning.
 fn functions(text: &str) -> Vec<(String, usize)> {
     let lines: Vec<&str> = text.lines().collect();
-    let mut found = Vec::new();
-    for (at, line) in lines.iter().enumerate() {
-        let Some(name) = function_name(line) else { continue };
+    let measured = lines.iter().enumerate().filter_map(|(at, line)| {
+        let name = function_name(line)?;
         let indent = &line[..line.len() - line.trim_start().len()];
-        let ends = |line: &&str| line.strip_prefix(indent).is_some_and(|rest| rest == "}");
-        let declares = |line: &&str| line.ends_with(';') && line.starts_with(indent);
-        let body = lines[at..].iter();
-        if line.ends_with('}') || line.ends_with(';') {
-            continue;
+        let opens = lines[at..].iter().position(|line| line.ends_with('{'))?;
+        let ends = |line: &&str| line.starts_with(indent) && (line.ends_with(';') || line.ends_with('}'));
+        if lines[at..=at + opens].iter().any(ends) {
+            return None; // a declaration, or a body on the line of its name
         }
-        let opens = lines[at..].iter().position(|line| line.ends_with('{')).unwrap_or(usize::MAX);
-        let declared = lines[at..].iter().position(|line| declares(line)).unwrap_or(usize::MAX);
-        if declared < opens {
-            continue;
-        }
-        let length = body.clone().position(ends).map_or(0, |end| end + 1);
-        found.push((name.to_owned(), length));
-    }
-    found
+        let length = 1 + lines[at..].iter().position(|line| line.strip_prefix(indent) == Some("}"))?;
+        Some((name.to_owned(), length))
+    });
+    measured.collect()
 }
 
 fn function_name(line: &str) -> Option<&str> {

@@ -15,6 +15,10 @@ const NVME_DEFAULT_BYTES_MAX: u64 = 1 << 40;
 /// Below this an NVMe tier is not worth its file.
 const NVME_DEFAULT_BYTES_MIN: u64 = 64 << 20;
 const DRAM_DEFAULT_BYTES_MIN: u64 = 16 << 20;
+/// What an NVMe segment's size may default to, the largest first.
+const NVME_SEGMENT_BYTES: [u64; 4] = [SEGMENT_BYTES_MAX, 256 << 20, 16 << 20, SEGMENT_BYTES_MIN];
+/// From here on the largest.
+const NVME_LARGE_BYTES: u64 = 4 << 40;
 const SEGMENT_DEFAULT_BYTES_MIN: u64 = 256 << 20;
 
 /// What a key's value may be.
@@ -139,8 +143,8 @@ pub(super) static KEYS: &[Key] = &[
     Key {
         name: "nvme.segment_bytes",
         kind: Kind::Size,
-        help: "As dram.segment_bytes. An existing file keeps the size it was made with.",
-        default: |_, values| segment(values.bytes("nvme.capacity_bytes")),
+        help: "As dram.segment_bytes. A file that exists must be used with the size it was made with.",
+        default: nvme_segment,
     },
     Key {
         name: "nvme.queue_depth",
@@ -187,8 +191,8 @@ pub(super) static KEYS: &[Key] = &[
     Key {
         name: "leases.bytes_max_per_session",
         kind: Kind::Size,
-        help: "Bytes one engine may have leased at once. Beyond it a match leases a shorter prefix and a reserve grants fewer blocks.",
-        default: |_, values| share(values, 50),
+        help: "Bytes one engine may have leased at once, leases included that ended and were not released. Beyond it a match leases a shorter prefix and a reserve grants fewer blocks.",
+        default: half_of_dram,
     },
     Key {
         name: "limits.sessions_max",
@@ -201,18 +205,6 @@ pub(super) static KEYS: &[Key] = &[
         kind: Kind::Count,
         help: "Connections of all sessions (schedulers, ranks). Beyond it a member is refused.",
         default: |_, _| fixed(1024, "four a session"),
-    },
-    Key {
-        name: "limits.leases_max_per_session",
-        kind: Kind::Count,
-        help: "Leases one session may hold. Beyond it a match answers without a lease and a reserve is refused.",
-        default: |_, _| fixed(4096, "several for each request an engine runs at once"),
-    },
-    Key {
-        name: "limits.quarantine_bytes_max",
-        kind: Kind::Size,
-        help: "DRAM that may wait for a silent process to let go. Beyond it the process's session gets no further leases.",
-        default: |_, values| share(values, 25),
     },
 ];
 
@@ -263,17 +255,47 @@ fn nvme_capacity(machine: &Machine, values: &Values) -> Found {
         return fixed(0, "no NVMe tier");
     }
     match (machine.room)(Path::new(path)) {
-        Room::Taken(bytes) => (integer(bytes), format!("the size of {path}")),
+        Room::Device(bytes) => (integer(bytes), format!("the size of {path}")),
         Room::Free(bytes) => {
-            let quarter = whole_segments((bytes / 4).min(NVME_DEFAULT_BYTES_MAX));
-            (integer(quarter), format!("25 % of {} free space, at most 1TiB", human(bytes)))
+            let quarter = (bytes / 4).min(NVME_DEFAULT_BYTES_MAX);
+            (whole_nvme(quarter), format!("25 % of {} free space, at most 1TiB", human(bytes)))
+        }
+        // what the file took is not free any more: a restart finds the capacity of the first start again
+        Room::File { bytes, free_bytes } => {
+            let room = bytes.saturating_add(free_bytes);
+            let quarter = (room / 4).min(NVME_DEFAULT_BYTES_MAX).max(bytes);
+            let why = "25 % of its own and free space, at most 1TiB and at least its own";
+            (whole_nvme(quarter), format!("{why}: {} and {}", human(bytes), human(free_bytes)))
         }
     }
 }
 
-fn share(values: &Values, percent: u64) -> Found {
-    let bytes = u128::from(values.bytes("dram.capacity_bytes")) * u128::from(percent) / 100;
-    (integer(bytes as u64), format!("{percent} % of dram.capacity_bytes"))
+fn whole_nvme(bytes: u64) -> Value {
+    integer(bytes - bytes % nvme_segment_bytes(bytes))
+}
+
+/// In few steps, because a file is useless with another segment size than it was made with.
+fn nvme_segment(machine: &Machine, values: &Values) -> Found {
+    let capacity_bytes = values.bytes("nvme.capacity_bytes");
+    let usual = nvme_segment_bytes(capacity_bytes);
+    let room = (machine.room)(Path::new(values.text("nvme.path")));
+    let Room::File { bytes, .. } = room else {
+        return (integer(usual), format!("{} segments in {}", capacity_bytes / usual, human(capacity_bytes)));
+    };
+    let fits = |segment: &&u64| **segment <= usual && bytes.is_multiple_of(**segment);
+    let fitting = NVME_SEGMENT_BYTES.iter().find(fits).copied().unwrap_or(usual);
+    (integer(fitting), format!("fits the {} that the file has", human(bytes)))
+}
+
+fn nvme_segment_bytes(capacity_bytes: u64) -> u64 {
+    let many = |segment: &&u64| capacity_bytes / 4 >= **segment;
+    let large = capacity_bytes >= NVME_LARGE_BYTES;
+    let candidates = if large { &NVME_SEGMENT_BYTES[..] } else { &NVME_SEGMENT_BYTES[1..] };
+    candidates.iter().find(many).copied().unwrap_or(SEGMENT_BYTES_MIN)
+}
+
+fn half_of_dram(_: &Machine, values: &Values) -> Found {
+    (integer(values.bytes("dram.capacity_bytes") / 2), "50 % of dram.capacity_bytes".into())
 }
 
 /// At least 16 segments where they can be large, so that several tenants and slot sizes fit; at least 4 where not.

@@ -29,8 +29,15 @@ pub(super) struct Machine {
 pub(super) enum Room {
     /// Nothing is there yet; the file system has this much free.
     Free(u64),
-    /// A file or device of this size is there.
-    Taken(u64),
+    /// A file, which grows as it is used.
+    File {
+        /// Its size.
+        bytes: u64,
+        /// What the file system has free besides.
+        free_bytes: u64,
+    },
+    /// A block device of this size.
+    Device(u64),
 }
 
 impl Machine {
@@ -97,8 +104,8 @@ fn writable(folder: &Path) -> bool {
 
 fn room(path: &Path) -> Room {
     match std::fs::metadata(path) {
-        Ok(found) if found.file_type().is_block_device() => Room::Taken(device_bytes(path)),
-        Ok(found) if found.len() > 0 => Room::Taken(found.len()),
+        Ok(found) if found.file_type().is_block_device() => Room::Device(device_bytes(path)),
+        Ok(found) if found.len() > 0 => Room::File { bytes: found.len(), free_bytes: free_bytes(path) },
         _ => Room::Free(free_bytes(path)),
     }
 }
@@ -135,12 +142,12 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_there_keeps_its_size() {
+    fn a_file_that_is_there_is_found() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("nvme.kvd");
         assert!(matches!(room(&path), Room::Free(_)));
         std::fs::File::create(&path).unwrap().set_len(1 << 30).unwrap();
-        assert_eq!(room(&path), Room::Taken(1 << 30));
+        assert!(matches!(room(&path), Room::File { bytes, .. } if bytes == 1 << 30));
         assert!(writable(&folder.path().join("made/later")));
         assert!(!writable(&path), "a file is no folder");
     }

@@ -129,10 +129,6 @@ pub struct Limits {
     pub sessions_max: u32,
     /// Members of all sessions together.
     pub members_max: u32,
-    /// Leases one session may hold.
-    pub leases_max_per_session: u32,
-    /// DRAM bytes that may wait in quarantine.
-    pub quarantine_bytes_max: u64,
 }
 
 /// Whether to ask the machine for something it may refuse.
@@ -153,6 +149,16 @@ pub enum Eviction {
     Lru,
     /// S3-FIFO: one-time blocks leave early.
     S3fifo,
+}
+
+impl Eviction {
+    /// The policy's name, as the tiers know it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Lru => "lru",
+            Self::S3fifo => "s3fifo",
+        }
+    }
 }
 
 /// How NVMe bytes are moved.
@@ -226,7 +232,7 @@ impl Config {
         check_segments("dram", self.dram.capacity_bytes, self.dram.segment_bytes)?;
         self.nvme.check()?;
         self.leases.check(self.dram.capacity_bytes)?;
-        self.limits.check(self.dram.capacity_bytes)
+        self.limits.check()
     }
 
     fn check_names(&self) -> Result<(), Error> {
@@ -297,18 +303,24 @@ impl Nvme {
 impl Leases {
     fn check(&self, dram_bytes: u64) -> Result<(), Error> {
         check_range("leases.ttl_ms", u64::from(self.ttl_ms), 100, 3_600_000)?;
-        check_share("leases.bytes_max_per_session", self.bytes_max_per_session, dram_bytes)
+        if (1..=dram_bytes).contains(&self.bytes_max_per_session) {
+            return Ok(());
+        }
+        let (wanted, dram) = (human_size(self.bytes_max_per_session), human_size(dram_bytes));
+        let message = format!("{wanted} of a DRAM tier of {dram}");
+        Err(Error::invalid(
+            "leases.bytes_max_per_session",
+            message,
+            "use more than 0 and at most dram.capacity_bytes",
+        ))
     }
 }
 
 impl Limits {
-    fn check(&self, dram_bytes: u64) -> Result<(), Error> {
+    fn check(&self) -> Result<(), Error> {
         check_range("limits.sessions_max", u64::from(self.sessions_max), 1, 65_536)?;
         let (sessions, members) = (u64::from(self.sessions_max), u64::from(self.members_max));
-        check_range("limits.members_max", members, sessions, 65_536)?;
-        let leases = u64::from(self.leases_max_per_session);
-        check_range("limits.leases_max_per_session", leases, 1, 1 << 20)?;
-        check_share("limits.quarantine_bytes_max", self.quarantine_bytes_max, dram_bytes)
+        check_range("limits.members_max", members, sessions, 65_536)
     }
 }
 
@@ -336,17 +348,6 @@ fn check_range(key: &str, value: u64, least: u64, most: u64) -> Result<(), Error
     let show = |number: u64| if key.contains("bytes") { human_size(number) } else { number.to_string() };
     let fix = format!("use {} to {}", show(least), show(most));
     Err(Error::invalid(key, format!("{} is out of range", show(value)), fix))
-}
-
-fn check_share(key: &str, value: u64, dram_bytes: u64) -> Result<(), Error> {
-    if (1..=dram_bytes).contains(&value) {
-        return Ok(());
-    }
-    Err(Error::invalid(
-        key,
-        format!("{} of a DRAM tier of {}", human_size(value), human_size(dram_bytes)),
-        "use more than 0 and at most dram.capacity_bytes",
-    ))
 }
 
 fn check_absolute(key: &str, path: &Path) -> Result<(), Error> {

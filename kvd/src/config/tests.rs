@@ -32,7 +32,7 @@ fn zero_configuration_works() {
     assert_eq!(config.node_name, "gpu-7");
     assert_eq!(config.listen.session_socket, Path::new("/var/lib/kvd/kvd.sock"));
     assert_eq!((config.dram.capacity_bytes, config.dram.segment_bytes), (6 * GIB, GIB / 4));
-    assert_eq!((config.nvme.capacity_bytes, config.nvme.segment_bytes), (100 * GIB, GIB));
+    assert_eq!((config.nvme.capacity_bytes, config.nvme.segment_bytes), (100 * GIB, GIB / 4));
     assert_eq!(config.nvme.path.as_deref(), Some(Path::new("/var/lib/kvd/nvme.kvd")));
     assert_eq!(config.leases.bytes_max_per_session, 3 * GIB);
     Config::load(None).unwrap();
@@ -52,8 +52,20 @@ fn defaults_follow_the_machine() {
         Machine { available_memory_bytes: 4096 * GIB, room: |_| Room::Free(90_000 * GIB), ..machine() };
     let config = load_on(&huge, "").unwrap();
     assert_eq!((config.dram.segment_bytes, config.nvme.capacity_bytes), (GIB, 1024 * GIB));
-    let again = Machine { room: |_| Room::Taken(7 * GIB), ..machine() };
-    assert_eq!(load_on(&again, "").unwrap().nvme.capacity_bytes, 7 * GIB);
+}
+
+#[test]
+fn a_restart_finds_the_nvme_tier_of_the_first_start() {
+    let first = load("").unwrap().nvme;
+    let half = Machine { room: |_| Room::File { bytes: 50 * GIB, free_bytes: 350 * GIB }, ..machine() };
+    assert_eq!(load_on(&half, "").unwrap().nvme, first);
+    let full = Machine { room: |_| Room::File { bytes: 100 * GIB, free_bytes: 1 << 20 }, ..machine() };
+    assert_eq!(load_on(&full, "").unwrap().nvme, first, "others filled the disk");
+    let small = Machine { room: |_| Room::File { bytes: 48 << 20, free_bytes: 350 * GIB }, ..machine() };
+    assert_eq!(load_on(&small, "").unwrap().nvme.segment_bytes, 16 << 20, "made when less was free");
+    let device = Machine { room: |_| Room::Device(30_000 * GIB + 5), ..machine() };
+    let config = load_on(&device, "[nvme]\npath = '/dev/nvme0n1'").unwrap();
+    assert_eq!((config.nvme.segment_bytes, config.nvme.capacity_bytes), (GIB, 30_000 * GIB));
 }
 
 #[test]
@@ -64,7 +76,7 @@ fn what_is_given_is_taken() {
     )
     .unwrap();
     assert_eq!(config.dram.capacity_bytes, 15 * (64 << 20), "whole segments");
-    assert_eq!(config.dram.eviction, Eviction::S3fifo);
+    assert_eq!((config.dram.eviction, config.dram.eviction.name()), (Eviction::S3fifo, "s3fifo"));
     assert_eq!(config.nvme.path, None);
     assert_eq!(config.listen.grpc_socket, Path::new("/data/grpc.sock"));
     assert_eq!(
@@ -168,8 +180,6 @@ fn each_error_names_the_key_the_value_and_the_fix() {
         ),
         ("limits.sessions_max", "0 is out", "1 to", "[limits]\nsessions_max = 0"),
         ("limits.members_max", "8 is out", "256 to", "[limits]\nmembers_max = 8"),
-        ("limits.leases_max_per_session", "0 is out", "1 to", "[limits]\nleases_max_per_session = 0"),
-        ("limits.quarantine_bytes_max", "0 B", "more than 0", "[limits]\nquarantine_bytes_max = 0"),
     ];
     for (field, message, fix, toml) in cases {
         let error = load(toml).expect_err(toml);
