@@ -76,7 +76,10 @@ impl Connection {
     }
 
     /// Sends a request and waits for its reply.
-    pub(crate) async fn call(&self, body: client_frame::Body) -> Result<(node_frame::Body, Vec<OwnedFd>), Error> {
+    pub(crate) async fn call(
+        &self,
+        body: client_frame::Body,
+    ) -> Result<(node_frame::Body, Vec<OwnedFd>), Error> {
         let (sender, receiver) = oneshot::channel();
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         {
@@ -85,7 +88,11 @@ impl Connection {
                 return Err(lost("the connection has ended"));
             }
             if shared.waiting.len() >= REQUESTS_MAX {
-                return Err(Error::limit("requests", format!("{REQUESTS_MAX} under way"), "wait for replies"));
+                return Err(Error::limit(
+                    "requests",
+                    format!("{REQUESTS_MAX} under way"),
+                    "wait for replies",
+                ));
             }
             shared.waiting.insert(id, sender);
             self.send_locked(&mut shared, &ClientFrame { request_id: id, body: Some(body) })?;

@@ -114,8 +114,7 @@ impl Match {
         asked: Instant,
     ) -> Result<Self, Error> {
         let inner = space.session.inner.clone();
-        let progress =
-            if reply.lease == 0 { Arc::default() } else { inner.progress(reply.lease) };
+        let progress = if reply.lease == 0 { Arc::default() } else { inner.progress(reply.lease) };
         let mut found = Self {
             inner,
             fingerprint: space.fingerprint(),
@@ -179,8 +178,8 @@ impl Match {
             Ok(placed) => placed,
             Err(reason) => return Read::Miss(reason),
         };
-        let checksums = (placed.header.flags & FLAG_CHECKSUMMED != 0)
-            .then_some(placed.header.part_checksums.as_slice());
+        let checksums =
+            (placed.header.flags & FLAG_CHECKSUMMED != 0).then_some(placed.header.part_checksums.as_slice());
         if placed.segment.copy_slot(placed.slot, out, checksums).is_err() {
             return Read::Miss(MissReason::Checksum);
         }
@@ -303,7 +302,6 @@ impl View<'_> {
 
     /// Whether everything read so far was the block: the lease stood and the slot was not given away.
     pub fn still_valid(&self) -> bool {
-        !self.found.over()
-            && self.placed.segment.generation(self.placed.slot) == self.placed.generation
+        !self.found.over() && self.placed.segment.generation(self.placed.slot) == self.placed.generation
     }
 }

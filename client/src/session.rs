@@ -134,7 +134,12 @@ impl Session {
             spaces.len() - 1
         };
         let layout = space.layout.clone();
-        Ok(SpaceHandle { session: self.clone(), index, fingerprint: space.fingerprint(), layout: Arc::new(layout) })
+        Ok(SpaceHandle {
+            session: self.clone(),
+            index,
+            fingerprint: space.fingerprint(),
+            layout: Arc::new(layout),
+        })
     }
 }
 
@@ -208,7 +213,9 @@ impl SpaceHandle {
             wait_ms: wait.as_millis().try_into().unwrap_or(u32::MAX),
         };
         let incarnation = inner.incarnation();
-        let Answer::Reserve(reply) = inner.call(Ask::Reserve(request)).await? else { return Err(unexpected()) };
+        let Answer::Reserve(reply) = inner.call(Ask::Reserve(request)).await? else {
+            return Err(unexpected());
+        };
         Fill::new(self, reply, incarnation)
     }
 
@@ -225,7 +232,8 @@ impl SpaceHandle {
     /// Keeps the stored prefix from being evicted for `ttl`; zero unpins. Returns how many blocks.
     pub async fn pin(&self, chain: &Chain, ttl: Duration) -> Result<u32, Error> {
         let ttl_ms = ttl.as_millis().try_into().unwrap_or(u32::MAX);
-        let request = wire::PinRequest { space: self.id(), chain: chain.to_packed().into(), ttl_ms, session: 0 };
+        let request =
+            wire::PinRequest { space: self.id(), chain: chain.to_packed().into(), ttl_ms, session: 0 };
         match self.session.inner.call(Ask::Pin(request)).await? {
             Answer::Pin(reply) => Ok(reply.blocks),
             _ => Err(unexpected()),

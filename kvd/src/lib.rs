@@ -1,7 +1,11 @@
 //! The kvd daemon: the node's state machine and the shells around it.
 //!
-//! Owns: `node` (decides, synchronously), `run` (sockets, devices, threads, time), `config`, `metrics`, the servers.
-//! Invariants: nothing in `node` waits or looks at the outside; nothing in `run` decides.
+//! Owns: `node` (decides, synchronously), `run` (sockets, devices, threads, time), `config`, `check`.
+//! Invariants: nothing in `node` waits or looks at the outside; nothing in `run` decides; only `config` reads the
+//! environment.
 //! Leaves to others: media and policies (tiers), words and bytes (proto).
 
+pub mod check;
+pub mod config;
 pub mod node;
+pub mod run;

@@ -1,1 +1,68 @@
-fn main(){}
+//! `kvd`: the daemon's command line. Parses, calls the library, says how it ended.
+
+use clap::{Parser, Subcommand};
+use kvd::config::Config;
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// A store for the KV caches of LLM inference: one daemon on every GPU node.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the node until it is told to stop.
+    Serve(ConfigPath),
+    /// Say what this machine has, what will be used, and what it costs to be without the rest.
+    Check(ConfigPath),
+    /// Print a complete kvd.toml: every key, its value, where it comes from and what it does.
+    Config(ConfigPath),
+}
+
+#[derive(clap::Args)]
+struct ConfigPath {
+    /// A kvd.toml; without it everything comes from what the machine has.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(tracing::Level::INFO).init();
+    match run(arguments.command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("kvd: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<ExitCode, kvd_proto::Error> {
+    match command {
+        Command::Serve(path) => {
+            kvd::run::serve(&Config::load(path.config.as_deref())?)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Check(path) => {
+            let findings = kvd::check::run(&Config::load(path.config.as_deref())?);
+            print(&findings.iter().map(|finding| format!("{finding}\n")).collect::<String>());
+            let good = findings.iter().all(|finding| finding.good);
+            Ok(if good { ExitCode::SUCCESS } else { ExitCode::from(2) })
+        }
+        Command::Config(path) => {
+            print(&Config::explain(path.config.as_deref())?);
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+/// A reader that has seen enough (`kvd config | head`) is no error.
+fn print(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}

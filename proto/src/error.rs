@@ -53,8 +53,7 @@ impl From<Error> for wire::Error {
 
 impl From<wire::Error> for Error {
     fn from(error: wire::Error) -> Self {
-        let fix =
-            if error.fix.is_empty() { "see the node's log".to_owned() } else { error.fix.clone() };
+        let fix = if error.fix.is_empty() { "see the node's log".to_owned() } else { error.fix.clone() };
         Self { code: error.code(), field: error.field, message: error.message, fix }
     }
 }

@@ -5,7 +5,9 @@
 //! a group has the same size, a multiple of `PART_ALIGN` with zero padding at its end.
 
 use crate::error::Error;
-use crate::limits::{BLOCK_TOKENS_MAX, GROUPS_MAX, PART_ALIGN, PARTS_MAX, SCALE_DIGEST_BYTES_MAX, SLOT_BYTES_MAX};
+use crate::limits::{
+    BLOCK_TOKENS_MAX, GROUPS_MAX, PART_ALIGN, PARTS_MAX, SCALE_DIGEST_BYTES_MAX, SLOT_BYTES_MAX,
+};
 use crate::wire;
 
 pub use crate::wire::{DataType, GroupKind, ScaleKind};
@@ -98,8 +100,7 @@ impl Group {
         if self.kind == GroupKind::State {
             return cells * u64::from(self.state_bytes);
         }
-        let numbers =
-            cells * u64::from(self.vectors) * u64::from(block_tokens) * u64::from(self.head_size);
+        let numbers = cells * u64::from(self.vectors) * u64::from(block_tokens) * u64::from(self.head_size);
         (numbers * self.element.bits()).div_ceil(8)
     }
 
@@ -117,7 +118,11 @@ impl Group {
             }
         }
         if self.kind == GroupKind::Unspecified {
-            return Err(Error::invalid(field("kind"), "not given", "say full, window, state, latent or draft"));
+            return Err(Error::invalid(
+                field("kind"),
+                "not given",
+                "say full, window, state, latent or draft",
+            ));
         }
         let sizes = match self.kind {
             GroupKind::State => vec![("state_bytes", self.state_bytes, SLOT_BYTES_MAX)],
@@ -145,10 +150,9 @@ impl Group {
                 format!("give at most {SCALE_DIGEST_BYTES_MAX}"),
             ));
         }
-        for (name, whole, ranges) in [
-            ("layer_ranges", self.layers, self.layer_ranges),
-            ("head_ranges", self.heads, self.head_ranges),
-        ] {
+        for (name, whole, ranges) in
+            [("layer_ranges", self.layers, self.layer_ranges), ("head_ranges", self.heads, self.head_ranges)]
+        {
             if whole % ranges != 0 {
                 return Err(Error::invalid(
                     field(name),

@@ -208,6 +208,9 @@ mod tests {
 
     #[test]
     fn llama_blocks_take_one_sector() {
-        assert_eq!((stride_bytes(1), stride_bytes(32), stride_bytes(40), stride_bytes(41)), (512, 512, 512, 1024));
+        assert_eq!(
+            (stride_bytes(1), stride_bytes(32), stride_bytes(40), stride_bytes(41)),
+            (512, 512, 512, 1024)
+        );
     }
 }

@@ -52,7 +52,11 @@ impl SharedSegment {
     pub(crate) fn populate(&self) {
         // SAFETY: the range is this region's own mapping; populating changes no bytes.
         let done = unsafe {
-            mm::madvise(self.payload.start.as_ptr().cast(), self.payload.bytes, mm::Advice::LinuxPopulateWrite)
+            mm::madvise(
+                self.payload.start.as_ptr().cast(),
+                self.payload.bytes,
+                mm::Advice::LinuxPopulateWrite,
+            )
         };
         // A kernel without it (before 5.14) only makes first accesses slower.
         let _ = done;
@@ -94,7 +98,12 @@ impl SharedSegment {
     }
 
     /// Copies a slot out; with checksums, each part's bytes are checked as they arrive in `out`. Returns the first bad part.
-    pub(crate) fn copy_slot(&self, slot: u32, out: &mut [u8], checksums: Option<&[u32]>) -> Result<(), usize> {
+    pub(crate) fn copy_slot(
+        &self,
+        slot: u32,
+        out: &mut [u8],
+        checksums: Option<&[u32]>,
+    ) -> Result<(), usize> {
         assert_eq!(out.len(), self.slot_bytes, "a slot is read whole");
         let start = self.slot_offset(slot);
         let Some(checksums) = checksums else {
@@ -192,7 +201,12 @@ impl Drop for Region {
 }
 
 fn broken(what: &str) -> Error {
-    Error::new(Code::Frame, "segment", format!("the node's segment {what}"), "check that node and client versions agree")
+    Error::new(
+        Code::Frame,
+        "segment",
+        format!("the node's segment {what}"),
+        "check that node and client versions agree",
+    )
 }
 
 #[cfg(test)]

@@ -51,8 +51,14 @@ impl Node {
     ) -> Result<Option<wire::ReserveReply>, Error> {
         let wanted = self.check_reserve(member, request_id, request)?;
         let session = self.sessions.of(member)?;
-        let known =
-            self.same_question(session, RequestKind::Reserve, &wanted.key, wanted.space, &wanted.chain, wanted.depth);
+        let known = self.same_question(
+            session,
+            RequestKind::Reserve,
+            &wanted.key,
+            wanted.space,
+            &wanted.chain,
+            wanted.depth,
+        );
         if let Some(known) = known {
             return Ok(Some(self.reserve_reply(known)));
         }
@@ -138,8 +144,7 @@ impl Node {
             if self.sessions.of(wanted.member).is_err() {
                 continue; // its member is gone
             }
-            let opening = self.any_opening(wanted.space)
-                && self.now_us < wanted.asked_us + FIRST_SEGMENT_US;
+            let opening = self.any_opening(wanted.space) && self.now_us < wanted.asked_us + FIRST_SEGMENT_US;
             let last = self.now_us >= wanted.until_us && !opening;
             match self.try_reserve(&wanted, last) {
                 Ok(None) => {
@@ -175,7 +180,8 @@ impl Node {
                 budget -= taken;
                 bytes += taken;
                 states.push(ReserveState::Granted as u8);
-            } else if last || self.lease_budget(session)? == budget && budget < self.block_bytes(wanted.space) {
+            } else if last || self.lease_budget(session)? == budget && budget < self.block_bytes(wanted.space)
+            {
                 items.split_off(from).iter().for_each(|item| self.drop_filling(item));
                 states.push(ReserveState::NoSpace as u8);
             } else {
@@ -362,9 +368,8 @@ impl Node {
         let lease = self.leases.get(request.lease).ok_or_else(|| unknown_lease(request.lease))?;
         let blocks = self.named_blocks(lease.chain.len(), &request.blocks)?;
         let layout = &self.spaces[usize::from(lease.space)].space.layout;
-        let first_part = |group: usize| -> u32 {
-            layout.groups()[..group].iter().map(kvd_proto::Group::part_count).sum()
-        };
+        let first_part =
+            |group: usize| -> u32 { layout.groups()[..group].iter().map(kvd_proto::Group::part_count).sum() };
         let parts_in_all = first_part(layout.groups().len());
         if let Some(part) = request.parts.iter().find(|part| **part >= parts_in_all) {
             let message = format!("part {part} of a layout with {parts_in_all}");

@@ -54,9 +54,7 @@ impl Node {
             fingerprint: registered.fingerprint.0.to_vec().into(),
             blocks: self.catalog.space_blocks(at as u16),
         };
-        Answer::Spaces(wire::ListSpacesReply {
-            spaces: self.spaces.iter().enumerate().map(status).collect(),
-        })
+        Answer::Spaces(wire::ListSpacesReply { spaces: self.spaces.iter().enumerate().map(status).collect() })
     }
 
     pub(super) fn describe_blocks(&self, id_prefix: &[u8]) -> Answer {

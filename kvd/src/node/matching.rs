@@ -140,9 +140,8 @@ impl Node {
     }
 
     fn count_hits(&mut self, items: &[Item], missed: usize, skipped: usize) {
-        let first = |source| {
-            items.iter().filter(|item| item.group == 0 && item.source == source).count() as u64
-        };
+        let first =
+            |source| items.iter().filter(|item| item.group == 0 && item.source == source).count() as u64;
         self.counters.hit_blocks_dram += first(Tier::Dram) + skipped as u64;
         self.counters.hit_blocks_nvme += first(Tier::Nvme);
         self.counters.miss_blocks += missed as u64;
@@ -170,9 +169,8 @@ impl Node {
         let found = self.find(space, &chain);
         let stored = found.iter().map(Vec::len).min().unwrap_or(0);
         let slowest = |block: usize| {
-            let in_dram = |handles: &Vec<Handle>| {
-                self.catalog.get(handles[block]).readable(Tier::Dram).is_some()
-            };
+            let in_dram =
+                |handles: &Vec<Handle>| self.catalog.get(handles[block]).readable(Tier::Dram).is_some();
             if found.iter().all(in_dram) { Tier::Dram as u8 } else { Tier::Nvme as u8 }
         };
         let tiers: Vec<u8> = (0..stored).map(slowest).collect();
@@ -300,8 +298,8 @@ pub(super) fn runs(items: &[Item]) -> Vec<wire::Run> {
             continue;
         }
         if let Some(run) = runs.last_mut() {
-            let step = i64::from(item.slot.slot) - (i64::from(run.first_slot)
-                + i64::from(run.stride) * i64::from(run.count - 1));
+            let step = i64::from(item.slot.slot)
+                - (i64::from(run.first_slot) + i64::from(run.stride) * i64::from(run.count - 1));
             let fits = run.group == u32::from(item.group)
                 && run.segment == item.slot.segment
                 && run.first_block + run.count == item.block

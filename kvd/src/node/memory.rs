@@ -228,7 +228,13 @@ impl Node {
 
     /// A slot, now `owner`'s: a free one, or (`evict`) that of the first copy that may go. A copy that exists nowhere else
     /// goes only with `drop`.
-    pub(super) fn take_slot(&mut self, pool: usize, owner: Handle, evict: bool, drop: bool) -> Option<SlotRef> {
+    pub(super) fn take_slot(
+        &mut self,
+        pool: usize,
+        owner: Handle,
+        evict: bool,
+        drop: bool,
+    ) -> Option<SlotRef> {
         let slots = &mut self.memory.pools[pool].slots;
         if let Some(slot) = slots.allocate(owner) {
             // the next segment is opened, and populated, before it is needed

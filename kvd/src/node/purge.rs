@@ -31,7 +31,10 @@ enum Which {
     Space(u16),
     /// Blocks with these ids, and blocks whose parent is one of them. Parents have lower depth, not lower handles, so
     /// passes repeat until one finds nothing new.
-    Below { ids: HashSet<BlockId>, grew: bool },
+    Below {
+        ids: HashSet<BlockId>,
+        grew: bool,
+    },
 }
 
 impl Which {
@@ -81,10 +84,10 @@ impl Node {
         let mut next = None;
         let slice: Vec<_> = {
             let mut entries = self.catalog.iter_from(purge.next);
-            let slice =
-                entries.by_ref().take(ENTRIES_PER_CALL_MAX).map(|(handle, entry)| {
-                    (handle, entry.key(), entry.parent())
-                });
+            let slice = entries
+                .by_ref()
+                .take(ENTRIES_PER_CALL_MAX)
+                .map(|(handle, entry)| (handle, entry.key(), entry.parent()));
             let slice = slice.collect();
             next = next.or(entries.next().map(|(handle, _)| handle));
             slice

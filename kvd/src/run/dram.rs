@@ -80,10 +80,7 @@ impl DramSegments {
         };
         let payload = medium.mapping(segment).expect("it was just opened");
         let opened = Arc::new(DramSegment { geometry, payload, table: Mutex::new(table) });
-        self.segments
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(segment, opened.clone());
+        self.segments.write().unwrap_or_else(PoisonError::into_inner).insert(segment, opened.clone());
         Ok(opened)
     }
 

@@ -262,7 +262,9 @@ impl Reactor {
         assert_eq!(error.code, Code::Frame, "only a broken frame ends a connection");
         tracing::warn!(member, %error, "a connection is closed");
         self.send(member, crate::node::event::frame(0, node_frame::Body::Error(error.into())));
-        let Some(socket) = self.members.get_mut(&member).and_then(|peer| peer.socket.as_mut()) else { return };
+        let Some(socket) = self.members.get_mut(&member).and_then(|peer| peer.socket.as_mut()) else {
+            return;
+        };
         socket.closing = true;
         self.unsent.insert(member);
     }
@@ -299,6 +301,9 @@ impl Reactor {
                 self.events.push(Event::Open { member, request_id, pid: 0, maps: false, token, request });
             }
             Input::Call { member, body, answer } => {
+                if let client_frame::Body::Release(release) = &body {
+                    self.callers.released(release.lease);
+                }
                 let request_id = self.callers.call(answer);
                 self.events.push(Event::Request { member, request_id, body });
             }
@@ -410,7 +415,9 @@ impl Reactor {
             return;
         }
         let fds = self.descriptors(&frame);
-        let Some(socket) = self.members.get_mut(&member).and_then(|peer| peer.socket.as_mut()) else { return };
+        let Some(socket) = self.members.get_mut(&member).and_then(|peer| peer.socket.as_mut()) else {
+            return;
+        };
         let keeps_up = fds.map(|fds| socket.push(&frame, fds));
         self.unsent.insert(member);
         match keeps_up {
@@ -456,7 +463,9 @@ impl Reactor {
 
     fn send_all(&mut self) {
         for member in std::mem::take(&mut self.unsent) {
-            let Some(socket) = self.members.get_mut(&member).and_then(|peer| peer.socket.as_mut()) else { continue };
+            let Some(socket) = self.members.get_mut(&member).and_then(|peer| peer.socket.as_mut()) else {
+                continue;
+            };
             let sent = socket.flush();
             let closing = socket.closing;
             match sent {

@@ -81,7 +81,12 @@ impl Socket {
             let header = FrameHeader::decode(*head)?;
             let Some(body) = rest.get(..header.body_bytes as usize) else { break };
             let frame = ClientFrame::decode(body).map_err(|error| {
-                Error::new(Code::Frame, "frame", error.to_string(), "check that client and node versions agree")
+                Error::new(
+                    Code::Frame,
+                    "frame",
+                    error.to_string(),
+                    "check that client and node versions agree",
+                )
             })?;
             frames.push(frame);
             consumed += HEADER_BYTES + body.len();
@@ -128,7 +133,8 @@ impl Socket {
 impl Chunk {
     /// Descriptors go with the first byte; the kernel has its own copies after that.
     fn send(&mut self, stream: &mio::net::UnixStream) -> io::Result<usize> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(kvd_proto::limits::FRAME_FDS_MAX))];
+        let mut space =
+            [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(kvd_proto::limits::FRAME_FDS_MAX))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         let fds: Vec<_> = self.fds.iter().map(AsFd::as_fd).collect();
         if self.sent == 0 && !fds.is_empty() {

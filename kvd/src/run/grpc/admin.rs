@@ -29,7 +29,7 @@ impl Admin {
 macro_rules! answered {
     ($self:ident, $question:expr, $variant:ident) => {
         match ask(&$self.inbox, $question).await.map_err(Status::from)? {
-            Answer::$variant(reply) => Ok(Response::new(reply)),
+            Answer::$variant(reply) => reply,
             other => unreachable!("the node answers what it is asked, not {other:?}"),
         }
     };
@@ -48,27 +48,28 @@ impl admin_server::Admin for Admin {
         &self,
         _: Request<wire::ListSpacesRequest>,
     ) -> Result<Response<wire::ListSpacesReply>, Status> {
-        answered!(self, Question::Spaces, Spaces)
+        Ok(Response::new(answered!(self, Question::Spaces, Spaces)))
     }
 
     async fn list_tiers(
         &self,
         _: Request<wire::ListTiersRequest>,
     ) -> Result<Response<wire::ListTiersReply>, Status> {
-        let mut reply: Response<wire::ListTiersReply> = answered!(self, Question::Tiers, Tiers)?;
-        for tier in &mut reply.get_mut().tiers {
+        let mut reply = answered!(self, Question::Tiers, Tiers);
+        for tier in &mut reply.tiers {
             if tier.tier() == wire::Tier::Dram {
                 tier.medium = self.dram.info().description;
             }
         }
-        Ok(reply)
+        Ok(Response::new(reply))
     }
 
     async fn describe_block(
         &self,
         request: Request<wire::DescribeBlockRequest>,
     ) -> Result<Response<wire::DescribeBlockReply>, Status> {
-        answered!(self, Question::Blocks(request.into_inner().id_prefix.to_vec()), Blocks)
+        let question = Question::Blocks(request.into_inner().id_prefix.to_vec());
+        Ok(Response::new(answered!(self, question, Blocks)))
     }
 
     async fn pin_block(
@@ -77,7 +78,7 @@ impl admin_server::Admin for Admin {
     ) -> Result<Response<wire::PinBlockReply>, Status> {
         let request = request.into_inner();
         let (id_prefix, ttl_ms) = (request.id_prefix.to_vec(), request.ttl_ms);
-        answered!(self, Question::Pin { id_prefix, ttl_ms }, Pin)
+        Ok(Response::new(answered!(self, Question::Pin { id_prefix, ttl_ms }, Pin)))
     }
 
     async fn purge(
@@ -87,17 +88,13 @@ impl admin_server::Admin for Admin {
         let what = request.into_inner().what.ok_or_else(|| {
             Status::from(Error::invalid("what", "not given", "say everything, a space or an id prefix"))
         })?;
-        answered!(self, Question::Purge(what), Purge)
+        Ok(Response::new(answered!(self, Question::Purge(what), Purge)))
     }
 
-    type EventsStream = std::pin::Pin<
-        Box<dyn tokio_stream::Stream<Item = Result<wire::NodeEvent, Status>> + Send + 'static>,
-    >;
+    type EventsStream =
+        std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<wire::NodeEvent, Status>> + Send + 'static>>;
 
-    async fn events(
-        &self,
-        _: Request<wire::EventsRequest>,
-    ) -> Result<Response<Self::EventsStream>, Status> {
+    async fn events(&self, _: Request<wire::EventsRequest>) -> Result<Response<Self::EventsStream>, Status> {
         let (events, told) = mpsc::channel(EVENTS_BEHIND_MAX);
         self.inbox.push(Input::Watch { events });
         Ok(Response::new(Box::pin(ReceiverStream::new(told).map(Ok))))

@@ -8,7 +8,9 @@ use crate::run::dram::DramSegments;
 use crate::run::inbox::{Inbox, Input};
 use kvd_proto::limits::CHUNK_BYTES_MAX;
 use kvd_proto::slot_header::FLAG_CHECKSUMMED;
-use kvd_proto::wire::{self, ReserveState, cache_server, client_frame::Body as Ask, node_frame::Body as Reply};
+use kvd_proto::wire::{
+    self, ReserveState, cache_server, client_frame::Body as Ask, node_frame::Body as Reply,
+};
 use kvd_proto::{Chain, Code, Error};
 use kvd_tiers::segment::SlotRef;
 use std::collections::{HashMap, HashSet};
@@ -43,7 +45,12 @@ impl Shared {
     fn member(&self, session: u64) -> Result<u64, Error> {
         let sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
         sessions.get(&session).copied().ok_or_else(|| {
-            Error::new(Code::UnknownSession, "session", format!("{session} is not open"), "open a session first")
+            Error::new(
+                Code::UnknownSession,
+                "session",
+                format!("{session} is not open"),
+                "open a session first",
+            )
         })
     }
 
@@ -166,9 +173,9 @@ impl cache_server::Cache for Cache {
     async fn read(&self, request: Request<wire::ReadRequest>) -> Result<Response<Chunks>, Status> {
         let request = request.into_inner();
         let member = self.shared.member(request.session)?;
-        let wanted = request.r#match.ok_or_else(|| {
-            Status::from(Error::invalid("match", "not given", "say which chain to read"))
-        })?;
+        let wanted = request
+            .r#match
+            .ok_or_else(|| Status::from(Error::invalid("match", "not given", "say which chain to read")))?;
         let chain = Chain::from_packed("chain", &wanted.chain)?;
         let Reply::Match(reply) = self.shared.call(member, Ask::Match(wanted)).await? else {
             return Err(unexpected().into());

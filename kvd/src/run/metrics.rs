@@ -1,0 +1,154 @@
+//! Prometheus metrics: the node's own counters, asked for at each scrape, and the reactor's timings.
+//!
+//! Invariant: a number stands here only if something else counts it; names end in their base unit.
+
+use super::inbox::Inbox;
+use crate::node::event::{Answer, Question};
+use axum::Router;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::routing::get;
+use kvd_proto::wire::{Counters, StatusReply, TierStatus};
+use prometheus::{
+    Encoder as _, Histogram, HistogramOpts, IntCounter, IntGaugeVec, Opts, Registry, TextEncoder,
+};
+use std::sync::Arc;
+
+/// What the reactor measures of itself.
+pub(crate) struct Timings {
+    /// From a wake-up to its last reply sent, in seconds.
+    pub(super) round: Histogram,
+}
+
+impl Timings {
+    pub(super) fn new() -> Self {
+        let buckets = prometheus::exponential_buckets(2e-6, 2.0, 18).expect("positive and growing");
+        let round = HistogramOpts::new(
+            "kvd_node_round_seconds",
+            "From a wake-up of the node's thread to its last reply",
+        );
+        let round = Histogram::with_opts(round.buckets(buckets)).expect("the name is valid");
+        Self { round }
+    }
+}
+
+/// Serves `/metrics` and `/healthz`.
+pub(super) fn router(inbox: Inbox, timings: Arc<Timings>) -> Router {
+    Router::new()
+        .route("/metrics", get(scrape))
+        .route("/healthz", get(|| async { "ok\n" }))
+        .with_state((inbox, timings))
+}
+
+async fn scrape(
+    State((inbox, timings)): State<(Inbox, Arc<Timings>)>,
+) -> Result<Vec<u8>, (StatusCode, String)> {
+    let failed = |why: String| (StatusCode::SERVICE_UNAVAILABLE, why);
+    let status = super::grpc::ask(&inbox, Question::Status).await.map_err(|e| failed(e.to_string()))?;
+    let tiers = super::grpc::ask(&inbox, Question::Tiers).await.map_err(|e| failed(e.to_string()))?;
+    let (Answer::Status(status), Answer::Tiers(tiers)) = (status, tiers) else {
+        unreachable!("the node answers what it is asked")
+    };
+    render(&status, &tiers.tiers, &timings).map_err(|e| failed(e.to_string()))
+}
+
+fn render(
+    status: &StatusReply,
+    tiers: &[TierStatus],
+    timings: &Timings,
+) -> Result<Vec<u8>, prometheus::Error> {
+    let registry = Registry::new();
+    registry.register(Box::new(timings.round.clone()))?;
+    for (name, help, value) in counters(&status.counters.unwrap_or_default()) {
+        let counter = IntCounter::new(name, help)?;
+        counter.inc_by(value);
+        registry.register(Box::new(counter))?;
+    }
+    let gauges: [(&str, &str, u64); 7] = [
+        ("kvd_uptime_seconds", "Since the daemon started", status.uptime_ms / 1000),
+        ("kvd_sessions", "Open sessions", status.sessions.into()),
+        ("kvd_members", "Connections of all sessions", status.members.into()),
+        ("kvd_leases", "Leases that were not released", status.leases.into()),
+        ("kvd_leased_bytes", "Bytes under leases", status.leased_bytes),
+        ("kvd_blocks", "Blocks with a copy in any tier", status.blocks),
+        ("kvd_spaces", "Registered spaces", status.spaces.into()),
+    ];
+    for (name, help, value) in gauges {
+        let gauge = prometheus::IntGauge::new(name, help)?;
+        gauge.set(value as i64);
+        registry.register(Box::new(gauge))?;
+    }
+    by_tier(&registry, tiers)?;
+    let mut text = Vec::new();
+    TextEncoder::new().encode(&registry.gather(), &mut text)?;
+    Ok(text)
+}
+
+fn counters(all: &Counters) -> [(&'static str, &'static str, u64); 20] {
+    [
+        ("kvd_match_requests_total", "Match requests", all.match_requests),
+        ("kvd_match_blocks_total", "Blocks asked for by match", all.match_blocks),
+        ("kvd_hit_dram_blocks_total", "Blocks matched in DRAM", all.hit_blocks_dram),
+        ("kvd_hit_nvme_blocks_total", "Blocks matched on NVMe", all.hit_blocks_nvme),
+        ("kvd_miss_blocks_total", "Blocks asked for and not matched", all.miss_blocks),
+        ("kvd_reserve_requests_total", "Reserve requests", all.reserve_requests),
+        ("kvd_reserve_granted_blocks_total", "Blocks granted for filling", all.granted_blocks),
+        ("kvd_reserve_present_blocks_total", "Blocks reserved that were stored already", all.present_blocks),
+        ("kvd_reserve_busy_blocks_total", "Blocks reserved that somebody was filling", all.busy_blocks),
+        (
+            "kvd_reserve_no_space_blocks_total",
+            "Blocks reserved for which there was no slot",
+            all.no_space_blocks,
+        ),
+        ("kvd_committed_blocks_total", "Blocks committed", all.committed_blocks),
+        ("kvd_evicted_dram_blocks_total", "Copies that left DRAM and are on NVMe", all.evicted_dram_blocks),
+        ("kvd_evicted_nvme_blocks_total", "Copies that left NVMe", all.evicted_nvme_blocks),
+        ("kvd_dropped_blocks_total", "Blocks that left DRAM without reaching NVMe", all.dropped_blocks),
+        ("kvd_nvme_read_bytes_total", "Bytes promoted from NVMe", all.nvme_read_bytes),
+        ("kvd_nvme_written_bytes_total", "Bytes demoted to NVMe", all.nvme_write_bytes),
+        ("kvd_nvme_errors_total", "Transfers and segments that failed on the device", all.nvme_errors),
+        (
+            "kvd_checksum_errors_total",
+            "Transfers whose bytes did not have their checksum",
+            all.checksum_errors,
+        ),
+        ("kvd_leases_expired_total", "Leases that ended before they were released", all.leases_expired),
+        ("kvd_refused_requests_total", "Requests answered with an error", all.refused_requests),
+    ]
+}
+
+fn by_tier(registry: &Registry, tiers: &[TierStatus]) -> Result<(), prometheus::Error> {
+    type Read = fn(&TierStatus) -> u64;
+    let metrics: [(&str, &str, Read); 6] = [
+        ("kvd_tier_capacity_bytes", "Bytes the tier may take", |tier| tier.capacity_bytes),
+        ("kvd_tier_segments_bytes", "Bytes of the tier's segments", |tier| tier.segment_bytes_total),
+        ("kvd_tier_used_bytes", "Bytes of slots that hold or get a block", |tier| tier.used_bytes),
+        ("kvd_tier_quarantined_bytes", "Bytes of slots in quarantine", |tier| tier.quarantined_bytes),
+        ("kvd_tier_populated_bytes", "Bytes touched ahead of use", |tier| tier.populated_bytes),
+        ("kvd_tier_copies", "Copies in the tier", |tier| tier.copies),
+    ];
+    for (name, help, read) in metrics {
+        let gauges = IntGaugeVec::new(Opts::new(name, help), &["tier"])?;
+        for tier in tiers {
+            let label = tier.tier().as_str_name().trim_start_matches("TIER_").to_lowercase();
+            gauges.with_label_values(&[&label]).set(read(tier) as i64);
+        }
+        registry.register(Box::new(gauges))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_counter_is_rendered_under_a_valid_name() {
+        let counters = Counters { checksum_errors: 3, ..Counters::default() };
+        let status = StatusReply { counters: Some(counters), ..StatusReply::default() };
+        let text =
+            String::from_utf8(render(&status, &[TierStatus::default()], &Timings::new()).unwrap()).unwrap();
+        assert!(text.contains("\nkvd_checksum_errors_total 3\n"), "{text}");
+        assert!(text.contains("kvd_tier_used_bytes{tier=\"unspecified\"} 0"), "{text}");
+    }
+}

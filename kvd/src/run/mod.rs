@@ -1,0 +1,267 @@
+//! The shells around the node: threads, sockets, devices, time. `serve` puts them together.
+//!
+//! Threads: the node's (reactor), one for NVMe, one for checksums, one that populates, one for gRPC and HTTP.
+//! Invariant: all of them end when the node's thread ends; the data directory is locked for as long as any may write.
+
+mod dram;
+mod grpc;
+mod inbox;
+mod metrics;
+mod mover;
+mod reactor;
+mod shelf;
+mod socket;
+mod watch;
+mod workers;
+
+use crate::config::{Config, Engine, Wish};
+use crate::node::{Node, NodeConfig, NvmeConfig};
+use dram::DramSegments;
+use inbox::{Inbox, Input};
+use kvd_proto::{Code, Error};
+use kvd_tiers::media::dram::DramOptions;
+use kvd_tiers::media::nvme::{self, NvmeMedium, NvmeOptions};
+use mover::Mover;
+use reactor::{Parts, Reactor};
+use rustix::fs::{FlockOperation, flock};
+use std::fs::File;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+/// Copies of the DRAM medium complete at once; this many may wait to be told.
+const DRAM_QUEUE_DEPTH: usize = 64;
+
+/// Runs a node until it is told to stop (SIGTERM, SIGINT).
+pub fn serve(config: &Config) -> Result<(), Error> {
+    config.check()?;
+    let started = Instant::now();
+    let _lock = lock_data_dir(&config.data_dir)?;
+    let io = |what: &str, e: std::io::Error| {
+        Error::new(Code::Unavailable, "", format!("{what}: {e}"), "see the system's limits")
+    };
+    let poll = mio::Poll::new().map_err(|e| io("epoll", e))?;
+    let waker = mio::Waker::new(poll.registry(), reactor::WAKE).map_err(|e| io("eventfd", e))?;
+    let inbox = Inbox::new(waker);
+    let dram = Arc::new(DramSegments::new(dram_options(config)));
+    let nvme = nvme_options(config).map(|options| open_nvme(options)).transpose()?;
+    let (mover, moving) =
+        nvme.map(|medium| Mover::start(Box::new(medium), dram.clone(), inbox.clone())).unzip();
+    let listener =
+        mio::net::UnixListener::from_std(bind(&config.listen.session_socket, "listen.session_socket")?);
+    let grpc = bind(&config.listen.grpc_socket, "listen.grpc_socket")?;
+    let timings = Arc::new(metrics::Timings::new());
+    let servers = Servers::start(config, inbox.clone(), dram.clone(), timings.clone(), grpc)?;
+    tracing::info!(
+        dram_bytes = config.dram.capacity_bytes,
+        nvme = mover.as_ref().map_or("none", |mover: &Mover| mover.info.description.as_str()),
+        session_socket = %config.listen.session_socket.display(),
+        grpc_socket = %config.listen.grpc_socket.display(),
+        "serving"
+    );
+    let parts = Parts {
+        poll,
+        listener,
+        inbox,
+        node: Node::new(node_config(config)),
+        dram,
+        mover,
+        connections_max: config.limits.members_max as usize,
+        timings,
+        started,
+    };
+    let ran = Reactor::new(parts).and_then(|mut reactor| reactor.run());
+    servers.stop();
+    if let Some(moving) = moving {
+        let _ = moving.join(); // a panic there was printed there
+    }
+    for socket in [&config.listen.session_socket, &config.listen.grpc_socket] {
+        let _ = std::fs::remove_file(socket);
+    }
+    ran.map_err(|e| io("the node's thread", e))
+}
+
+/// The thread of gRPC, HTTP and signals.
+struct Servers {
+    stop: tokio::sync::watch::Sender<bool>,
+    thread: std::thread::JoinHandle<()>,
+}
+
+impl Servers {
+    fn start(
+        config: &Config,
+        inbox: Inbox,
+        dram: Arc<DramSegments>,
+        timings: Arc<metrics::Timings>,
+        unix: std::os::unix::net::UnixListener,
+    ) -> Result<Self, Error> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| {
+            Error::new(Code::Unavailable, "", format!("runtime: {e}"), "see the system's limits")
+        })?;
+        let (tcp, http) = (config.listen.grpc_address, config.listen.metrics_address);
+        let http = http.map(|address| bind_tcp(address, "listen.metrics_address")).transpose()?;
+        if let Some(address) = tcp {
+            drop(bind_tcp(address, "listen.grpc_address")?); // in use: said now, with the field's name
+        }
+        let (stop, stopped) = tokio::sync::watch::channel(false);
+        let thread = workers::spawn("kvd-servers", move || {
+            runtime.block_on(async move {
+                let unix = tokio::net::UnixListener::from_std(unix).expect("a listener in a runtime");
+                let app = metrics::router(inbox.clone(), timings);
+                let mut http_stopped = stopped.clone();
+                let served_http = async {
+                    let Some(http) = http else { return };
+                    let http = tokio::net::TcpListener::from_std(http).expect("a listener in a runtime");
+                    let stop = async move {
+                        let _ = http_stopped.wait_for(|stopped| *stopped).await;
+                    };
+                    if let Err(error) = axum::serve(http, app).with_graceful_shutdown(stop).await {
+                        tracing::error!(%error, "metrics are not served");
+                    }
+                };
+                let served = grpc::serve(inbox.clone(), dram, unix, tcp, stopped.clone());
+                let mut all_stopped = stopped;
+                tokio::select! {
+                    (served, ()) = async { tokio::join!(served, served_http) } => {
+                        if let Err(error) = served {
+                            tracing::error!(error, "gRPC is not served");
+                        }
+                    }
+                    () = async {
+                        signalled().await;
+                        inbox.push(Input::Stop);
+                        // what is under way gets no more than it takes the node to end
+                        let _ = all_stopped.wait_for(|stopped| *stopped).await;
+                    } => {}
+                }
+            });
+        });
+        Ok(Self { stop, thread })
+    }
+
+    fn stop(self) {
+        let _ = self.stop.send(true);
+        let _ = self.thread.join();
+    }
+}
+
+async fn signalled() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let terminate = signal(SignalKind::terminate());
+    match terminate {
+        Ok(mut terminate) => tokio::select! {
+            _ = terminate.recv() => {}
+            _ = tokio::signal::ctrl_c() => {}
+        },
+        Err(_) => drop(tokio::signal::ctrl_c().await),
+    }
+}
+
+fn lock_data_dir(path: &Path) -> Result<File, Error> {
+    let refused = |what: String, fix: &str| Error::new(Code::Unavailable, "data_dir", what, fix);
+    let shown = path.display();
+    std::fs::create_dir_all(path).map_err(|e| {
+        refused(format!("{shown}: {e}"), "set data_dir to a folder that can be made and written")
+    })?;
+    let _ = std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o750));
+    let lock = File::create(path.join("lock"))
+        .map_err(|e| refused(format!("{shown}: {e}"), "set data_dir to a folder that can be written"))?;
+    flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
+        refused(format!("another kvd serves from {shown}"), "stop it, or give this one its own data_dir")
+    })?;
+    Ok(lock)
+}
+
+/// We hold the data directory's lock, so a socket file that is there is a dead daemon's, if it is a socket at all.
+fn bind(path: &Path, field: &str) -> Result<std::os::unix::net::UnixListener, Error> {
+    use std::os::unix::fs::FileTypeExt as _;
+    let refused =
+        |what: String| Error::new(Code::Unavailable, field, what, "name a path where a socket can be made");
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if found.file_type().is_socket() => {
+            if std::os::unix::net::UnixStream::connect(path).is_ok() {
+                return Err(refused(format!("{} is another daemon's", path.display())));
+            }
+            let _ = std::fs::remove_file(path);
+        }
+        Ok(_) => return Err(refused(format!("{} is there and is no socket", path.display()))),
+        Err(_) => {}
+    }
+    let listener = std::os::unix::net::UnixListener::bind(path)
+        .map_err(|e| refused(format!("{}: {e}", path.display())))?;
+    listener.set_nonblocking(true).map_err(|e| refused(e.to_string()))?;
+    Ok(listener)
+}
+
+fn bind_tcp(address: std::net::SocketAddr, field: &str) -> Result<std::net::TcpListener, Error> {
+    let refused = |e: std::io::Error| {
+        Error::new(
+            Code::Unavailable,
+            field,
+            format!("{address}: {e}"),
+            "name a free address, or \"\" for none",
+        )
+    };
+    let listener = std::net::TcpListener::bind(address).map_err(refused)?;
+    listener.set_nonblocking(true).map_err(refused)?;
+    Ok(listener)
+}
+
+pub(crate) fn dram_options(config: &Config) -> DramOptions {
+    DramOptions {
+        capacity_bytes: config.dram.capacity_bytes,
+        queue_depth: DRAM_QUEUE_DEPTH,
+        huge_pages: config.dram.huge_pages == Wish::Auto,
+        lock: config.dram.lock == Wish::Auto,
+    }
+}
+
+pub(crate) fn nvme_options(config: &Config) -> Option<NvmeOptions> {
+    let path = config.nvme.path.clone()?;
+    Some(NvmeOptions {
+        path,
+        capacity_bytes: config.nvme.capacity_bytes,
+        segment_bytes: config.nvme.segment_bytes,
+        queue_depth: config.nvme.queue_depth as usize,
+        engine: match config.nvme.engine {
+            Engine::Auto => nvme::Engine::Auto,
+            Engine::IoUring => nvme::Engine::Uring,
+            Engine::Psync => nvme::Engine::Psync,
+        },
+        sqpoll: config.nvme.sqpoll,
+        iopoll: config.nvme.iopoll,
+    })
+}
+
+fn open_nvme(options: NvmeOptions) -> Result<NvmeMedium, Error> {
+    let opened = NvmeMedium::open(options);
+    opened.map_err(|e| {
+        Error::new(
+            Code::Unavailable,
+            "nvme.path",
+            e.to_string(),
+            "or set nvme.path = \"\" to go without NVMe",
+        )
+    })
+}
+
+fn node_config(config: &Config) -> NodeConfig {
+    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    NodeConfig {
+        epoch: since_1970.as_nanos() as u64,
+        dram_bytes: config.dram.capacity_bytes,
+        dram_segment_bytes: config.dram.segment_bytes,
+        dram_eviction: config.dram.eviction.name().to_owned(),
+        nvme: config.nvme.path.is_some().then(|| NvmeConfig {
+            bytes: config.nvme.capacity_bytes,
+            segment_bytes: config.nvme.segment_bytes,
+            eviction: config.nvme.eviction.name().to_owned(),
+            queue_depth: config.nvme.queue_depth as usize,
+        }),
+        lease_ttl_ms: config.leases.ttl_ms,
+        lease_bytes_max: config.leases.bytes_max_per_session,
+        sessions_max: config.limits.sessions_max as usize,
+        members_max: config.limits.members_max as usize,
+    }
+}
