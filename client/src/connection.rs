@@ -1,0 +1,261 @@
+//! One session socket: frames out without waiting, replies to whoever asked, unasked frames to the session.
+//!
+//! Owns: request ids, the outbox, the inbox, descriptors on their way. Invariants: a request gets its reply, or
+//! `Unavailable` when the connection ends; nothing waits to *send* (a full socket fills the bounded outbox).
+//! Leaves to others: what frames mean, and coming back after the end (session).
+
+use kvd_proto::frame::{self, FrameHeader, HEADER_BYTES};
+use kvd_proto::limits::{FRAME_BYTES_MAX, FRAME_FDS_MAX};
+use kvd_proto::wire::{ClientFrame, NodeFrame, client_frame, node_frame};
+use kvd_proto::{Code, Error};
+use prost::Message as _;
+use rustix::fd::OwnedFd;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use std::collections::{HashMap, VecDeque};
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+use tokio::sync::{Notify, oneshot};
+
+/// Bytes waiting for a full socket. At the limit: `Unavailable`, the node is not keeping up.
+const OUTBOX_BYTES_MAX: usize = 8 << 20;
+/// Requests waiting for a reply. At the limit: `Limit`.
+const REQUESTS_MAX: usize = 4096;
+const READ_BYTES: usize = 64 << 10;
+
+type Reply = Result<node_frame::Body, Error>;
+/// Called for every unasked frame, with the descriptors that came beside it.
+pub(crate) type Unasked = Box<dyn Fn(node_frame::Body, Vec<OwnedFd>) + Send + Sync>;
+
+/// A live connection; clones share it.
+pub(crate) struct Connection {
+    stream: UnixStream,
+    shared: Mutex<Shared>,
+    outbox_grew: Notify,
+    next_id: AtomicU64,
+    unasked: Unasked,
+}
+
+#[derive(Default)]
+struct Shared {
+    outbox: Vec<u8>,
+    waiting: HashMap<u64, oneshot::Sender<(Reply, Vec<OwnedFd>)>>,
+    ended: bool,
+}
+
+impl Connection {
+    /// Connects; the returned future reads and writes until the connection ends and must be spawned.
+    pub(crate) async fn open(
+        path: &Path,
+        unasked: Unasked,
+    ) -> Result<(Arc<Self>, impl Future<Output = ()> + use<>), Error> {
+        let stream = UnixStream::connect(path).await.map_err(|e| {
+            Error::new(
+                Code::Unavailable,
+                "socket",
+                format!("{}: {e}", path.display()),
+                "start the node (`kvd serve`) or name its session socket",
+            )
+        })?;
+        let connection = Arc::new(Self {
+            stream,
+            shared: Mutex::default(),
+            outbox_grew: Notify::new(),
+            next_id: AtomicU64::new(1),
+            unasked,
+        });
+        let driven = connection.clone();
+        Ok((connection, async move {
+            let why = driven.drive().await;
+            driven.end(&why);
+        }))
+    }
+
+    /// Sends a request and waits for its reply.
+    pub(crate) async fn call(&self, body: client_frame::Body) -> Result<(node_frame::Body, Vec<OwnedFd>), Error> {
+        let (sender, receiver) = oneshot::channel();
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        {
+            let mut shared = self.lock();
+            if shared.ended {
+                return Err(lost("the connection has ended"));
+            }
+            if shared.waiting.len() >= REQUESTS_MAX {
+                return Err(Error::limit("requests", format!("{REQUESTS_MAX} under way"), "wait for replies"));
+            }
+            shared.waiting.insert(id, sender);
+            self.send_locked(&mut shared, &ClientFrame { request_id: id, body: Some(body) })?;
+        }
+        match receiver.await {
+            Ok((Ok(node_frame::Body::Error(error)), _)) => Err(error.into()),
+            Ok((reply, fds)) => reply.map(|body| (body, fds)),
+            Err(_) => Err(lost("the connection has ended")),
+        }
+    }
+
+    /// Sends without a reply; lost with the connection.
+    pub(crate) fn tell(&self, body: client_frame::Body) {
+        let mut shared = self.lock();
+        if !shared.ended {
+            let _ = self.send_locked(&mut shared, &ClientFrame { request_id: 0, body: Some(body) });
+        }
+    }
+
+    /// Ends the connection from our side; the driving future notices.
+    pub(crate) fn shut_down(&self) {
+        let _ = rustix::net::shutdown(&self.stream, rustix::net::Shutdown::Both); // gone already is fine
+    }
+
+    pub(crate) fn ended(&self) -> bool {
+        self.lock().ended
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn send_locked(&self, shared: &mut Shared, message: &ClientFrame) -> Result<(), Error> {
+        let bytes = message.encoded_len();
+        if bytes > FRAME_BYTES_MAX {
+            let message = format!("a request of {bytes} bytes");
+            return Err(Error::limit("frame", message, format!("send at most {FRAME_BYTES_MAX}")));
+        }
+        if shared.outbox.len() + bytes > OUTBOX_BYTES_MAX {
+            return Err(lost("the node does not keep up with requests"));
+        }
+        frame::push(&mut shared.outbox, message, 0);
+        self.flush_locked(shared);
+        if !shared.outbox.is_empty() {
+            self.outbox_grew.notify_one();
+        }
+        Ok(())
+    }
+
+    fn flush_locked(&self, shared: &mut Shared) {
+        let mut sent = 0;
+        while sent < shared.outbox.len() {
+            match self.stream.try_write(&shared.outbox[sent..]) {
+                Ok(bytes) => sent += bytes,
+                Err(_) => break, // full, or gone: the reading side tells which
+            }
+        }
+        shared.outbox.drain(..sent);
+    }
+
+    async fn drive(&self) -> String {
+        let mut inbox = Inbox::default();
+        loop {
+            let full = !self.lock().outbox.is_empty();
+            let interest = if full { Interest::READABLE | Interest::WRITABLE } else { Interest::READABLE };
+            let ready = tokio::select! {
+                ready = self.stream.ready(interest) => ready,
+                () = self.outbox_grew.notified() => continue,
+            };
+            let ready = match ready {
+                Ok(ready) => ready,
+                Err(error) => return error.to_string(),
+            };
+            if ready.is_writable() {
+                self.flush_locked(&mut self.lock());
+            }
+            if ready.is_readable() || ready.is_read_closed() {
+                if let Err(why) = self.read(&mut inbox) {
+                    return why;
+                }
+            }
+        }
+    }
+
+    fn read(&self, inbox: &mut Inbox) -> Result<(), String> {
+        loop {
+            match self.stream.try_io(Interest::READABLE, || inbox.receive(&self.stream)) {
+                Ok(0) => return Err("the node closed the connection".to_owned()),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error.to_string()),
+            }
+            while let Some((message, fds)) = inbox.next_frame().map_err(|error| error.to_string())? {
+                self.deliver(message, fds);
+            }
+        }
+    }
+
+    fn deliver(&self, message: NodeFrame, fds: Vec<OwnedFd>) {
+        let Some(body) = message.body else { return };
+        if message.request_id == 0 {
+            (self.unasked)(body, fds);
+            return;
+        }
+        let waiting = self.lock().waiting.remove(&message.request_id);
+        let Some(waiting) = waiting else { return };
+        if let Err((Ok(body), fds)) = waiting.send((Ok(body), fds)) {
+            (self.unasked)(body, fds); // its caller gave up: the session may have to give something back
+        }
+    }
+
+    fn end(&self, why: &str) {
+        let waiting = {
+            let mut shared = self.lock();
+            shared.ended = true;
+            std::mem::take(&mut shared.waiting)
+        };
+        for (_, sender) in waiting {
+            let _ = sender.send((Err(lost(why)), Vec::new()));
+        }
+    }
+}
+
+pub(crate) fn lost(why: &str) -> Error {
+    Error::new(Code::Unavailable, "", why, "treat it as a miss; the session comes back by itself")
+}
+
+#[derive(Default)]
+struct Inbox {
+    bytes: Vec<u8>,
+    consumed: usize,
+    fds: VecDeque<OwnedFd>,
+}
+
+impl Inbox {
+    fn receive(&mut self, stream: &UnixStream) -> io::Result<usize> {
+        if self.consumed > 0 {
+            self.bytes.drain(..self.consumed);
+            self.consumed = 0;
+        }
+        let start = self.bytes.len();
+        self.bytes.resize(start + READ_BYTES, 0);
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FRAME_FDS_MAX))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut iov = [IoSliceMut::new(&mut self.bytes[start..])];
+        let received = recvmsg(stream, &mut iov, &mut control, RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT);
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(fds) = message {
+                self.fds.extend(fds);
+            }
+        }
+        let bytes = received.as_ref().map_or(0, |received| received.bytes);
+        self.bytes.truncate(start + bytes);
+        Ok(received?.bytes)
+    }
+
+    fn next_frame(&mut self) -> Result<Option<(NodeFrame, Vec<OwnedFd>)>, Error> {
+        let rest = &self.bytes[self.consumed..];
+        let Some((head, rest)) = rest.split_first_chunk::<HEADER_BYTES>() else { return Ok(None) };
+        let header = FrameHeader::decode(*head)?;
+        let Some(body) = rest.get(..header.body_bytes as usize) else { return Ok(None) };
+        let message = NodeFrame::decode(body)
+            .map_err(|e| Error::new(Code::Frame, "frame", e.to_string(), "check that versions agree"))?;
+        let fds = usize::from(header.fds);
+        if fds > self.fds.len() {
+            let what = format!("a frame promises {fds} descriptors, {} came", self.fds.len());
+            return Err(Error::new(Code::Frame, "frame", what, "raise the open files limit (ulimit -n)"));
+        }
+        let fds = self.fds.drain(..fds).collect();
+        self.consumed += HEADER_BYTES + body.len();
+        Ok(Some((message, fds)))
+    }
+}

@@ -1,0 +1,134 @@
+//! A reservation being filled: slots that are ours until committed.
+//!
+//! Invariants: only granted blocks can be written; dropping a fill gives its uncommitted slots back.
+
+use crate::session::{Inner, SpaceHandle, unexpected};
+use crate::transport::shm::SharedSegment;
+use kvd_proto::wire::{self, ReserveState, client_frame::Body as Ask, node_frame::Body as Answer};
+use kvd_proto::{Code, Error, Layout};
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+/// Slots to fill, by block of the chain that was asked for.
+pub struct Fill {
+    inner: Arc<Inner>,
+    layout: Arc<Layout>,
+    lease: u64,
+    runs: Vec<(wire::Run, Arc<SharedSegment>)>,
+    states: Vec<u8>,
+    incarnation: u64,
+}
+
+impl Fill {
+    pub(crate) fn new(
+        space: &SpaceHandle,
+        reply: wire::ReserveReply,
+        incarnation: u64,
+    ) -> Result<Self, Error> {
+        let inner = space.session.inner.clone();
+        if reply.lease != 0 {
+            inner.progress(reply.lease); // known as held when the session comes back
+        }
+        let mut fill = Self {
+            inner,
+            layout: space.layout.clone(),
+            lease: reply.lease,
+            runs: Vec::with_capacity(reply.runs.len()),
+            states: reply.states.to_vec(),
+            incarnation,
+        };
+        for run in reply.runs {
+            let Some(segment) = fill.inner.segment(run.segment) else {
+                let what = format!("segment {} was never announced", run.segment);
+                return Err(Error::new(Code::Unavailable, "segment", what, "go without storing"));
+            };
+            fill.runs.push((run, segment));
+        }
+        Ok(fill)
+    }
+
+    /// What became of a block of the chain.
+    pub fn state(&self, block: u32) -> ReserveState {
+        let state = self.states.get(block as usize).copied().unwrap_or(ReserveState::NoSpace as u8);
+        ReserveState::try_from(i32::from(state)).unwrap_or(ReserveState::NoSpace)
+    }
+
+    /// The lease's number at the node, for logs and `kvctl`; 0: nothing was granted.
+    pub fn lease(&self) -> u64 {
+        self.lease
+    }
+
+    /// Blocks that are ours to fill, in order.
+    pub fn granted(&self) -> Vec<u32> {
+        let granted = |block: &u32| self.state(*block) == ReserveState::Granted;
+        (0..self.states.len() as u32).filter(granted).collect()
+    }
+
+    /// Copies a whole slot of one group into place; `bytes` has exactly the slot's bytes.
+    pub fn write(&self, block: u32, group: usize, bytes: &[u8]) {
+        let (segment, slot) = self.place(block, group);
+        assert_eq!(bytes.len(), segment.slot_bytes(), "a slot is written whole");
+        segment.fill(slot, 0, bytes);
+    }
+
+    /// Copies one part into place; `bytes` has at most the part's bytes.
+    pub fn write_part(&self, block: u32, group: usize, part: u16, bytes: &[u8]) {
+        let part = self.layout.part(group, part);
+        assert!(bytes.len() <= part.bytes as usize, "{} bytes for a part of {}", bytes.len(), part.bytes);
+        let (segment, slot) = self.place(block, group);
+        segment.fill(slot, part.offset as usize, bytes);
+    }
+
+    /// Where a granted slot lies in this process, for engines that copy by themselves.
+    pub fn slot_ptr(&self, block: u32, group: usize) -> NonNull<u8> {
+        let (segment, slot) = self.place(block, group);
+        segment.slot_ptr(slot)
+    }
+
+    /// Every granted block is filled. Returns how many became committed; the lease ends.
+    pub async fn commit(mut self) -> Result<u32, Error> {
+        let committed = self.commit_parts(&[], &[]).await?;
+        self.give_back();
+        Ok(committed)
+    }
+
+    /// The given parts (numbered through all groups; none: all) of the given blocks (none: all granted) are filled.
+    /// Returns how many blocks became whole by it. The lease goes on.
+    pub async fn commit_parts(&mut self, blocks: &[u32], parts: &[u32]) -> Result<u32, Error> {
+        if self.lease == 0 {
+            return Ok(0);
+        }
+        let blocks = blocks.iter().map(|block| wire::BlockRange { first: *block, count: 1 }).collect();
+        let request = wire::CommitRequest { lease: self.lease, blocks, parts: parts.to_vec() };
+        match self.inner.call(Ask::Commit(request)).await? {
+            Answer::Commit(reply) => Ok(reply.committed),
+            _ => Err(unexpected()),
+        }
+    }
+
+    fn give_back(&mut self) {
+        let lease = std::mem::take(&mut self.lease);
+        if lease != 0 && self.incarnation == self.inner.incarnation() {
+            self.inner.release(lease);
+        }
+    }
+
+    fn place(&self, block: u32, group: usize) -> (&Arc<SharedSegment>, u32) {
+        let found = self.runs.iter().find_map(|(run, segment)| {
+            let inside = run.group as usize == group
+                && block >= run.first_block
+                && block - run.first_block < run.count;
+            let slot = |block: u32| {
+                i64::from(run.first_slot) + i64::from(run.stride) * i64::from(block - run.first_block)
+            };
+            inside.then(|| (segment, slot(block) as u32))
+        });
+        found.unwrap_or_else(|| panic!("block {block} group {group} was not granted"))
+    }
+}
+
+impl Drop for Fill {
+    fn drop(&mut self) {
+        self.give_back();
+    }
+}

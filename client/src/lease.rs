@@ -1,0 +1,298 @@
+//! A match: a lease over the prefix worth loading, and the ways to its bytes.
+//!
+//! Invariants: `Read::Whole` means id, space, group, generation and every part checksum agreed and the lease still stood
+//! after the last byte; anything else is a `Miss` with its reason. Dropping a match releases its lease.
+
+use crate::session::{Inner, SpaceHandle};
+use crate::transport::shm::SharedSegment;
+use kvd_proto::slot_header::{FLAG_CHECKSUMMED, SlotHeader};
+use kvd_proto::wire::{self, Tier};
+use kvd_proto::{BlockId, Chain, Code, Error};
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::Notify;
+
+/// How a read ended. A miss is a value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Read {
+    /// Every byte is there and verified.
+    Whole,
+    /// Recompute this block and those after it.
+    Miss(MissReason),
+}
+
+/// Why a leased block cannot be had after all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MissReason {
+    /// Not yet in memory; `wait_ready` first.
+    NotReady,
+    /// The node could not bring it.
+    Failed,
+    /// The lease's time is over, or the daemon was restarted.
+    LeaseEnded,
+    /// The slot holds something else.
+    OtherBlock,
+    /// A part's bytes do not have their checksum.
+    Checksum,
+}
+
+/// Which blocks of a match have arrived.
+#[derive(Default)]
+pub(crate) struct Progress {
+    state: Mutex<Arrived>,
+    changed: Notify,
+}
+
+#[derive(Default)]
+struct Arrived {
+    blocks: Vec<bool>,
+    failed_from: Option<u32>,
+}
+
+impl Progress {
+    pub(crate) fn advance(&self, ready: &wire::Ready) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        for range in &ready.blocks {
+            state.mark(range);
+        }
+        for range in &ready.failed {
+            state.failed_from = Some(state.failed_from.map_or(range.first, |from| from.min(range.first)));
+        }
+        drop(state);
+        self.wake();
+    }
+
+    pub(crate) fn wake(&self) {
+        self.changed.notify_waiters();
+    }
+
+    /// `None`: not known yet.
+    fn block(&self, block: u32) -> Option<bool> {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.failed_from.is_some_and(|from| block >= from) {
+            return Some(false);
+        }
+        state.blocks.get(block as usize).copied().filter(|arrived| *arrived)
+    }
+}
+
+impl Arrived {
+    fn mark(&mut self, range: &wire::BlockRange) {
+        let end = range.first.saturating_add(range.count) as usize;
+        if end > kvd_proto::limits::CHAIN_BLOCKS_MAX {
+            return; // no chain is that long
+        }
+        if self.blocks.len() < end {
+            self.blocks.resize(end, false);
+        }
+        self.blocks[range.first as usize..end].fill(true);
+    }
+}
+
+/// A leased prefix. Dropping it releases the lease.
+pub struct Match {
+    inner: Arc<Inner>,
+    fingerprint: kvd_proto::Fingerprint,
+    ids: Vec<BlockId>,
+    lease: u64,
+    blocks: u32,
+    runs: Vec<(wire::Run, Arc<SharedSegment>)>,
+    predicted: Duration,
+    ends: Instant,
+    incarnation: u64,
+    progress: Arc<Progress>,
+}
+
+impl Match {
+    pub(crate) fn new(
+        space: &SpaceHandle,
+        chain: &Chain,
+        skip_blocks: u32,
+        reply: wire::MatchReply,
+        incarnation: u64,
+        asked: Instant,
+    ) -> Result<Self, Error> {
+        let inner = space.session.inner.clone();
+        let progress =
+            if reply.lease == 0 { Arc::default() } else { inner.progress(reply.lease) };
+        let mut found = Self {
+            inner,
+            fingerprint: space.fingerprint(),
+            ids: chain.ids()[..(reply.blocks as usize).min(chain.ids().len())].to_vec(),
+            lease: reply.lease,
+            blocks: reply.blocks.max(skip_blocks.min(chain.ids().len() as u32)),
+            runs: Vec::with_capacity(reply.runs.len()),
+            predicted: Duration::from_micros(reply.predicted_us),
+            ends: asked + Duration::from_millis(reply.lease_ttl_ms.into()),
+            incarnation,
+            progress,
+        };
+        for run in reply.runs {
+            let Some(segment) = found.inner.segment(run.segment) else {
+                let what = format!("segment {} was never announced", run.segment);
+                return Err(Error::new(Code::Unavailable, "segment", what, "treat it as a miss"));
+            };
+            if run.ready {
+                let range = wire::BlockRange { first: run.first_block, count: run.count };
+                found.progress.advance(&wire::Ready { lease: 0, blocks: vec![range], failed: vec![] });
+            }
+            found.runs.push((run, segment));
+        }
+        Ok(found)
+    }
+
+    /// Blocks of the chain that the lease covers, the skipped ones included.
+    pub fn blocks(&self) -> u32 {
+        self.blocks
+    }
+
+    /// Where a block was when it was asked for.
+    pub fn source(&self, block: u32) -> Tier {
+        self.place(block, 0).map_or(Tier::Unspecified, |(run, ..)| run.source())
+    }
+
+    /// Until every block is ready and copied, as predicted when asked.
+    pub fn predicted(&self) -> Duration {
+        self.predicted
+    }
+
+    /// Waits until a block is in memory; `false` is a miss from this block on.
+    pub async fn wait_ready(&self, block: u32) -> bool {
+        loop {
+            let changed = self.progress.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if let Some(ready) = self.progress.block(block) {
+                return ready;
+            }
+            if self.over() || self.place(block, 0).is_none() {
+                return false;
+            }
+            let left = self.ends.saturating_duration_since(Instant::now());
+            if tokio::time::timeout(left, changed).await.is_err() {
+                return false;
+            }
+        }
+    }
+
+    /// Copies a block's slot of one group into `out` (exactly the slot's bytes), verified.
+    pub fn read(&self, block: u32, group: usize, out: &mut [u8]) -> Read {
+        let placed = match self.checked(block, group) {
+            Ok(placed) => placed,
+            Err(reason) => return Read::Miss(reason),
+        };
+        let checksums = (placed.header.flags & FLAG_CHECKSUMMED != 0)
+            .then_some(placed.header.part_checksums.as_slice());
+        if placed.segment.copy_slot(placed.slot, out, checksums).is_err() {
+            return Read::Miss(MissReason::Checksum);
+        }
+        if self.over() || placed.segment.generation(placed.slot) != placed.generation {
+            return Read::Miss(MissReason::LeaseEnded);
+        }
+        Read::Whole
+    }
+
+    /// A block in place, checked but not copied; ask `still_valid` after the last access.
+    pub fn view(&self, block: u32, group: usize) -> Option<View<'_>> {
+        let placed = self.checked(block, group).ok()?;
+        Some(View { found: self, placed })
+    }
+
+    /// Releases the lease and waits until the node knows.
+    pub async fn release(mut self) -> Result<(), Error> {
+        let lease = std::mem::take(&mut self.lease);
+        if lease == 0 || self.incarnation != self.inner.incarnation() {
+            return Ok(());
+        }
+        let inner = self.inner.clone();
+        drop(self);
+        inner.end_lease(lease).await
+    }
+
+    fn over(&self) -> bool {
+        self.incarnation != self.inner.incarnation() || Instant::now() >= self.ends
+    }
+
+    fn place(&self, block: u32, group: usize) -> Option<(&wire::Run, &Arc<SharedSegment>, u32)> {
+        self.runs.iter().find_map(|(run, segment)| {
+            let inside = run.group as usize == group
+                && block >= run.first_block
+                && block - run.first_block < run.count;
+            let slot = |block: u32| {
+                i64::from(run.first_slot) + i64::from(run.stride) * i64::from(block - run.first_block)
+            };
+            inside.then(|| (run, segment, slot(block) as u32))
+        })
+    }
+
+    fn checked(&self, block: u32, group: usize) -> Result<Placed, MissReason> {
+        if self.over() {
+            return Err(MissReason::LeaseEnded);
+        }
+        let (_, segment, slot) = self.place(block, group).ok_or(MissReason::OtherBlock)?;
+        match self.progress.block(block) {
+            None => return Err(MissReason::NotReady),
+            Some(false) => return Err(MissReason::Failed),
+            Some(true) => {}
+        }
+        let (generation, header) = segment.header(slot).ok_or(MissReason::OtherBlock)?;
+        let same = header.id == self.ids[block as usize]
+            && header.fingerprint == self.fingerprint
+            && usize::from(header.group) == group
+            && header.length == segment.slot_bytes() as u64;
+        if !same {
+            return Err(MissReason::OtherBlock);
+        }
+        Ok(Placed { segment: segment.clone(), slot, generation, header })
+    }
+}
+
+impl Drop for Match {
+    fn drop(&mut self) {
+        if self.lease != 0 && self.incarnation == self.inner.incarnation() {
+            self.inner.release(self.lease);
+        }
+    }
+}
+
+struct Placed {
+    segment: Arc<SharedSegment>,
+    slot: u32,
+    generation: u32,
+    header: SlotHeader,
+}
+
+/// One block's slot in shared memory.
+pub struct View<'a> {
+    found: &'a Match,
+    placed: Placed,
+}
+
+impl View<'_> {
+    /// Bytes of the slot.
+    pub fn len(&self) -> usize {
+        self.placed.segment.slot_bytes()
+    }
+
+    /// Never: a slot has bytes.
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+
+    /// One word at a multiple of 8, as it is now.
+    pub fn word(&self, offset: usize) -> u64 {
+        self.placed.segment.word(self.placed.slot, offset)
+    }
+
+    /// Where the slot lies in this process, for engines that copy by themselves.
+    pub fn as_ptr(&self) -> NonNull<u8> {
+        self.placed.segment.slot_ptr(self.placed.slot)
+    }
+
+    /// Whether everything read so far was the block: the lease stood and the slot was not given away.
+    pub fn still_valid(&self) -> bool {
+        !self.found.over()
+            && self.placed.segment.generation(self.placed.slot) == self.placed.generation
+    }
+}

@@ -1,0 +1,443 @@
+//! A session: one engine instance's standing with its node, kept alive over lost sockets and restarted daemons.
+//!
+//! Owns: opening, joining, coming back, registered spaces, mapped segments, which leases this member still uses.
+//! Invariants: after a daemon restart (another node epoch) every lease from before is void: reading it is a miss; spaces
+//! are registered again before any new request uses them; while the node is away every call fails at once.
+
+use crate::connection::{Connection, lost};
+use crate::fill::Fill;
+use crate::lease::{Match, Progress};
+use crate::transport::shm::SharedSegment;
+use kvd_proto::wire::{self, client_frame::Body as Ask, node_frame::Body as Answer};
+use kvd_proto::{BlockId, Chain, Code, Error, Fingerprint, PROTOCOL_MAJOR, PROTOCOL_MINOR};
+use rustix::fd::OwnedFd;
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::time::Duration;
+
+/// Between tries to come back; doubles up to the second value.
+const RETRY: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
+/// One try to come back must end within this.
+const REOPEN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Where the node is and who we are.
+#[derive(Debug, Clone)]
+pub struct ConnectOptions {
+    /// The node's session socket.
+    pub socket: PathBuf,
+    /// Whose blocks; empty: "default".
+    pub tenant: String,
+    /// A name for people.
+    pub engine: String,
+    /// This connection's name within its session.
+    pub member: String,
+    /// Token of the session to join; empty: open a new one.
+    pub join: Vec<u8>,
+    /// Make page tables for segments in a background thread as they arrive, so that no copy pays for them.
+    pub populate: bool,
+}
+
+impl ConnectOptions {
+    /// Defaults: tenant "default", a session of its own.
+    pub fn new(socket: impl Into<PathBuf>) -> Self {
+        Self {
+            socket: socket.into(),
+            tenant: "default".to_owned(),
+            engine: "client".to_owned(),
+            member: "main".to_owned(),
+            join: Vec::new(),
+            populate: true,
+        }
+    }
+}
+
+/// One engine instance at one node; clones share it. Closed when the last clone and the last lease are gone.
+#[derive(Clone)]
+pub struct Session {
+    pub(crate) inner: Arc<Inner>,
+}
+
+pub(crate) struct Inner {
+    options: ConnectOptions,
+    link: Mutex<Link>,
+    /// Counts node epochs seen: leases remember theirs.
+    incarnation: AtomicU64,
+    segments: RwLock<HashMap<u32, Arc<SharedSegment>>>,
+    spaces: Mutex<Vec<Registered>>,
+    progress: Mutex<HashMap<u64, Arc<Progress>>>,
+}
+
+#[derive(Default)]
+struct Link {
+    connection: Option<Arc<Connection>>,
+    token: Vec<u8>,
+    node_epoch: u64,
+}
+
+struct Registered {
+    definition: wire::Space,
+    id: u32,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Session {
+    /// Connects and opens (or joins) a session. From then on it comes back by itself.
+    pub async fn open(options: ConnectOptions) -> Result<Self, Error> {
+        let inner = Arc::new(Inner {
+            link: Mutex::new(Link { token: options.join.clone(), ..Link::default() }),
+            options,
+            incarnation: AtomicU64::new(0),
+            segments: RwLock::default(),
+            spaces: Mutex::default(),
+            progress: Mutex::default(),
+        });
+        let driver = connect(&inner).await?;
+        tokio::spawn(keep_alive(Arc::downgrade(&inner), driver));
+        Ok(Self { inner })
+    }
+
+    /// Lets other members join: pass it as `ConnectOptions::join`.
+    pub fn token(&self) -> Vec<u8> {
+        locked(&self.inner.link).token.clone()
+    }
+
+    /// The epoch of the daemon we last spoke to; another value means it was restarted.
+    pub fn node_epoch(&self) -> u64 {
+        locked(&self.inner.link).node_epoch
+    }
+
+    /// Whether the node can be asked right now.
+    pub fn connected(&self) -> bool {
+        locked(&self.inner.link).connection.as_ref().is_some_and(|connection| !connection.ended())
+    }
+
+    /// Registers a space; its tenant must be the session's.
+    pub async fn space(&self, space: &kvd_proto::Space) -> Result<SpaceHandle, Error> {
+        space.check()?;
+        if space.tenant != self.inner.tenant() {
+            return Err(Error::invalid(
+                "tenant",
+                format!("the space is {:?}'s, the session {:?}'s", space.tenant, self.inner.tenant()),
+                "open a session for each tenant",
+            ));
+        }
+        let definition = space.to_wire();
+        let id = self.inner.register(&definition, &space.fingerprint()).await?;
+        let index = {
+            let mut spaces = locked(&self.inner.spaces);
+            spaces.push(Registered { definition, id });
+            spaces.len() - 1
+        };
+        let layout = space.layout.clone();
+        Ok(SpaceHandle { session: self.clone(), index, fingerprint: space.fingerprint(), layout: Arc::new(layout) })
+    }
+}
+
+/// A registered space of a session.
+#[derive(Clone)]
+pub struct SpaceHandle {
+    pub(crate) session: Session,
+    index: usize,
+    fingerprint: Fingerprint,
+    pub(crate) layout: Arc<kvd_proto::Layout>,
+}
+
+impl SpaceHandle {
+    /// Keys all its block ids.
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.fingerprint
+    }
+
+    /// The session it belongs to.
+    pub fn session(&self) -> &Session {
+        &self.session
+    }
+
+    /// What its blocks mean.
+    pub fn layout(&self) -> &kvd_proto::Layout {
+        &self.layout
+    }
+
+    fn id(&self) -> u32 {
+        locked(&self.session.inner.spaces)[self.index].id
+    }
+
+    /// Leases the prefix of `chain` worth loading, without its first `skip_blocks`. Asking again with the same key and
+    /// chain gives the same lease until it is released.
+    pub async fn match_prefix(
+        &self,
+        request_key: &[u8],
+        chain: &Chain,
+        skip_blocks: u32,
+    ) -> Result<Match, Error> {
+        let inner = &self.session.inner;
+        let asked = std::time::Instant::now();
+        let request = wire::MatchRequest {
+            space: self.id(),
+            request_key: request_key.to_vec().into(),
+            chain: chain.to_packed().into(),
+            skip_blocks,
+        };
+        let incarnation = inner.incarnation();
+        let Answer::Match(reply) = inner.call(Ask::Match(request)).await? else { return Err(unexpected()) };
+        Match::new(self, chain, skip_blocks, reply, incarnation, asked)
+    }
+
+    /// Reserves slots for the blocks of `chain` that follow `parent` at `depth`; waits up to `wait` for space.
+    pub async fn reserve(
+        &self,
+        request_key: &[u8],
+        parent: BlockId,
+        depth: u32,
+        chain: &Chain,
+        wait: Duration,
+    ) -> Result<Fill, Error> {
+        let inner = &self.session.inner;
+        let request = wire::ReserveRequest {
+            space: self.id(),
+            request_key: request_key.to_vec().into(),
+            parent: parent.0.to_vec().into(),
+            depth,
+            chain: chain.to_packed().into(),
+            tail_tokens: 0,
+            wait_ms: wait.as_millis().try_into().unwrap_or(u32::MAX),
+        };
+        let incarnation = inner.incarnation();
+        let Answer::Reserve(reply) = inner.call(Ask::Reserve(request)).await? else { return Err(unexpected()) };
+        Fill::new(self, reply, incarnation)
+    }
+
+    /// The tiers of the longest stored prefix, one a block. Pins and touches nothing.
+    pub async fn exists(&self, chain: &Chain) -> Result<Vec<wire::Tier>, Error> {
+        let request = wire::ExistsRequest { space: self.id(), chain: chain.to_packed().into() };
+        let Answer::Exists(reply) = self.session.inner.call(Ask::Exists(request)).await? else {
+            return Err(unexpected());
+        };
+        let tier = |tier: &u8| wire::Tier::try_from(i32::from(*tier)).unwrap_or(wire::Tier::Unspecified);
+        Ok(reply.tiers.iter().map(tier).collect())
+    }
+
+    /// Keeps the stored prefix from being evicted for `ttl`; zero unpins. Returns how many blocks.
+    pub async fn pin(&self, chain: &Chain, ttl: Duration) -> Result<u32, Error> {
+        let ttl_ms = ttl.as_millis().try_into().unwrap_or(u32::MAX);
+        let request = wire::PinRequest { space: self.id(), chain: chain.to_packed().into(), ttl_ms };
+        match self.session.inner.call(Ask::Pin(request)).await? {
+            Answer::Pin(reply) => Ok(reply.blocks),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Starts to bring the stored prefix into DRAM; returns how many blocks started to move.
+    pub async fn prefetch(&self, chain: &Chain) -> Result<u32, Error> {
+        let request = wire::PrefetchRequest { space: self.id(), chain: chain.to_packed().into() };
+        match self.session.inner.call(Ask::Prefetch(request)).await? {
+            Answer::Prefetch(reply) => Ok(reply.started),
+            _ => Err(unexpected()),
+        }
+    }
+}
+
+impl Inner {
+    pub(crate) fn tenant(&self) -> &str {
+        if self.options.tenant.is_empty() { "default" } else { &self.options.tenant }
+    }
+
+    pub(crate) fn incarnation(&self) -> u64 {
+        self.incarnation.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn segment(&self, id: u32) -> Option<Arc<SharedSegment>> {
+        self.segments.read().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
+    }
+
+    pub(crate) async fn call(&self, ask: Ask) -> Result<Answer, Error> {
+        let connection = locked(&self.link).connection.clone();
+        let connection = connection.ok_or_else(|| lost("the node is away"))?;
+        Ok(connection.call(ask).await?.0)
+    }
+
+    /// Ends a lease without waiting; what cannot be sent now is said when the session comes back.
+    pub(crate) fn release(&self, lease: u64) {
+        locked(&self.progress).remove(&lease);
+        let connection = locked(&self.link).connection.clone();
+        if let Some(connection) = connection {
+            connection.tell(Ask::Release(wire::ReleaseRequest { lease }));
+        }
+    }
+
+    /// As `release`, and waits until the node knows.
+    pub(crate) async fn end_lease(&self, lease: u64) -> Result<(), Error> {
+        locked(&self.progress).remove(&lease);
+        match self.call(Ask::Release(wire::ReleaseRequest { lease })).await? {
+            Answer::Release(_) => Ok(()),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// The lease's progress; made by whoever comes first, the reply or the first `Ready`.
+    pub(crate) fn progress(&self, lease: u64) -> Arc<Progress> {
+        locked(&self.progress).entry(lease).or_default().clone()
+    }
+
+    async fn register(&self, definition: &wire::Space, expected: &Fingerprint) -> Result<u32, Error> {
+        let request = wire::RegisterSpaceRequest { session: 0, space: Some(definition.clone()) };
+        let Answer::SpaceRegistered(reply) = self.call(Ask::RegisterSpace(request)).await? else {
+            return Err(unexpected());
+        };
+        if reply.fingerprint[..] != expected.0 {
+            return Err(Error::new(
+                Code::UnsupportedVersion,
+                "fingerprint",
+                "node and client compute different fingerprints for one space",
+                "install the same version of both",
+            ));
+        }
+        Ok(reply.space)
+    }
+
+    fn unasked(&self, body: Answer, fds: Vec<OwnedFd>) {
+        match body {
+            Answer::Ready(ready) => self.progress(ready.lease).advance(&ready),
+            Answer::Segment(segment) => self.map_segments(&[segment], fds),
+            // a reply whose caller stopped waiting: nobody will use the lease
+            Answer::Match(reply) if reply.lease != 0 => self.release(reply.lease),
+            Answer::Reserve(reply) if reply.lease != 0 => self.release(reply.lease),
+            _ => {}
+        }
+    }
+
+    fn map_segments(&self, announced: &[wire::Segment], fds: Vec<OwnedFd>) {
+        let mut fds = fds.into_iter();
+        for segment in announced {
+            let (Some(table), Some(payload)) = (fds.next(), fds.next()) else { return };
+            if self.segment(segment.segment).is_some() {
+                continue; // mapped before the socket was lost
+            }
+            // A segment that cannot be mapped makes its blocks misses; the node says so once more in its log.
+            let Ok(mapped) = SharedSegment::map(segment, table, payload) else { continue };
+            let mapped = Arc::new(mapped);
+            self.segments
+                .write()
+                .unwrap_or_else(PoisonError::into_inner)
+                .insert(segment.segment, mapped.clone());
+            if self.options.populate {
+                std::thread::spawn(move || mapped.populate());
+            }
+        }
+    }
+
+    fn lost_connection(&self) {
+        locked(&self.link).connection = None;
+        let waiting: Vec<_> = locked(&self.progress).values().cloned().collect();
+        waiting.iter().for_each(|progress| progress.wake());
+    }
+
+    /// Another daemon: nothing from before is true any more.
+    fn new_epoch(&self) {
+        self.incarnation.fetch_add(1, Ordering::AcqRel);
+        self.segments.write().unwrap_or_else(PoisonError::into_inner).clear();
+        let progress = std::mem::take(&mut *locked(&self.progress));
+        progress.values().for_each(|progress| progress.wake());
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        if let Some(connection) = locked(&self.link).connection.take() {
+            connection.tell(Ask::CloseSession(wire::CloseSessionRequest { session: 0 }));
+            connection.shut_down();
+        }
+    }
+}
+
+type Driver = tokio::task::JoinHandle<()>;
+
+/// One try: connect, open or join, register every space again.
+async fn connect(inner: &Arc<Inner>) -> Result<Driver, Error> {
+    let weak = Arc::downgrade(inner);
+    let unasked = Box::new(move |body, fds| {
+        if let Some(inner) = weak.upgrade() {
+            inner.unasked(body, fds);
+        }
+    });
+    let (connection, drive) = Connection::open(&inner.options.socket, unasked).await?;
+    let driver = tokio::spawn(drive);
+    let join = locked(&inner.link).token.clone();
+    let opened = match open_session(inner, &connection, join).await {
+        Err(error) if error.code == Code::UnknownSession && inner.options.join.is_empty() => {
+            open_session(inner, &connection, Vec::new()).await
+        }
+        opened => opened,
+    };
+    let (opened, fds) = opened.inspect_err(|_| connection.shut_down())?;
+    let known = locked(&inner.link).node_epoch;
+    if known != 0 && known != opened.node_epoch {
+        inner.new_epoch();
+    }
+    inner.map_segments(&opened.segments, fds);
+    {
+        let mut link = locked(&inner.link);
+        link.connection = Some(connection);
+        link.token = opened.token.to_vec();
+        link.node_epoch = opened.node_epoch;
+    }
+    let definitions: Vec<_> = locked(&inner.spaces).iter().map(|space| space.definition.clone()).collect();
+    for (index, definition) in definitions.into_iter().enumerate() {
+        let space = kvd_proto::Space::from_wire(inner.tenant(), &definition)?;
+        let id = inner.register(&definition, &space.fingerprint()).await?;
+        locked(&inner.spaces)[index].id = id;
+    }
+    Ok(driver)
+}
+
+async fn open_session(
+    inner: &Inner,
+    connection: &Connection,
+    join: Vec<u8>,
+) -> Result<(wire::SessionOpened, Vec<OwnedFd>), Error> {
+    let request = wire::OpenSessionRequest {
+        version_major: PROTOCOL_MAJOR,
+        version_minor: PROTOCOL_MINOR,
+        tenant: inner.tenant().to_owned(),
+        engine: inner.options.engine.clone(),
+        member: inner.options.member.clone(),
+        join: join.into(),
+        held: locked(&inner.progress).keys().copied().collect(),
+    };
+    match connection.call(Ask::OpenSession(request)).await? {
+        (Answer::SessionOpened(opened), fds) => Ok((opened, fds)),
+        _ => Err(unexpected()),
+    }
+}
+
+/// Waits for the connection to end, then comes back, until the session itself is dropped.
+async fn keep_alive(weak: Weak<Inner>, mut driver: Driver) {
+    loop {
+        let _ = driver.await;
+        let mut pause = RETRY.0;
+        driver = loop {
+            let Some(inner) = weak.upgrade() else { return };
+            inner.lost_connection();
+            match tokio::time::timeout(REOPEN_TIMEOUT, connect(&inner)).await {
+                Ok(Ok(driver)) => break driver,
+                Ok(Err(_)) | Err(_) => drop(inner),
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(RETRY.1);
+        };
+    }
+}
+
+pub(crate) fn unexpected() -> Error {
+    Error::new(
+        Code::Frame,
+        "reply",
+        "the node answered with another message",
+        "check that node and client versions agree",
+    )
+}

@@ -1,0 +1,258 @@
+//! A node's DRAM segment, mapped: slots read-write, the table of slot headers read-only.
+//!
+//! Owns the client's side of the live-table protocol (tiers/FORMAT.md): a header is believed only when the live word is
+//! even and the same before and after, and its checksum holds.
+//! Invariants: no reference into shared memory leaves this module except as raw copies; ranges are asserted.
+
+use kvd_proto::slot_header::{LIVE_WORD_OFFSET, SlotHeader};
+use kvd_proto::wire;
+use kvd_proto::{Code, Error};
+use rustix::fd::OwnedFd;
+use rustix::mm::{self, MapFlags, ProtFlags};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering, fence};
+
+/// How often a header that is being rewritten is read again. A writer needs well under a microsecond.
+const HEADER_READS_MAX: usize = 64;
+/// Copied, then checksummed while still in the first-level cache.
+const CHUNK_BYTES: usize = 16 << 10;
+
+/// One mapped segment.
+pub(crate) struct SharedSegment {
+    table: Region,
+    payload: Region,
+    slot_bytes: usize,
+    slots: u32,
+    header_bytes: usize,
+}
+
+impl SharedSegment {
+    /// Maps both descriptors, whose sizes are checked against the announcement first.
+    pub(crate) fn map(announced: &wire::Segment, table: OwnedFd, payload: OwnedFd) -> Result<Self, Error> {
+        let (slot_bytes, header_bytes) = (announced.slot_bytes as usize, announced.header_bytes as usize);
+        if slot_bytes == 0 || header_bytes < 512 {
+            return Err(broken(&format!("announces slots of {slot_bytes} bytes")));
+        }
+        let table_bytes = header_bytes * announced.slots as usize;
+        let payload_bytes = slot_bytes * announced.slots as usize;
+        Ok(Self {
+            table: Region::map(&table, table_bytes, ProtFlags::READ)?,
+            payload: Region::map(&payload, payload_bytes, ProtFlags::READ | ProtFlags::WRITE)?,
+            slot_bytes,
+            slots: announced.slots,
+            header_bytes,
+        })
+    }
+
+    pub(crate) fn slot_bytes(&self) -> usize {
+        self.slot_bytes
+    }
+
+    /// Makes the page tables now, so that no first access pays for them. Meant for a thread of its own.
+    pub(crate) fn populate(&self) {
+        // SAFETY: the range is this region's own mapping; populating changes no bytes.
+        let done = unsafe {
+            mm::madvise(self.payload.start.as_ptr().cast(), self.payload.bytes, mm::Advice::LinuxPopulateWrite)
+        };
+        // A kernel without it (before 5.14) only makes first accesses slower.
+        let _ = done;
+    }
+
+    /// Generation and header of a slot, when it holds something whole.
+    pub(crate) fn header(&self, slot: u32) -> Option<(u32, SlotHeader)> {
+        assert!(slot < self.slots, "slot {slot} of {}", self.slots);
+        let at = slot as usize * self.header_bytes;
+        let mut bytes = vec![0; self.header_bytes];
+        for _ in 0..HEADER_READS_MAX {
+            let before = self.live_word(slot).load(Ordering::Acquire);
+            self.table.copy_out(at, &mut bytes);
+            fence(Ordering::Acquire);
+            let after = self.live_word(slot).load(Ordering::Relaxed);
+            if before == after && before & 1 == 0 {
+                return SlotHeader::decode(&bytes).map(|header| ((before >> 32) as u32, header));
+            }
+            std::hint::spin_loop();
+        }
+        None
+    }
+
+    /// The slot's generation now; changes when the slot is given to another block.
+    pub(crate) fn generation(&self, slot: u32) -> u32 {
+        fence(Ordering::Acquire);
+        (self.live_word(slot).load(Ordering::Acquire) >> 32) as u32
+    }
+
+    fn live_word(&self, slot: u32) -> &AtomicU64 {
+        assert!(slot < self.slots);
+        let at = slot as usize * self.header_bytes + LIVE_WORD_OFFSET;
+        // SAFETY: in range (asserted), 8-aligned (strides are multiples of 512, the region of a page), mapped for as
+        // long as self; the word is only ever accessed atomically by both sides. Loads need no write permission.
+        unsafe { AtomicU64::from_ptr(self.table.start.as_ptr().add(at).cast()) }
+    }
+
+    /// Copies a slot out; with checksums, each part's bytes are checked as they arrive in `out`. Returns the first bad part.
+    pub(crate) fn copy_slot(&self, slot: u32, out: &mut [u8], checksums: Option<&[u32]>) -> Result<(), usize> {
+        assert_eq!(out.len(), self.slot_bytes, "a slot is read whole");
+        let start = self.slot_offset(slot);
+        let Some(checksums) = checksums else {
+            self.payload.copy_out(start, out);
+            return Ok(());
+        };
+        let stride = self.slot_bytes / checksums.len();
+        for (index, (part, expected)) in out.chunks_exact_mut(stride).zip(checksums).enumerate() {
+            let mut hasher = crc32fast::Hasher::new();
+            for (at, chunk) in part.chunks_mut(CHUNK_BYTES).enumerate() {
+                self.payload.copy_out(start + index * stride + at * CHUNK_BYTES, chunk);
+                hasher.update(chunk);
+            }
+            if hasher.finalize() != *expected {
+                return Err(index);
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies bytes into a slot at an offset. The caller holds the lease to fill it.
+    pub(crate) fn fill(&self, slot: u32, offset: usize, bytes: &[u8]) {
+        assert!(offset + bytes.len() <= self.slot_bytes, "{} bytes at {offset}", bytes.len());
+        self.payload.copy_in(self.slot_offset(slot) + offset, bytes);
+    }
+
+    /// One aligned word of a slot, read as it is now.
+    pub(crate) fn word(&self, slot: u32, offset: usize) -> u64 {
+        assert!(offset.is_multiple_of(8) && offset + 8 <= self.slot_bytes, "offset {offset}");
+        let at = self.slot_offset(slot) + offset;
+        // SAFETY: in range (asserted) and aligned: slots are 4096-aligned in a page-aligned region.
+        unsafe { self.payload.start.as_ptr().add(at).cast::<u64>().read_volatile() }
+    }
+
+    /// Where a slot lies in this process, for engines that copy by themselves.
+    pub(crate) fn slot_ptr(&self, slot: u32) -> NonNull<u8> {
+        // SAFETY: in range (slot_offset asserts).
+        unsafe { self.payload.start.add(self.slot_offset(slot)) }
+    }
+
+    fn slot_offset(&self, slot: u32) -> usize {
+        assert!(slot < self.slots, "slot {slot} of {}", self.slots);
+        slot as usize * self.slot_bytes
+    }
+}
+
+struct Region {
+    start: NonNull<u8>,
+    bytes: usize,
+}
+
+// SAFETY: a region is plain shared memory; every access goes through raw copies or atomics, from any thread.
+unsafe impl Send for Region {}
+// SAFETY: as above.
+unsafe impl Sync for Region {}
+
+impl Region {
+    fn map(fd: &OwnedFd, bytes: usize, protection: ProtFlags) -> Result<Self, Error> {
+        let size = rustix::fs::fstat(fd).map_err(|e| broken(&format!("cannot be measured: {e}")))?.st_size;
+        if bytes == 0 || (size as u64) < bytes as u64 {
+            return Err(broken(&format!("has {size} bytes and announces {bytes}")));
+        }
+        // SAFETY: a new shared mapping at an address of the kernel's choosing; nothing else refers to it.
+        let start = unsafe { mm::mmap(std::ptr::null_mut(), bytes, protection, MapFlags::SHARED, fd, 0) };
+        let start = start.map_err(|e| {
+            Error::new(
+                Code::Unavailable,
+                "segment",
+                format!("mmap of {bytes} bytes: {e}"),
+                "raise the address space limit",
+            )
+        })?;
+        Ok(Self { start: NonNull::new(start.cast()).expect("mmap gives an address"), bytes })
+    }
+
+    fn copy_out(&self, offset: usize, out: &mut [u8]) {
+        assert!(offset + out.len() <= self.bytes);
+        // SAFETY: in range (asserted); `out` is private memory, so the ranges do not overlap. The source may change
+        // meanwhile (another process owns it): whoever needs whole bytes checks generation and checksum afterwards.
+        unsafe { self.start.as_ptr().add(offset).copy_to_nonoverlapping(out.as_mut_ptr(), out.len()) }
+    }
+
+    fn copy_in(&self, offset: usize, bytes: &[u8]) {
+        assert!(offset + bytes.len() <= self.bytes);
+        // SAFETY: in range (asserted), mapped writable (only payloads are filled), no overlap with private memory.
+        unsafe { self.start.as_ptr().add(offset).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) }
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours alone and nothing derived from it outlives self. A failure leaks addresses only.
+        let _ = unsafe { mm::munmap(self.start.as_ptr().cast(), self.bytes) };
+    }
+}
+
+fn broken(what: &str) -> Error {
+    Error::new(Code::Frame, "segment", format!("the node's segment {what}"), "check that node and client versions agree")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvd_proto::{BlockId, Fingerprint};
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+    fn memfd(bytes: u64) -> OwnedFd {
+        let fd = memfd_create("test", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&fd, bytes).unwrap();
+        fd
+    }
+
+    fn announced() -> wire::Segment {
+        wire::Segment { segment: 0, slot_bytes: 8192, slots: 4, header_bytes: 512 }
+    }
+
+    #[test]
+    fn a_descriptor_that_is_too_small_is_refused() {
+        assert!(SharedSegment::map(&announced(), memfd(2048), memfd(8192)).is_err());
+        assert!(SharedSegment::map(&announced(), memfd(100), memfd(4 * 8192)).is_err());
+    }
+
+    #[test]
+    fn reads_headers_and_finds_a_flipped_byte() {
+        let (table, payload) = (memfd(2048), memfd(4 * 8192));
+        let (writer, payload_too) = (table.try_clone().unwrap(), payload.try_clone().unwrap());
+        let segment = SharedSegment::map(&announced(), table, payload).unwrap();
+        assert_eq!(segment.header(2), None, "an empty slot is a miss");
+
+        let bytes: Vec<u8> = (0..8192u32).map(|at| at as u8).collect();
+        segment.fill(2, 0, &bytes);
+        let header = SlotHeader {
+            fingerprint: Fingerprint([1; 32]),
+            id: BlockId([2; 16]),
+            parent: BlockId([3; 16]),
+            depth: 0,
+            tokens: 16,
+            group: 0,
+            flags: 1,
+            element_tag: 0,
+            length: 8192,
+            stored_length: 8192,
+            write_epoch: 1,
+            key_id: 0,
+            nonce: [0; 24],
+            part_checksums: bytes.chunks(4096).map(crc32fast::hash).collect(),
+        };
+        let mut encoded = [0; 512];
+        header.encode(&mut encoded);
+        encoded[8..16].copy_from_slice(&(5u64 << 32 | 2).to_le_bytes());
+        rustix::io::pwrite(&writer, &encoded, 2 * 512).unwrap();
+        assert_eq!(segment.header(2), Some((5, header.clone())));
+
+        let mut out = vec![0; 8192];
+        assert_eq!(segment.copy_slot(2, &mut out, Some(&header.part_checksums)), Ok(()));
+        assert_eq!(out, bytes);
+        rustix::io::pwrite(&payload_too, &[!bytes[5000]], 2 * 8192 + 5000).unwrap();
+        assert_eq!(segment.copy_slot(2, &mut out, Some(&header.part_checksums)), Err(1));
+
+        encoded[8] = 3; // odd: being rewritten
+        rustix::io::pwrite(&writer, &encoded, 2 * 512).unwrap();
+        assert_eq!(segment.header(2), None);
+    }
+}
