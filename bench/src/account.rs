@@ -8,6 +8,7 @@ use crate::engine::cache::Served;
 use crate::engine::fetch::Charges;
 use crate::engine::profile::{Profile, ProfileName};
 use crate::engine::simulator::{Engine, Job};
+use crate::failure::Failure;
 use crate::report::percentile;
 use crate::trace::Row;
 use clap::ValueEnum as _;
@@ -57,8 +58,7 @@ pub(crate) struct Summary {
     hits_dram: u64,
     hits_nvme: u64,
     misses: u64,
-    /// Blocks with a wrong byte.
-    pub(crate) wrong_blocks: u64,
+    wrong_blocks: u64,
     ttft_mean_ms: f64,
     ttft_p50_ms: f64,
     ttft_p99_ms: f64,
@@ -170,6 +170,14 @@ impl Account {
 }
 
 impl Summary {
+    /// An error if a single byte was wrong.
+    pub(crate) fn verdict(&self) -> Result<(), Failure> {
+        match self.wrong_blocks {
+            0 => Ok(()),
+            wrong => Err(format!("{wrong} blocks were served with wrong bytes").into()),
+        }
+    }
+
     /// The same for people.
     pub(crate) fn lines(&self) -> Vec<(&'static str, String)> {
         let share = |part: u64| format!("{part} ({:.1} %)", 100.0 * part as f64 / self.block_refs as f64);

@@ -2,6 +2,7 @@
 //!
 //! Owns the parsing. Invariant: what the kernel does not tell is `None`, never 0.
 
+use rustix::time::{ClockId, clock_gettime};
 use std::fs;
 use std::path::Path;
 
@@ -12,17 +13,18 @@ pub(crate) struct Usage {
 }
 
 impl Usage {
-    /// This process.
-    pub(crate) fn own() -> Self {
-        Self { pid: std::process::id() }
-    }
-
-    /// Another process.
+    /// The process with that id.
     pub(crate) fn of(pid: u32) -> Self {
         Self { pid }
     }
 
-    /// CPU seconds of all its living threads, to the nanosecond where the kernel keeps that (schedstat), else in ticks
+    /// CPU seconds of this process, to the nanosecond and up to this moment.
+    pub(crate) fn own_cpu_s() -> f64 {
+        let time = clock_gettime(ClockId::ProcessCPUTime);
+        time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
+    }
+
+    /// CPU seconds of all its living threads up to their last tick, to the nanosecond where the kernel keeps that (schedstat), else in ticks
     /// of a hundredth of a second.
     pub(crate) fn cpu_s(self) -> Option<f64> {
         self.scheduled_s().or_else(|| {
@@ -41,11 +43,6 @@ impl Usage {
         let nanoseconds = threads.flatten().map(|thread| scheduled_ns(&thread.path()));
         nanoseconds.sum::<Option<u64>>().map(|sum| sum as f64 / 1e9)
     }
-}
-
-/// CPU seconds of these processes together.
-pub(crate) fn cpu_s(processes: &[Usage]) -> Option<f64> {
-    processes.iter().map(|process| process.cpu_s()).sum()
 }
 
 /// 0 for a thread that ended just now; `None` where the kernel keeps no such file.
@@ -78,11 +75,12 @@ mod tests {
 
     #[test]
     fn work_and_memory_show_up() {
-        let (cpu_before, rss_before) = (Usage::own().cpu_s().unwrap(), Usage::own().rss_anon_bytes().unwrap());
+        let own = Usage::of(std::process::id());
+        let (cpu_before, rss_before) = (Usage::own_cpu_s(), own.rss_anon_bytes().unwrap());
         let block: Vec<u8> = (0..64 << 20).map(|at: u32| at as u8).collect();
         let sum: u64 = block.iter().map(|&byte| u64::from(std::hint::black_box(byte))).sum();
-        assert!(sum > 0 && Usage::own().cpu_s().unwrap() > cpu_before);
-        assert!(Usage::own().rss_anon_bytes().unwrap() >= rss_before + (48 << 20));
+        assert!(sum > 0 && Usage::own_cpu_s() > cpu_before && own.cpu_s().unwrap() > 0.0);
+        assert!(own.rss_anon_bytes().unwrap() >= rss_before + (48 << 20));
         drop(block);
     }
 
