@@ -102,12 +102,15 @@ mod tests {
 
     #[test]
     fn slots_never_reach_past_the_segment() {
-        for slot_bytes in [4096, 8192, 65_536, 1 << 20] {
+        for slot_bytes in [4096, 8192, 65_536, 512 << 10] {
             for segment_bytes in [1 << 20, 3 << 20, 256 << 20] {
                 let geometry = Geometry::nvme(slot_bytes, 1, segment_bytes);
                 assert!(geometry.end() <= segment_bytes);
                 assert!(geometry.header_area_bytes >= 4096 + u64::from(geometry.slots) * 512);
-                assert!(geometry.end() + u64::from(slot_bytes) + 4096 + 512 > segment_bytes, "no slot to spare");
+                assert!(
+                    geometry.end() + u64::from(slot_bytes) + 4096 + 512 > segment_bytes,
+                    "no slot to spare"
+                );
             }
         }
     }

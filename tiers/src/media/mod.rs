@@ -5,8 +5,10 @@
 //! All pass `tests/conformance.rs`.
 //! Invariants: every accepted `Io` gives exactly one `Done`, in any order; a `Done` with an error says nothing about the
 //! bytes of the buffer (read) or the segment (write), except that bytes outside the range are untouched; after the `Done`
-//! the medium touches the buffer no more; no call but `reap` waits.
+//! the medium touches the buffer no more; no call but `reap` and `drop` waits; a dropped medium touches no buffer any more.
+//! An accepted transfer may start only at the next `reap`, so that many start at once.
 
+mod check;
 pub mod dram;
 pub mod fault;
 pub mod nvme;
@@ -123,7 +125,7 @@ pub struct MediumInfo {
 
 /// Wakes a `reap` that waits, from any thread.
 pub trait Wake: Send + Sync {
-    /// Makes the next or current `reap` return soon.
+    /// Makes the next or current `reap` return soon, with or without a `Done`; several calls may count as one.
     fn wake(&self);
 }
 
@@ -132,7 +134,7 @@ pub trait Medium: Send {
     /// What it is.
     fn info(&self) -> MediumInfo;
     /// Makes a segment of `bytes` usable; its content is whatever was there (a new one: unspecified).
-    /// `bytes` must be the same for one id each time.
+    /// `bytes` must be the same for one id each time; opening an open one changes nothing.
     fn open_segment(&mut self, segment: SegmentId, bytes: u64) -> Result<(), MediumError>;
     /// Forgets a segment with no transfer under way (asserted); its space may be given to another.
     fn close_segment(&mut self, segment: SegmentId);
