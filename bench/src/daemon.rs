@@ -34,11 +34,7 @@ pub(crate) struct Args {
 /// Serves until killed.
 pub(crate) fn serve(args: &Args) -> Result<(), Failure> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
-    let mut config = kvd::config::Config::default();
-    config.data_dir.clone_from(&args.data_dir);
-    config.dram.capacity_bytes = args.dram_bytes;
-    config.nvme.capacity_bytes = args.nvme_bytes;
-    config.nvme.path = args.data_dir.join("nvme");
+    let config = kvd::config::Config::embedded(&args.data_dir, args.dram_bytes, args.nvme_bytes)?;
     Ok(kvd::run::serve(config)?)
 }
 
