@@ -181,9 +181,14 @@ impl Summary {
     /// The same for people.
     pub(crate) fn lines(&self) -> Vec<(&'static str, String)> {
         let share = |part: u64| format!("{part} ({:.1} %)", 100.0 * part as f64 / self.block_refs as f64);
-        let faster = |with: f64, without: f64| format!("{with:.0} ms, without kvd {without:.0} ms ({:.2} x)", without / with);
+        let faster = |with: f64, without: f64| {
+            format!("{with:.0} ms, without kvd {without:.0} ms ({:.2} x)", without / with)
+        };
         vec![
-            ("requests", format!("{} in {:.1} s ({:.0}/s)", self.requests, self.elapsed_s, self.requests_per_s)),
+            (
+                "requests",
+                format!("{} in {:.1} s ({:.0}/s)", self.requests, self.elapsed_s, self.requests_per_s),
+            ),
             ("block references", self.block_refs.to_string()),
             ("hits", format!("{:.1} %", 100.0 * self.hit_ratio)),
             ("  from DRAM", share(self.hits_dram)),
@@ -214,7 +219,11 @@ impl Summary {
 fn ttft(engines: Vec<Engine>) -> Ttft {
     let outcomes = engines.into_iter().flat_map(Engine::finish);
     let ms: Vec<f64> = outcomes.map(|outcome| outcome.ttft_us as f64 / 1000.0).collect();
-    Ttft { mean: ms.iter().sum::<f64>() / ms.len() as f64, p50: percentile(ms.clone(), 0.5), p99: percentile(ms, 0.99) }
+    Ttft {
+        mean: ms.iter().sum::<f64>() / ms.len() as f64,
+        p50: percentile(ms.clone(), 0.5),
+        p99: percentile(ms, 0.99),
+    }
 }
 
 #[cfg(test)]
@@ -246,7 +255,10 @@ mod tests {
         let summary = account.finish("replay", Duration::from_secs(2));
         assert_eq!((summary.block_refs, summary.hits_dram, summary.misses), (808, 693, 115));
         assert!(summary.ttft_p50_ms * 2.0 < summary.ttft_p50_ms_no_cache);
-        assert!((summary.ttft_p99_ms - summary.ttft_p99_ms_no_cache).abs() < 0.1, "the first two were computed");
+        assert!(
+            (summary.ttft_p99_ms - summary.ttft_p99_ms_no_cache).abs() < 0.1,
+            "the first two were computed"
+        );
         assert_eq!((summary.fetches_charged_real, summary.fetches_charged_modelled), (0, 99));
         assert!((summary.requests_per_s - 50.5).abs() < 1e-9);
     }
@@ -256,7 +268,16 @@ mod tests {
         let mut account = Account::new(MODEL);
         account.add(&row(0), &Served { misses: 8, ..Served::default() });
         let json = serde_json::to_value(account.finish("demo", Duration::from_secs(1))).unwrap();
-        for field in ["requests", "block_refs", "hit_ratio", "hits_dram", "hits_nvme", "misses", "wrong_blocks", "scale"] {
+        for field in [
+            "requests",
+            "block_refs",
+            "hit_ratio",
+            "hits_dram",
+            "hits_nvme",
+            "misses",
+            "wrong_blocks",
+            "scale",
+        ] {
             assert!(json.get(field).is_some(), "{field}");
         }
         for field in ["ttft_mean_ms", "ttft_p50_ms", "ttft_p99_ms"] {

@@ -48,9 +48,10 @@ pub(crate) struct Daemon {
 impl Daemon {
     /// Starts one in `folder` and waits until it answers.
     pub(crate) fn start(folder: &Path, dram_bytes: u64, nvme_bytes: u64) -> Result<Self, Failure> {
+        let folder = folder.canonicalize()?;
         let child = Command::new(std::env::current_exe()?)
             .args(["daemon", "--data-dir"])
-            .arg(folder)
+            .arg(&folder)
             .args(["--dram-bytes", &dram_bytes.to_string(), "--nvme-bytes", &nvme_bytes.to_string()])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -64,7 +65,9 @@ impl Daemon {
         let start = Instant::now();
         while UnixStream::connect(&self.socket).is_err() {
             if let Some(status) = self.child.try_wait()? {
-                return Err(format!("the daemon ended before it served: {status}; its messages are above").into());
+                return Err(
+                    format!("the daemon ended before it served: {status}; its messages are above").into()
+                );
             }
             if start.elapsed() > START_WAIT_MAX {
                 return Err(format!("no answer on {} in {START_WAIT_MAX:?}", self.socket.display()).into());

@@ -72,8 +72,9 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
         args.conversations,
         rows.len()
     ))?;
-    let mut engines =
-        (0..args.engines).map(|number| Engine::start(daemon.socket(), number)).collect::<Result<Vec<_>, _>>()?;
+    let mut engines = (0..args.engines)
+        .map(|number| Engine::start(daemon.socket(), number))
+        .collect::<Result<Vec<_>, _>>()?;
     let mut account = Account::new(model(&args));
     let bar = progress_bar(rows.len());
     let start = Instant::now();
@@ -151,7 +152,9 @@ impl Engine {
     fn answer(&mut self) -> Result<Served, Failure> {
         self.line.clear();
         if self.answers.read_line(&mut self.line)? == 0 {
-            return Err(format!("an engine ended early: {}; its messages are above", self.child.wait()?).into());
+            return Err(
+                format!("an engine ended early: {}; its messages are above", self.child.wait()?).into()
+            );
         }
         Ok(serde_json::from_str(&self.line)?)
     }

@@ -103,7 +103,18 @@ impl Bench {
     async fn open(daemon: Daemon, block_bytes: usize, (from, to): (Span, Span)) -> Result<Self, Failure> {
         let meaning = space(block_bytes)?;
         let space = Session::open(ConnectOptions::new(daemon.socket())).await?.space(&meaning).await?;
-        Ok(Self { daemon, space, meaning, block_bytes, from, to, names: 0, calls: 0, kept: Vec::new(), turn: 0 })
+        Ok(Self {
+            daemon,
+            space,
+            meaning,
+            block_bytes,
+            from,
+            to,
+            names: 0,
+            calls: 0,
+            kept: Vec::new(),
+            turn: 0,
+        })
     }
 
     /// A chain of blocks nobody has.
@@ -215,7 +226,8 @@ impl Bench {
 
     async fn gets_in_place(&mut self, batch: usize) -> Result<Case, Failure> {
         let mut pairs = self.pairs(batch);
-        let reads_us = |from: &mut Span, _: &mut Span, bytes: usize, blocks: usize| page_reads_us(from, bytes * blocks);
+        let reads_us =
+            |from: &mut Span, _: &mut Span, bytes: usize, blocks: usize| page_reads_us(from, bytes * blocks);
         for pair in 0..self.rounds(batch) {
             let chain = self.next_kept();
             let before = Usage::own_cpu_s();

@@ -84,7 +84,10 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let stormy = probe(&user, pinned, "match_storm").await?;
     let promoted = storm.stop()?;
     reporter.case(&quiet)?;
-    reporter.case(&Case { ratio: quiet.p99_us.zip(stormy.p99_us).map(|(quiet, storm)| quiet / storm), ..stormy })?;
+    reporter.case(&Case {
+        ratio: quiet.p99_us.zip(stormy.p99_us).map(|(quiet, storm)| quiet / storm),
+        ..stormy
+    })?;
     reporter.note(&format!("{rss} of RSS a block; {promoted} blocks came up from NVMe during the storm"))?;
     if promoted == 0 {
         return Err("the storm promoted nothing: the NVMe tier held none of its chains".into());
@@ -100,7 +103,8 @@ async fn insert(daemon: &Daemon, user: &User, chains: u64) -> Result<Case, Failu
     user.insert_all(1..chains).await?;
     let us = us_since(start);
     let blocks = ((chains - 1) * CHAIN_BLOCKS) as f64;
-    let growth = before.zip(daemon.usage().rss_anon_bytes()).map(|(before, after)| after.saturating_sub(before));
+    let growth =
+        before.zip(daemon.usage().rss_anon_bytes()).map(|(before, after)| after.saturating_sub(before));
     Ok(Case {
         gbps: Some(blocks * BLOCK_BYTES as f64 / us / 1e3),
         per_s: Some(blocks / us * 1e6),
@@ -278,7 +282,8 @@ async fn promote_loop(user: User, stormer: u64, chains: u64, stop: Arc<AtomicBoo
     let (mut number, mut promoted) = (stormer * chains / STORMERS, 0);
     while !stop.load(Ordering::Relaxed) {
         let matched = user.matched(&user.chain(number)?).await?;
-        let below: Vec<u32> = (0..matched.blocks()).filter(|&block| matched.source(block) == Tier::Nvme).collect();
+        let below: Vec<u32> =
+            (0..matched.blocks()).filter(|&block| matched.source(block) == Tier::Nvme).collect();
         for block in below {
             promoted += u64::from(matched.wait_ready(block).await);
         }

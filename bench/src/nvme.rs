@@ -98,7 +98,10 @@ impl Bench {
         })?;
         medium.open_segment(0, args.file_bytes)?;
         let ring = RawRing::open(path, depth).map_err(|error| {
-            format!("{}: no raw io_uring loop with O_DIRECT to compare with: {error}; try another --path", path.display())
+            format!(
+                "{}: no raw io_uring loop with O_DIRECT to compare with: {error}; try another --path",
+                path.display()
+            )
         })?;
         let memory = Arc::new(Mapping::anonymous(depth * BLOCK_BYTES[BLOCK_BYTES.len() - 1])?);
         memory.populate(0..memory.len())?;
@@ -108,7 +111,13 @@ impl Bench {
     fn first_write(&mut self) -> Result<(), Failure> {
         let block_bytes = BLOCK_BYTES[BLOCK_BYTES.len() - 1];
         let count = self.args.file_bytes as usize / block_bytes;
-        let whole = Run { direction: Direction::Write, offset: 0, block_bytes, count, depth: self.args.depth as usize };
+        let whole = Run {
+            direction: Direction::Write,
+            offset: 0,
+            block_bytes,
+            count,
+            depth: self.args.depth as usize,
+        };
         self.ring.run(whole, &self.memory, &mut Vec::new())?;
         Ok(())
     }
@@ -144,7 +153,13 @@ impl Bench {
         let bytes = self.args.call_bytes / block_bytes as u64 * block_bytes as u64;
         let offset = if self.at + bytes <= self.args.file_bytes { self.at } else { 0 };
         self.at = (offset + bytes).next_multiple_of(4096);
-        Run { direction, offset, block_bytes, count: bytes as usize / block_bytes, depth: self.args.depth as usize }
+        Run {
+            direction,
+            offset,
+            block_bytes,
+            count: bytes as usize / block_bytes,
+            depth: self.args.depth as usize,
+        }
     }
 
     fn through_the_tier(&mut self, run: Run, each_us: &mut Vec<f64>) -> Result<f64, Failure> {
@@ -152,7 +167,9 @@ impl Bench {
         let mut free: Vec<usize> = (0..run.depth).collect();
         let (mut submitted, mut completed, mut done) = (0, 0, Vec::<Done>::new());
         while completed < run.count {
-            while submitted < run.count && let Some(buffer) = free.pop() {
+            while submitted < run.count
+                && let Some(buffer) = free.pop()
+            {
                 let io = self.io(&run, submitted, buffer);
                 self.medium.submit(io).map_err(|io| format!("transfer {} refused at depth", io.token))?;
                 submitted += 1;

@@ -89,7 +89,12 @@ impl RawRing {
     }
 
     /// Moves the blocks: the microseconds it took, each block's own appended to `latencies_us`.
-    pub(crate) fn run(&mut self, run: Run, memory: &Arc<Mapping>, latencies_us: &mut Vec<f64>) -> io::Result<f64> {
+    pub(crate) fn run(
+        &mut self,
+        run: Run,
+        memory: &Arc<Mapping>,
+        latencies_us: &mut Vec<f64>,
+    ) -> io::Result<f64> {
         assert!(run.depth * run.block_bytes <= memory.len(), "a buffer for each transfer under way");
         assert!(run.depth <= self.ring.params().sq_entries() as usize);
         let start = Instant::now();
@@ -97,7 +102,9 @@ impl RawRing {
         let mut free: Vec<usize> = (0..run.depth).collect();
         let (mut submitted, mut wanted, mut failure) = (0, run.count, None);
         while submitted < wanted || free.len() < run.depth {
-            while submitted < wanted && let Some(buffer) = free.pop() {
+            while submitted < wanted
+                && let Some(buffer) = free.pop()
+            {
                 submitted_at[buffer] = Instant::now();
                 self.push(&run, memory, submitted, buffer);
                 submitted += 1;

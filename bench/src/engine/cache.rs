@@ -66,7 +66,8 @@ impl Cache {
     /// Serves one request.
     pub(crate) async fn serve(&mut self, row: &Row) -> Result<Served, Failure> {
         self.requests += 1;
-        let ids = row.hash_ids.iter().map(|name| block_id::named(&self.space.fingerprint(), &name.to_le_bytes()));
+        let ids =
+            row.hash_ids.iter().map(|name| block_id::named(&self.space.fingerprint(), &name.to_le_bytes()));
         let ids = ids.collect::<Result<Vec<BlockId>, _>>()?;
         let mut served = Served::default();
         self.load(row, &ids, &mut served).await?;
