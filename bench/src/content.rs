@@ -51,7 +51,9 @@ fn first_words(name: u64) -> [u64; LANES] {
 }
 
 fn step(words: &mut [u64; LANES]) {
-    words.iter_mut().for_each(|word| *word = word.wrapping_add(WEYL.wrapping_mul(LANES as u64)));
+    for word in words {
+        *word = word.wrapping_add(WEYL.wrapping_mul(LANES as u64));
+    }
 }
 
 fn bytes_of(words: [u64; LANES]) -> [u8; GROUP_BYTES] {

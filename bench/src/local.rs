@@ -322,11 +322,11 @@ impl Bench {
     }
 
     /// A case without a raw loop beside it.
-    fn alone(&self, each_us: Vec<f64>, case: &'static str, blocks: usize) -> Case {
+    fn alone(&self, each_us: Vec<f64>, what: &'static str, blocks: usize) -> Case {
         let p50_us = median(each_us.clone());
         Case {
             bench: "local",
-            case,
+            what,
             block_bytes: self.block_bytes as u64,
             batch: blocks as u64,
             p50_us: Some(p50_us),

@@ -38,7 +38,7 @@ const STORMERS: u64 = 4;
 /// How long an insert waits for slots.
 const RESERVE_WAIT: Duration = Duration::from_secs(5);
 /// How long the prober's chain stays pinned.
-const PIN_TIME: Duration = Duration::from_secs(600);
+const PIN_TIME: Duration = Duration::from_mins(10);
 
 /// A million small blocks: RSS of the daemon a block, inserts and matches a second; then match latency with 100 clients
 /// and a storm of promotions from NVMe, beside the quiet one.
@@ -152,8 +152,8 @@ async fn probe(user: &User, chain: u64, name: &'static str) -> Result<Case, Fail
     Ok(latencies(name, each_us))
 }
 
-fn case(case: &'static str) -> Case {
-    Case { bench: "million", case, block_bytes: BLOCK_BYTES, batch: CHAIN_BLOCKS, ..Case::default() }
+fn case(what: &'static str) -> Case {
+    Case { bench: "million", what, block_bytes: BLOCK_BYTES, batch: CHAIN_BLOCKS, ..Case::default() }
 }
 
 fn latencies(name: &'static str, each_us: Vec<f64>) -> Case {

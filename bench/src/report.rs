@@ -22,7 +22,8 @@ pub(crate) struct Case {
     /// The benchmark.
     pub(crate) bench: &'static str,
     /// What was done.
-    pub(crate) case: &'static str,
+    #[serde(rename = "case")]
+    pub(crate) what: &'static str,
     /// Bytes of one block.
     pub(crate) block_bytes: u64,
     /// Blocks a call; for `nvme`, transfers under way.
@@ -66,14 +67,14 @@ pub(crate) struct Pairs {
 
 impl Pairs {
     /// The case these pairs show.
-    pub(crate) fn case(&self, bench: &'static str, case: &'static str, block_bytes: u64, batch: u64) -> Case {
+    pub(crate) fn case(&self, bench: &'static str, what: &'static str, block_bytes: u64, batch: u64) -> Case {
         assert_eq!(self.ours_us.len(), self.raw_us.len(), "ours and raw in turn");
         let pairs = || self.ours_us.iter().zip(&self.raw_us);
         let gbps = |us: &[f64]| Some(self.call_bytes as f64 / median(us.to_vec()) / 1e3);
         let moved_gb = self.call_bytes as f64 * self.ours_us.len() as f64 / 1e9;
         Case {
             bench,
-            case,
+            what,
             block_bytes,
             batch,
             p50_us: Some(median(self.ours_us.clone())),
@@ -169,15 +170,17 @@ fn print_json(object: &impl Serialize) -> io::Result<()> {
 
 fn print_row(cells: &[String; 12]) -> io::Result<()> {
     let [name, rest @ ..] = cells;
-    let rest: String = rest.iter().map(|cell| format!("{cell:>10}")).collect();
-    writeln!(io::stdout(), "{name:<14}{rest}")
+    let mut out = io::stdout().lock();
+    write!(out, "{name:<14}")?;
+    rest.iter().try_for_each(|cell| write!(out, "{cell:>10}"))?;
+    writeln!(out)
 }
 
 fn cells(case: &Case) -> [String; 12] {
     let number =
         |value: Option<f64>, digits: usize| value.map_or("-".to_owned(), |value| format!("{value:.digits$}"));
     [
-        case.case.to_owned(),
+        case.what.to_owned(),
         bytes_text(case.block_bytes),
         case.batch.to_string(),
         number(case.p50_us, 1),

@@ -174,7 +174,7 @@ mod tests {
         let path = folder.path().join("raw");
         std::fs::write(&path, vec![0; 10 * BLOCK_BYTES]).unwrap();
         let memory = Arc::new(Mapping::anonymous(4 * BLOCK_BYTES).unwrap());
-        memory.copy_in(0, &[7; 4 * BLOCK_BYTES]);
+        memory.copy_in(0, &vec![7; 4 * BLOCK_BYTES]);
         let mut ring = match RawRing::open(&path, 4) {
             Ok(ring) => ring,
             Err(error) => return println!("SKIPPED: no io_uring with O_DIRECT here: {error}"),
@@ -183,7 +183,7 @@ mod tests {
         ring.run(run(Direction::Write, 4), &memory, &mut latencies_us).unwrap();
         assert_eq!(latencies_us.len(), 10);
         assert!(std::fs::read(&path).unwrap().iter().all(|&byte| byte == 7));
-        memory.copy_in(0, &[0; BLOCK_BYTES]);
+        memory.copy_in(0, &vec![0; BLOCK_BYTES]);
         ring.run(run(Direction::Read, 1), &memory, &mut latencies_us).unwrap();
         let mut seen = vec![0; BLOCK_BYTES];
         memory.copy_out(0, &mut seen);

@@ -16,7 +16,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// How long storing waits for a slot before it goes without.
-const RESERVE_WAIT: Duration = Duration::from_millis(2000);
+const RESERVE_WAIT: Duration = Duration::from_secs(2);
 
 /// What one request got from kvd and gave to it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -82,7 +82,7 @@ impl Cache {
     async fn load(&mut self, row: &Row, ids: &[BlockId], served: &mut Served) -> Result<(), Failure> {
         let start = Instant::now();
         let chain = Chain::from_ids("chain", ids.to_vec())?;
-        let matched = self.space.match_prefix(&self.request_key(b"get"), &chain, 0).await?;
+        let matched = self.space.match_prefix(&self.request_key(*b"get"), &chain, 0).await?;
         let mut real = start.elapsed();
         for (block, &name) in (0..matched.blocks()).zip(&row.hash_ids) {
             let start = Instant::now();
@@ -107,7 +107,7 @@ impl Cache {
         let root = block_id::root(&self.space.fingerprint(), b"", b"")?;
         let parent = from.checked_sub(1).map_or(root, |at| ids[at]);
         let chain = Chain::from_ids("chain", ids[from..].to_vec())?;
-        let key = self.request_key(b"put");
+        let key = self.request_key(*b"put");
         let fill = self.space.reserve(&key, parent, from as u32, &chain, RESERVE_WAIT).await?;
         self.compute(&fill, &row.hash_ids[from..]);
         Ok(u64::from(fill.commit().await?))
@@ -121,8 +121,8 @@ impl Cache {
         }
     }
 
-    fn request_key(&self, use_of: &[u8; 3]) -> Vec<u8> {
-        [use_of, self.requests.to_le_bytes().as_slice()].concat()
+    fn request_key(&self, use_of: [u8; 3]) -> Vec<u8> {
+        [use_of.as_slice(), &self.requests.to_le_bytes()].concat()
     }
 }
 

@@ -166,7 +166,9 @@ mod tests {
 
     fn run(jobs: &[Job]) -> Vec<Outcome> {
         let mut engine = Engine::new(profile());
-        jobs.iter().for_each(|&job| engine.arrive(job));
+        for &job in jobs {
+            engine.arrive(job);
+        }
         engine.finish()
     }
 
