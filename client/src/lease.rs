@@ -133,12 +133,9 @@ impl Match {
                 let what = format!("segment {} was never announced", run.segment);
                 return Err(Error::new(Code::Unavailable, "segment", what, "treat it as a miss"));
             };
-            if run.ready {
-                let range = wire::BlockRange { first: run.first_block, count: run.count };
-                found.progress.advance(&wire::Ready { lease: 0, blocks: vec![range], failed: vec![] });
-            }
             found.runs.push((run, segment));
         }
+        found.progress.advance(&wire::Ready { lease: 0, blocks: found.arrived(), failed: vec![] });
         Ok(found)
     }
 
@@ -208,6 +205,20 @@ impl Match {
         let inner = self.inner.clone();
         drop(self);
         inner.end_lease(lease).await
+    }
+
+    /// Blocks that were ready in every group when the node answered.
+    fn arrived(&self) -> Vec<wire::BlockRange> {
+        let range = |run: &wire::Run| run.first_block..run.first_block.saturating_add(run.count);
+        let late = |block: u32| self.runs.iter().any(|(run, _)| !run.ready && range(run).contains(&block));
+        let all_ready = self.runs.iter().all(|(run, _)| run.ready);
+        let of_first_group = self.runs.iter().map(|(run, _)| run).filter(|run| run.group == 0 && run.ready);
+        if all_ready {
+            let whole = |run: &wire::Run| wire::BlockRange { first: run.first_block, count: run.count };
+            return of_first_group.map(whole).collect();
+        }
+        let blocks = of_first_group.flat_map(range).filter(|block| !late(*block));
+        blocks.map(|first| wire::BlockRange { first, count: 1 }).collect()
     }
 
     fn over(&self) -> bool {

@@ -64,10 +64,13 @@ impl SharedSegment {
         let at = slot as usize * self.header_bytes;
         let mut bytes = vec![0; self.header_bytes];
         for _ in 0..HEADER_READS_MAX {
-            let before = self.live_word(slot).load(Ordering::Acquire);
-            self.table.copy_out(at, &mut bytes);
+            let before = self.word_of_table(at + LIVE_WORD_OFFSET).load(Ordering::Acquire);
+            for (index, word) in bytes.chunks_exact_mut(8).enumerate() {
+                let read = self.word_of_table(at + 8 * index).load(Ordering::Relaxed);
+                word.copy_from_slice(&read.to_ne_bytes());
+            }
             fence(Ordering::Acquire);
-            let after = self.live_word(slot).load(Ordering::Relaxed);
+            let after = self.word_of_table(at + LIVE_WORD_OFFSET).load(Ordering::Relaxed);
             if before == after && before & 1 == 0 {
                 return SlotHeader::decode(&bytes).map(|header| ((before >> 32) as u32, header));
             }
@@ -79,14 +82,14 @@ impl SharedSegment {
     /// The slot's generation now; changes when the slot is given to another block.
     pub(crate) fn generation(&self, slot: u32) -> u32 {
         fence(Ordering::Acquire);
-        (self.live_word(slot).load(Ordering::Acquire) >> 32) as u32
+        let at = slot as usize * self.header_bytes + LIVE_WORD_OFFSET;
+        (self.word_of_table(at).load(Ordering::Acquire) >> 32) as u32
     }
 
-    fn live_word(&self, slot: u32) -> &AtomicU64 {
-        assert!(slot < self.slots);
-        let at = slot as usize * self.header_bytes + LIVE_WORD_OFFSET;
-        // SAFETY: in range (asserted), 8-aligned (strides are multiples of 512, the region of a page), mapped for as
-        // long as self; the word is only ever accessed atomically by both sides. Loads need no write permission.
+    fn word_of_table(&self, at: usize) -> &AtomicU64 {
+        assert!(at.is_multiple_of(8) && at + 8 <= self.table.bytes, "word at {at}");
+        // SAFETY: in range and 8-aligned (asserted, in a page-aligned region), mapped for as long as self; the words
+        // are only ever accessed atomically by both sides. Loads need no write permission.
         unsafe { AtomicU64::from_ptr(self.table.start.as_ptr().add(at).cast()) }
     }
 

@@ -1,21 +1,28 @@
 //! Which copy of a tier goes first: one trait, one file per policy.
 //!
-//! The caller guarantees: a handle is inserted once and removed once; one touch a request, chains touched tail first, so
-//! that a parent is never older than its children. The policy guarantees: amortised O(1) a call, bounded scanning, no
-//! clock, no randomness; it never decides whether a copy *may* go (leases, pins, children: the caller's `eligible`).
+//! The caller guarantees: a handle is inserted once and removed once; one touch a request, chains touched tail first,
+//! and new copies of a chain inserted tail first, so that a parent is never older than its children. (Where that is
+//! broken nothing is wrong, only slow: parents are looked at, found ineligible and moved away, one look each.)
+//! The policy guarantees: amortised O(1) a call, bounded scanning, no clock, no randomness; it never decides whether a
+//! copy *may* go (leases, pins, children: the caller's `eligible`).
 
 pub mod lru;
 pub mod s3fifo;
 
+use kvd_proto::Error;
+
 /// An entry of the catalog.
 pub type Handle = u32;
+
+/// The policies' names, as the config has them.
+pub const NAMES: [&str; 2] = [lru::NAME, s3fifo::NAME];
 
 /// An order of eviction over handles.
 pub trait Eviction: Send {
     /// Its name in the config: "lru", "s3fifo".
     fn name(&self) -> &'static str;
-    /// A new copy.
-    fn insert(&mut self, handle: Handle);
+    /// A new copy. `ghost_key` (the block id's 64 bits) outlives the handle: a policy may know it when it comes back.
+    fn insert(&mut self, handle: Handle, ghost_key: u64);
     /// The copy was used by a request.
     fn touch(&mut self, handle: Handle);
     /// The copy is gone.
@@ -28,5 +35,53 @@ pub trait Eviction: Send {
     /// Whether it knows none.
     fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+}
+
+/// The policy with that name in the config.
+pub fn by_name(name: &str) -> Result<Box<dyn Eviction>, Error> {
+    match name {
+        lru::NAME => Ok(Box::new(lru::Lru::new())),
+        s3fifo::NAME => Ok(Box::new(s3fifo::S3Fifo::new(s3fifo::SMALL_PERCENT_DEFAULT))),
+        _ => Err(Error::invalid(
+            "eviction",
+            format!("no policy is called {name:?}"),
+            format!("give one of: {}", NAMES.join(", ")),
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn policies_are_found_by_name() {
+        for name in NAMES {
+            assert_eq!(by_name(name).unwrap().name(), name);
+        }
+        let error = by_name("lfu").err().expect("unknown");
+        assert_eq!(error.field, "eviction");
+        assert!(error.to_string().contains("\"lfu\"") && error.fix.contains("lru, s3fifo"), "{error}");
+    }
+
+    /// One-hit blocks pass by, more than the cache holds; a block that was used stays under S3-FIFO only.
+    #[test]
+    fn a_scan_evicts_the_reused_block_from_lru_and_not_from_s3fifo() {
+        let survives = |name: &str| {
+            let mut policy = by_name(name).unwrap();
+            (0..100).for_each(|handle| policy.insert(handle, u64::from(handle)));
+            policy.touch(50);
+            for handle in 100..1000 {
+                let victim = policy.victim(200, &mut |_| true).expect("all are eligible");
+                policy.remove(victim);
+                if victim == 50 {
+                    return false;
+                }
+                policy.insert(handle, u64::from(handle));
+            }
+            true
+        };
+        assert!(survives(s3fifo::NAME) && !survives(lru::NAME));
     }
 }

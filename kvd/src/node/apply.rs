@@ -1,0 +1,111 @@
+//! One call: events in, effects out, then what keeps the house in order.
+
+use super::event::{Effect, Event, MemberId, Question};
+use super::{EVENTS_PER_CALL_MAX, Node};
+use kvd_proto::wire::client_frame::Body as Ask;
+use kvd_proto::wire::node_frame::Body as Reply;
+use kvd_proto::{Code, Error};
+
+impl Node {
+    /// Takes what happened up to `now_us` (microseconds since the node started, never going back) and appends what to do.
+    pub fn apply(&mut self, events: impl IntoIterator<Item = Event>, now_us: u64, effects: &mut Vec<Effect>) {
+        assert!(now_us >= self.now_us, "time went back from {} to {now_us}", self.now_us);
+        self.now_us = now_us;
+        std::mem::swap(&mut self.out, effects);
+        let mut count = 0;
+        for event in events {
+            count += 1;
+            assert!(count <= EVENTS_PER_CALL_MAX, "more than {EVENTS_PER_CALL_MAX} events in one call");
+            self.one(event);
+        }
+        self.announce_ready();
+        self.make_room();
+        self.serve_waiting();
+        self.purge_some();
+        std::mem::swap(&mut self.out, effects);
+    }
+
+    fn one(&mut self, event: Event) {
+        match event {
+            Event::Open { member, request_id, pid, maps, token, request } => {
+                let opened = self.open_session(member, request_id, pid, maps, token, request);
+                if let Err(error) = opened {
+                    self.refuse(member, request_id, error);
+                }
+            }
+            Event::Request { member, request_id, body } => self.request(member, request_id, body),
+            Event::SocketLost { member } => self.socket_lost(member),
+            Event::ProcessGone { member } => self.process_gone(member),
+            Event::SegmentOpened { tier, segment, result } => self.segment_opened(tier, segment, result),
+            Event::Populated { segment, bytes } => self.memory.populated(segment, bytes),
+            Event::Checksummed { slot, generation, elapsed_us } => {
+                self.checksummed(slot, generation, elapsed_us);
+            }
+            Event::Moved { token, result, elapsed_us } => self.moved(token, result, elapsed_us),
+            Event::Ask { ticket, question } => self.ask(ticket, question),
+            Event::Tick => self.tick(),
+        }
+    }
+
+    fn request(&mut self, member: MemberId, request_id: u64, body: Ask) {
+        if let Err(error) = self.sessions.seen(member, self.now_us) {
+            self.refuse(member, request_id, error);
+            return;
+        }
+        let reply = match body {
+            Ask::OpenSession(_) => Err(Error::invalid(
+                "open_session",
+                "this connection has its session",
+                "open another connection for another session",
+            )),
+            Ask::RegisterSpace(request) => self.register_space(member, &request).map(Reply::SpaceRegistered),
+            Ask::Match(request) => self.match_prefix(member, &request).map(Reply::Match),
+            Ask::Reserve(request) => match self.reserve(member, request_id, &request) {
+                Ok(None) => return, // waits for space
+                Ok(Some(reply)) => Ok(Reply::Reserve(reply)),
+                Err(error) => Err(error),
+            },
+            Ask::Commit(request) => self.commit(member, &request).map(Reply::Commit),
+            Ask::Release(request) => self.release(member, &request).map(Reply::Release),
+            Ask::Exists(request) => self.exists(member, &request).map(Reply::Exists),
+            Ask::Pin(request) => self.pin_chain(member, &request).map(Reply::Pin),
+            Ask::Prefetch(request) => self.prefetch(member, &request).map(Reply::Prefetch),
+            Ask::CloseSession(_) => Ok(self.close_member(member)),
+        };
+        match reply {
+            Ok(reply) if request_id != 0 => self.send(member, request_id, reply),
+            Ok(_) => {}
+            Err(error) => self.refuse(member, request_id, error),
+        }
+    }
+
+    pub(super) fn refuse(&mut self, member: MemberId, request_id: u64, error: Error) {
+        self.counters.refused_requests += 1;
+        // a one-way release of a lease that has ended meanwhile is nobody's mistake
+        if request_id != 0 || error.code != Code::UnknownLease {
+            self.note("refuse", || format!("member {member}: {error}"));
+        }
+        if request_id != 0 {
+            self.send(member, request_id, Reply::Error(error.into()));
+        }
+    }
+
+    fn ask(&mut self, ticket: u64, question: Question) {
+        let answer = match question {
+            Question::Status => self.status(),
+            Question::Tiers => self.tiers(),
+            Question::Spaces => self.list_spaces(),
+            Question::Blocks(prefix) => self.describe_blocks(&prefix),
+            Question::Pin { id_prefix, ttl_ms } => self.pin_by_prefix(&id_prefix, ttl_ms),
+            Question::Purge(what) => return self.start_purge(ticket, what),
+        };
+        self.out.push(Effect::Answer { ticket, answer });
+    }
+
+    fn tick(&mut self) {
+        self.end_leases();
+        self.give_up_stalled();
+        self.unpin_expired();
+        self.close_idle();
+    }
+}

@@ -1,0 +1,240 @@
+//! What the node is told and what it decides: the only vocabulary between the state machine and its shells.
+//!
+//! Invariants: events carry facts (bytes moved, processes gone, time passed), effects carry orders; neither carries a
+//! file, socket or clock. Every `Effect` that starts something has the `Event` that ends it.
+
+use kvd_proto::slot_header::SlotHeader;
+use kvd_proto::wire::{self, Tier, client_frame, node_frame};
+use kvd_tiers::segment::{Geometry, SegmentId, SlotRef};
+
+/// One connection, named by the shell; never reused.
+pub type MemberId = u64;
+
+/// What happened.
+#[derive(Debug)]
+pub enum Event {
+    /// A connection asks to open, join or come back to a session.
+    Open {
+        /// The connection.
+        member: MemberId,
+        /// To answer with.
+        request_id: u64,
+        /// Its process, 0 if unknown.
+        pid: u32,
+        /// Whether it maps memory: its leases then hold slots until it is proven gone.
+        maps: bool,
+        /// Sixteen random bytes, should a token be needed.
+        token: [u8; 16],
+        /// What it asks.
+        request: wire::OpenSessionRequest,
+    },
+    /// A member asks something.
+    Request {
+        /// Who.
+        member: MemberId,
+        /// To answer with; 0: no answer wanted.
+        request_id: u64,
+        /// What.
+        body: client_frame::Body,
+    },
+    /// The connection is gone; its process may still be reading and writing slots.
+    SocketLost {
+        /// Whose.
+        member: MemberId,
+    },
+    /// The process is gone, proven: nothing of it reads or writes any more.
+    ProcessGone {
+        /// Whose.
+        member: MemberId,
+    },
+    /// Ends `Effect::OpenSegment`.
+    SegmentOpened {
+        /// Its tier.
+        tier: Tier,
+        /// Which.
+        segment: SegmentId,
+        /// Or why not.
+        result: Result<(), String>,
+    },
+    /// So much of a DRAM segment is populated now.
+    Populated {
+        /// Which.
+        segment: SegmentId,
+        /// Bytes touched since the last such event.
+        bytes: u64,
+    },
+    /// Ends `Effect::Checksum`.
+    Checksummed {
+        /// Which.
+        slot: SlotRef,
+        /// The slot's generation when it was asked; another one now: the block has gone meanwhile.
+        generation: u32,
+        /// How long reading it took.
+        elapsed_us: u64,
+    },
+    /// Ends `Effect::Demote` or `Effect::Promote`.
+    Moved {
+        /// The effect's token.
+        token: u64,
+        /// Both ends agree on every byte, or why not.
+        result: Result<(), MoveError>,
+        /// From start to end.
+        elapsed_us: u64,
+    },
+    /// A person asks.
+    Ask {
+        /// To answer with.
+        ticket: u64,
+        /// What.
+        question: Question,
+    },
+    /// Time has passed; sent at least ten times a second.
+    Tick,
+}
+
+/// Why bytes did not move.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MoveError {
+    /// The device failed.
+    Device(String),
+    /// The bytes are not those whose checksums were recorded.
+    Checksum,
+}
+
+/// What to do.
+#[derive(Debug)]
+pub enum Effect {
+    /// Send a frame; descriptors go with `SessionOpened` and `Segment`.
+    Send {
+        /// To whom.
+        member: MemberId,
+        /// What.
+        frame: wire::NodeFrame,
+    },
+    /// Forget a connection after what was sent to it.
+    Close {
+        /// Whose.
+        member: MemberId,
+    },
+    /// Make a segment; answered by `SegmentOpened`.
+    OpenSegment {
+        /// Its tier.
+        tier: Tier,
+        /// Its id, new.
+        segment: SegmentId,
+        /// How it is cut.
+        geometry: Geometry,
+        /// Whose.
+        tenant: String,
+    },
+    /// A DRAM slot holds a committed block from now on: clients may find its header.
+    Publish {
+        /// Where.
+        slot: SlotRef,
+        /// Of the slot.
+        generation: u32,
+        /// Part checksums are zeros unless the shell knows them (promoted blocks).
+        header: Box<SlotHeader>,
+    },
+    /// A DRAM slot holds nothing any more.
+    Retire {
+        /// Where.
+        slot: SlotRef,
+        /// The slot's new generation.
+        generation: u32,
+    },
+    /// Compute a published slot's part checksums and publish them; answered by `Checksummed`.
+    Checksum {
+        /// Where.
+        slot: SlotRef,
+        /// Of the slot.
+        generation: u32,
+    },
+    /// Copy a checksummed DRAM slot to NVMe; answered by `Moved`.
+    Demote {
+        /// To answer with.
+        token: u64,
+        /// DRAM.
+        from: SlotRef,
+        /// NVMe.
+        to: SlotRef,
+    },
+    /// Copy an NVMe slot to DRAM and verify every part; answered by `Moved`.
+    Promote {
+        /// To answer with.
+        token: u64,
+        /// NVMe.
+        from: SlotRef,
+        /// DRAM.
+        to: SlotRef,
+        /// Of the DRAM slot, for the header that is published when every part agrees.
+        generation: u32,
+        /// The block that must be there; the shell puts in the checksums.
+        header: Box<SlotHeader>,
+    },
+    /// An NVMe slot holds nothing any more.
+    Forget {
+        /// Where.
+        slot: SlotRef,
+    },
+    /// Answer a person.
+    Answer {
+        /// The question's ticket.
+        ticket: u64,
+        /// What.
+        answer: Answer,
+    },
+    /// Something worth telling whoever watches.
+    Note {
+        /// One word: "commit", "evict"...
+        kind: &'static str,
+        /// The rest.
+        text: String,
+    },
+}
+
+/// What a person asks.
+#[derive(Debug)]
+pub enum Question {
+    /// Counts and counters.
+    Status,
+    /// The tiers.
+    Tiers,
+    /// The registered spaces.
+    Spaces,
+    /// Blocks by id prefix.
+    Blocks(Vec<u8>),
+    /// Pin (or with 0 unpin) blocks by id prefix.
+    Pin {
+        /// 1 to 16 bytes.
+        id_prefix: Vec<u8>,
+        /// How long.
+        ttl_ms: u32,
+    },
+    /// Drop blocks.
+    Purge(wire::purge_request::What),
+}
+
+/// What a person is told.
+#[derive(Debug)]
+pub enum Answer {
+    /// Counts and counters.
+    Status(Box<wire::StatusReply>),
+    /// The tiers.
+    Tiers(wire::ListTiersReply),
+    /// The registered spaces.
+    Spaces(wire::ListSpacesReply),
+    /// Blocks by id prefix.
+    Blocks(wire::DescribeBlockReply),
+    /// How many were pinned.
+    Pin(wire::PinBlockReply),
+    /// How many were dropped.
+    Purge(wire::PurgeReply),
+    /// The question makes no sense.
+    Refused(kvd_proto::Error),
+}
+
+/// A reply's body in its envelope.
+pub(crate) fn frame(request_id: u64, body: node_frame::Body) -> wire::NodeFrame {
+    wire::NodeFrame { request_id, body: Some(body) }
+}

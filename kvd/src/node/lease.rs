@@ -1,0 +1,400 @@
+//! Leases: the right to read, or fill, given slots until released; limited in bytes and time.
+//!
+//! Invariants: a lease's end never frees memory (law 2): it stops new reads and fills, and its slots stay where they are,
+//! counted as quarantined, until it is released or its processes are gone. The bytes of open and ended leases together
+//! are limited per session, so quarantine is too.
+
+use super::Node;
+use super::event::MemberId;
+use super::session::SessionId;
+use kvd_proto::wire::{self, Tier};
+use kvd_proto::{BlockId, Code, Error};
+use kvd_tiers::catalog::Handle;
+use kvd_tiers::segment::SlotRef;
+use std::collections::{BTreeSet, HashMap};
+
+pub(super) type LeaseId = u64;
+
+/// Leases of one session at a time. At the limit: `Limit`.
+const LEASES_PER_SESSION_MAX: usize = 8192;
+/// A load may go this long without progress, or twice its prediction if that is longer (law 3; the recompute side of
+/// the rule needs a worker's profile, which this node does not have yet).
+const STALL_US_MIN: u64 = 2_000_000;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum RequestKind {
+    Match,
+    Reserve,
+}
+
+/// One (block, group) of a lease.
+#[derive(Debug)]
+pub(super) struct Item {
+    pub(super) block: u32,
+    pub(super) group: u8,
+    pub(super) source: Tier,
+    pub(super) state: ItemState,
+    pub(super) handle: Handle,
+    pub(super) slot: SlotRef,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ItemState {
+    /// Readable.
+    Ready,
+    /// On its way from NVMe.
+    Loading,
+    /// Will not come; holds nothing.
+    Failed,
+    /// Being filled; these parts are.
+    Filling(PartSet),
+    /// Filled and committed; holds nothing.
+    Committed,
+    /// Was being filled when the lease ended; the slot is quarantined, the entry gone.
+    Quarantined,
+}
+
+/// Which of at most 256 parts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct PartSet([u64; 4]);
+
+impl PartSet {
+    /// Adds a part; `false`: it was there.
+    pub(super) fn add(&mut self, part: u16) -> bool {
+        let (word, bit) = (usize::from(part) / 64, 1 << (part % 64));
+        let new = self.0[word] & bit == 0;
+        self.0[word] |= bit;
+        new
+    }
+
+    pub(super) fn has(self, part: u16) -> bool {
+        self.0[usize::from(part) / 64] & (1 << (part % 64)) != 0
+    }
+
+    pub(super) fn len(self) -> u32 {
+        self.0.iter().map(|word| word.count_ones()).sum()
+    }
+}
+
+pub(super) struct Lease {
+    pub(super) session: SessionId,
+    pub(super) member: MemberId,
+    pub(super) kind: RequestKind,
+    key: Vec<u8>,
+    pub(super) space: u16,
+    /// What was asked for, to know the same question again.
+    pub(super) chain: Vec<BlockId>,
+    pub(super) skip_blocks: u32,
+    /// A reservation's answer by block.
+    pub(super) states: Vec<u8>,
+    pub(super) items: Vec<Item>,
+    bytes: u64,
+    pub(super) ends_us: u64,
+    pub(super) ended: bool,
+    pub(super) predicted_us: u64,
+    /// Items on their way.
+    loading: u32,
+    /// When loading must have made progress again; `u64::MAX`: nothing is loading.
+    pub(super) stalls_us: u64,
+}
+
+/// All leases of the node.
+pub(super) struct Leases {
+    leases: HashMap<LeaseId, Lease>,
+    by_end: BTreeSet<(u64, LeaseId)>,
+    loading: BTreeSet<LeaseId>,
+    last: LeaseId,
+    bytes: u64,
+    /// Items that became ready or failed in this call, to be told together.
+    news: HashMap<LeaseId, wire::Ready>,
+}
+
+/// What a new lease holds.
+pub(super) struct NewLease {
+    pub(super) session: SessionId,
+    pub(super) member: MemberId,
+    pub(super) kind: RequestKind,
+    pub(super) key: Vec<u8>,
+    pub(super) space: u16,
+    pub(super) chain: Vec<BlockId>,
+    pub(super) skip_blocks: u32,
+    pub(super) states: Vec<u8>,
+    pub(super) items: Vec<Item>,
+    pub(super) bytes: u64,
+    pub(super) predicted_us: u64,
+}
+
+impl Leases {
+    /// Lease numbers of one daemon are never those of another.
+    pub(super) fn new(epoch: u64) -> Self {
+        Self {
+            leases: HashMap::new(),
+            by_end: BTreeSet::new(),
+            loading: BTreeSet::new(),
+            last: (epoch & 0x7FFF_FFFF) << 32,
+            bytes: 0,
+            news: HashMap::new(),
+        }
+    }
+
+    pub(super) fn get(&self, lease: LeaseId) -> Option<&Lease> {
+        self.leases.get(&lease)
+    }
+
+    pub(super) fn get_mut(&mut self, lease: LeaseId) -> Option<&mut Lease> {
+        self.leases.get_mut(&lease)
+    }
+
+    pub(super) fn is_fill(&self, lease: LeaseId) -> bool {
+        self.leases.get(&lease).is_some_and(|lease| lease.kind == RequestKind::Reserve)
+    }
+
+    pub(super) fn totals(&self) -> (usize, u64) {
+        (self.leases.len(), self.bytes)
+    }
+
+    /// Remembers that an item of a lease became ready or failed, for `announce_ready`.
+    pub(super) fn tell(&mut self, lease: LeaseId, block: u32, ready: bool) {
+        let news = self.news.entry(lease).or_default();
+        let ranges = if ready { &mut news.blocks } else { &mut news.failed };
+        match ranges.last_mut() {
+            Some(last) if last.first + last.count == block => last.count += 1,
+            _ => ranges.push(wire::BlockRange { first: block, count: 1 }),
+        }
+    }
+}
+
+impl Node {
+    pub(super) fn leases_of(&self, session: SessionId, member: MemberId) -> impl Iterator<Item = LeaseId> {
+        let of_member = |lease: &&LeaseId| self.leases.leases[*lease].member == member;
+        self.sessions.get(session).leases.iter().filter(of_member).copied().collect::<Vec<_>>().into_iter()
+    }
+
+    /// Bytes the session may still lease, or why not one lease more.
+    pub(super) fn lease_budget(&self, session: SessionId) -> Result<u64, Error> {
+        let state = self.sessions.get(session);
+        if state.leases.len() >= LEASES_PER_SESSION_MAX {
+            let message = format!("{LEASES_PER_SESSION_MAX} leases of one session");
+            return Err(Error::limit("lease", message, "release some"));
+        }
+        Ok(self.config.lease_bytes_max.saturating_sub(state.leased_bytes))
+    }
+
+    pub(super) fn new_lease(&mut self, new: NewLease) -> LeaseId {
+        self.leases.last += 1;
+        let id = self.leases.last;
+        let ends_us = self.now_us + u64::from(self.config.lease_ttl_ms) * 1000;
+        let loading = new.items.iter().filter(|item| item.state == ItemState::Loading).count() as u32;
+        let stalls_us = if loading > 0 { self.stalls_at(new.predicted_us) } else { u64::MAX };
+        if loading > 0 {
+            self.leases.loading.insert(id);
+        }
+        let session = self.sessions.get_mut(new.session);
+        session.leases.insert(id);
+        session.leased_bytes += new.bytes;
+        if !new.key.is_empty() {
+            session.by_key.insert((new.kind, new.key.clone()), id);
+        }
+        self.leases.bytes += new.bytes;
+        self.leases.by_end.insert((ends_us, id));
+        let lease = Lease {
+            session: new.session,
+            member: new.member,
+            kind: new.kind,
+            key: new.key,
+            space: new.space,
+            chain: new.chain,
+            skip_blocks: new.skip_blocks,
+            states: new.states,
+            items: new.items,
+            bytes: new.bytes,
+            ends_us,
+            ended: false,
+            predicted_us: new.predicted_us,
+            loading,
+            stalls_us,
+        };
+        self.leases.leases.insert(id, lease);
+        id
+    }
+
+    pub(super) fn stalls_at(&self, predicted_us: u64) -> u64 {
+        self.now_us + (2 * predicted_us).max(STALL_US_MIN)
+    }
+
+    /// The lease this session was given for the same question, if it still stands.
+    pub(super) fn same_question(
+        &self,
+        session: SessionId,
+        kind: RequestKind,
+        key: &[u8],
+        space: u16,
+        chain: &[BlockId],
+        skip_blocks: u32,
+    ) -> Option<LeaseId> {
+        let id = *self.sessions.get(session).by_key.get(&(kind, key.to_vec()))?;
+        let lease = self.leases.get(id)?;
+        let same = !lease.ended
+            && lease.space == space
+            && lease.chain == chain
+            && lease.skip_blocks == skip_blocks
+            && !lease.items.iter().any(|item| item.state == ItemState::Failed);
+        same.then_some(id)
+    }
+
+    /// The member's session's lease, open.
+    pub(super) fn open_lease(&self, member: MemberId, lease: LeaseId) -> Result<&Lease, Error> {
+        let session = self.sessions.of(member)?;
+        let found = self.leases.get(lease).filter(|found| found.session == session);
+        let found = found.ok_or_else(|| unknown_lease(lease))?;
+        if found.ended {
+            return Err(Error::new(
+                Code::LeaseEnded,
+                "lease",
+                format!("lease {lease} has ended"),
+                format!("finish within lease_ttl_ms ({}), or reserve again", self.config.lease_ttl_ms),
+            ));
+        }
+        Ok(found)
+    }
+
+    pub(super) fn release(
+        &mut self,
+        member: MemberId,
+        request: &wire::ReleaseRequest,
+    ) -> Result<wire::ReleaseReply, Error> {
+        let session = self.sessions.of(member)?;
+        let found = self.leases.get(request.lease).filter(|found| found.session == session);
+        found.ok_or_else(|| unknown_lease(request.lease))?;
+        self.release_lease(request.lease);
+        Ok(wire::ReleaseReply {})
+    }
+
+    /// Nobody reads or fills by this lease any more: what it held is free.
+    pub(super) fn release_lease(&mut self, id: LeaseId) {
+        let lease = self.leases.leases.remove(&id).expect("a lease is released once");
+        self.leases.by_end.remove(&(lease.ends_us, id));
+        self.leases.loading.remove(&id);
+        self.leases.news.remove(&id);
+        self.leases.bytes -= lease.bytes;
+        let session = self.sessions.get_mut(lease.session);
+        session.leases.remove(&id);
+        session.leased_bytes -= lease.bytes;
+        let key = (lease.kind, lease.key);
+        if session.by_key.get(&key) == Some(&id) {
+            session.by_key.remove(&key);
+        }
+        // tail first: what is dropped leaves no child behind
+        for item in lease.items.iter().rev() {
+            match item.state {
+                ItemState::Ready | ItemState::Loading => self.catalog.get_mut(item.handle).release(),
+                ItemState::Filling(_) => self.drop_filling(item),
+                ItemState::Quarantined => self.free_quarantined(lease.space, item),
+                ItemState::Failed | ItemState::Committed => {}
+            }
+        }
+    }
+
+    /// The lease's time is over, or a rank that filled by it is gone: no new reads, no commits; memory stays as it is.
+    pub(super) fn end_lease(&mut self, id: LeaseId) {
+        let maps = self.leases.get(id).is_some_and(|lease| self.sessions.maps(lease.session));
+        if !maps {
+            self.release_lease(id); // nothing outside this daemon can touch the slots
+            return;
+        }
+        let lease = self.leases.leases.get_mut(&id).expect("an open lease");
+        if std::mem::replace(&mut lease.ended, true) {
+            return;
+        }
+        self.leases.by_end.remove(&(lease.ends_us, id));
+        self.counters.leases_expired += 1;
+        let space = lease.space;
+        let mut items = std::mem::take(&mut lease.items);
+        for item in items.iter_mut().rev() {
+            if matches!(item.state, ItemState::Filling(_)) {
+                self.quarantine_filling(space, item);
+            }
+        }
+        self.leases.leases.get_mut(&id).expect("still there").items = items;
+        self.note("lease", || format!("lease {id} ended; its slots wait for its release"));
+    }
+
+    pub(super) fn end_leases(&mut self) {
+        while let Some(&(ends_us, id)) = self.leases.by_end.first() {
+            if ends_us > self.now_us {
+                break;
+            }
+            self.end_lease(id);
+        }
+    }
+
+    /// Loads without progress become misses; what is still moving keeps its slot until it has moved.
+    pub(super) fn give_up_stalled(&mut self) {
+        let stalled = |id: &LeaseId| self.leases.leases[id].stalls_us <= self.now_us;
+        let stalled: Vec<_> = self.leases.loading.iter().copied().filter(stalled).collect();
+        for id in stalled {
+            let lease = self.leases.leases.get_mut(&id).expect("a loading lease");
+            lease.stalls_us = u64::MAX;
+            lease.loading = 0;
+            self.leases.loading.remove(&id);
+            let loading = lease.items.iter_mut().filter(|item| item.state == ItemState::Loading);
+            let given_up: Vec<_> = loading
+                .map(|item| {
+                    item.state = ItemState::Failed;
+                    (item.block, item.handle)
+                })
+                .collect();
+            for (block, handle) in given_up {
+                self.catalog.get_mut(handle).release();
+                self.leases.tell(id, block, false);
+            }
+            self.note("stall", || format!("lease {id}: loading made no progress, given up"));
+        }
+        self.announce_ready();
+    }
+
+    pub(super) fn announce_ready(&mut self) {
+        for (id, mut ready) in std::mem::take(&mut self.leases.news) {
+            let Some(lease) = self.leases.get(id) else { continue };
+            let member = lease.member;
+            ready.lease = id;
+            self.send(member, 0, wire::node_frame::Body::Ready(ready));
+        }
+    }
+
+    /// A loading item has arrived or failed; `at` is its place among the lease's items.
+    pub(super) fn item_loaded(&mut self, id: LeaseId, at: u32, handle: Handle, ready: bool) {
+        let stalls_us = self.leases.get(id).map(|lease| self.stalls_at(lease.predicted_us));
+        let Some(lease) = self.leases.leases.get_mut(&id) else { return };
+        let item = &mut lease.items[at as usize];
+        if item.handle != handle || item.state != ItemState::Loading {
+            return; // given up meanwhile
+        }
+        item.state = if ready { ItemState::Ready } else { ItemState::Failed };
+        let (block, group_count) = (item.block, self.spaces[usize::from(lease.space)].pools.len());
+        lease.loading -= 1;
+        lease.stalls_us = if lease.loading > 0 { stalls_us.expect("it is there") } else { u64::MAX };
+        // a block is ready when all its groups are
+        let of_block = |item: &&Item| item.block == block;
+        let whole = group_count == 1
+            || lease.items.iter().filter(of_block).all(|item| item.state == ItemState::Ready);
+        if lease.loading == 0 {
+            self.leases.loading.remove(&id);
+        }
+        if !ready {
+            self.catalog.get_mut(handle).release();
+        }
+        if whole || !ready {
+            self.leases.tell(id, block, ready);
+        }
+    }
+}
+
+pub(super) fn unknown_lease(lease: LeaseId) -> Error {
+    Error::new(
+        Code::UnknownLease,
+        "lease",
+        format!("lease {lease} was never granted to this session, or is released"),
+        "match or reserve again",
+    )
+}

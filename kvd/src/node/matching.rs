@@ -1,0 +1,330 @@
+//! Match, exists, pin, prefetch: from a chain of ids to what of it can be had.
+//!
+//! Invariants: `exists` changes nothing at all; a match leases exactly what it answers; a block counts only when every
+//! group of the layout has it. Chains are touched tail first, once a request, so that a parent is never older than its
+//! child. What other tenants have does not exist here: lookups carry the space.
+
+use super::Node;
+use super::event::{Answer, MemberId};
+use super::lease::{Item, ItemState, NewLease, RequestKind};
+use kvd_proto::limits::REQUEST_KEY_BYTES_MAX;
+use kvd_proto::wire::{self, Tier};
+use kvd_proto::{Chain, Error};
+use kvd_tiers::catalog::{Handle, Mark};
+use kvd_tiers::segment::SlotRef;
+
+impl Node {
+    pub(super) fn match_prefix(
+        &mut self,
+        member: MemberId,
+        request: &wire::MatchRequest,
+    ) -> Result<wire::MatchReply, Error> {
+        let space = self.space_of(member, request.space)?;
+        let session = self.sessions.of(member)?;
+        let chain = Chain::from_packed("chain", &request.chain)?;
+        check_key(&request.request_key)?;
+        let skip = (request.skip_blocks as usize).min(chain.ids().len());
+        let key = &request.request_key[..];
+        let known = self.same_question(session, RequestKind::Match, key, space, chain.ids(), skip as u32);
+        if let Some(known) = known {
+            return Ok(self.match_reply(known));
+        }
+        let budget = self.lease_budget(session)?;
+        self.counters.match_requests += 1;
+        self.counters.match_blocks += chain.ids().len() as u64;
+        let found = self.find(space, &chain);
+        let stored = found.iter().map(Vec::len).min().unwrap_or(0);
+        let (items, bytes, predicted_us) = self.lease_items(space, &found, skip, stored, budget);
+        let leased = items.last().map_or(skip.min(stored), |item| item.block as usize + 1);
+        self.touch(&found, leased);
+        self.count_hits(&items, chain.ids().len() - leased, skip.min(stored));
+        if items.is_empty() {
+            return Ok(wire::MatchReply { blocks: leased as u32, ..wire::MatchReply::default() });
+        }
+        let lease = self.new_lease(NewLease {
+            session,
+            member,
+            kind: RequestKind::Match,
+            key: key.to_vec(),
+            space,
+            chain: chain.ids().to_vec(),
+            skip_blocks: skip as u32,
+            states: Vec::new(),
+            items,
+            bytes,
+            predicted_us,
+        });
+        self.wait_for_loads(lease);
+        Ok(self.match_reply(lease))
+    }
+
+    /// By group, the entries of the chain's stored prefix.
+    fn find(&self, space: u16, chain: &Chain) -> Vec<Vec<Handle>> {
+        let groups = self.spaces[usize::from(space)].pools.len();
+        let find = |group: usize| {
+            let mut found = Vec::with_capacity(chain.ids().len());
+            self.catalog.find_chain(space, group as u8, chain.ids().iter().copied(), &mut found);
+            let whole = |handle: &Handle| {
+                let entry = self.catalog.get(*handle);
+                entry.readable(Tier::Dram).is_some() || entry.readable(Tier::Nvme).is_some()
+            };
+            let stored = found.iter().position(|handle| !whole(handle)).unwrap_or(found.len());
+            found.truncate(stored);
+            found
+        };
+        (0..groups).map(find).collect()
+    }
+
+    /// Leases blocks `skip..stored`, starting loads for what is on NVMe; stops where memory or the budget ends.
+    fn lease_items(
+        &mut self,
+        space: u16,
+        found: &[Vec<Handle>],
+        skip: usize,
+        stored: usize,
+        budget: u64,
+    ) -> (Vec<Item>, u64, u64) {
+        let block_bytes: u64 = (0..found.len())
+            .map(|group| u64::from(self.spaces[usize::from(space)].space.layout.slot_bytes(group)))
+            .sum();
+        let fits = usize::try_from(budget / block_bytes).unwrap_or(usize::MAX);
+        let end = stored.min(skip.saturating_add(fits));
+        let mut items = Vec::with_capacity(end.saturating_sub(skip) * found.len());
+        let (mut leased, mut loading_bytes) = (0u64, 0u64);
+        for block in skip..end {
+            let from = items.len();
+            let whole = found.iter().enumerate().all(|(group, handles)| {
+                let item = self.lease_item(handles[block], block as u32, group as u8);
+                items.extend(item);
+                items.len() == from + group + 1
+            });
+            if !whole {
+                items.drain(from..).for_each(|item| self.catalog.get_mut(item.handle).release());
+                break;
+            }
+            leased += block_bytes;
+            let loading = items[from..].iter().filter(|item| item.state == ItemState::Loading).count();
+            loading_bytes += if loading > 0 { block_bytes } else { 0 };
+        }
+        if found.len() > 1 {
+            items.sort_by_key(|item: &Item| (item.group, item.block));
+        }
+        let predicted_us = self.movement.predict_us(loading_bytes, leased);
+        (items, leased, predicted_us)
+    }
+
+    fn lease_item(&mut self, handle: Handle, block: u32, group: u8) -> Option<Item> {
+        let entry = self.catalog.get(handle);
+        let (source, state, slot) = match entry.readable(Tier::Dram) {
+            Some(slot) => (Tier::Dram, ItemState::Ready, slot),
+            None => (Tier::Nvme, ItemState::Loading, self.promote(handle)?),
+        };
+        self.catalog.get_mut(handle).lease();
+        Some(Item { block, group, source, state, handle, slot })
+    }
+
+    fn touch(&mut self, found: &[Vec<Handle>], blocks: usize) {
+        let now_s = self.now_s();
+        for handles in found {
+            for &handle in handles[..blocks.min(handles.len())].iter().rev() {
+                self.catalog.get_mut(handle).touch(now_s);
+                let entry = self.catalog.get(handle);
+                let key = entry.key();
+                let in_tier = [Tier::Dram, Tier::Nvme].map(|tier| entry.readable(tier).map(|_| tier));
+                for tier in in_tier.into_iter().flatten() {
+                    let pool = self.pool_of_group(key.space, key.group, tier).expect("a copy has a pool");
+                    self.memory.pools[pool].policy.touch(handle);
+                }
+            }
+        }
+    }
+
+    fn count_hits(&mut self, items: &[Item], missed: usize, skipped: usize) {
+        let first = |source| {
+            items.iter().filter(|item| item.group == 0 && item.source == source).count() as u64
+        };
+        self.counters.hit_blocks_dram += first(Tier::Dram) + skipped as u64;
+        self.counters.hit_blocks_nvme += first(Tier::Nvme);
+        self.counters.miss_blocks += missed as u64;
+    }
+
+    fn match_reply(&self, id: u64) -> wire::MatchReply {
+        let lease = self.leases.get(id).expect("a lease just found or made");
+        let blocks = lease.items.iter().map(|item| item.block + 1).max().unwrap_or(0);
+        wire::MatchReply {
+            lease: id,
+            blocks,
+            runs: runs(&lease.items),
+            predicted_us: lease.predicted_us,
+            lease_ttl_ms: (lease.ends_us.saturating_sub(self.now_us) / 1000) as u32,
+        }
+    }
+
+    pub(super) fn exists(
+        &mut self,
+        member: MemberId,
+        request: &wire::ExistsRequest,
+    ) -> Result<wire::ExistsReply, Error> {
+        let space = self.space_of(member, request.space)?;
+        let chain = Chain::from_packed("chain", &request.chain)?;
+        let found = self.find(space, &chain);
+        let stored = found.iter().map(Vec::len).min().unwrap_or(0);
+        let slowest = |block: usize| {
+            let in_dram = |handles: &Vec<Handle>| {
+                self.catalog.get(handles[block]).readable(Tier::Dram).is_some()
+            };
+            if found.iter().all(in_dram) { Tier::Dram as u8 } else { Tier::Nvme as u8 }
+        };
+        let tiers: Vec<u8> = (0..stored).map(slowest).collect();
+        Ok(wire::ExistsReply { blocks: stored as u32, tiers: tiers.into() })
+    }
+
+    pub(super) fn prefetch(
+        &mut self,
+        member: MemberId,
+        request: &wire::PrefetchRequest,
+    ) -> Result<wire::PrefetchReply, Error> {
+        let space = self.space_of(member, request.space)?;
+        let chain = Chain::from_packed("chain", &request.chain)?;
+        let found = self.find(space, &chain);
+        let stored = found.iter().map(Vec::len).min().unwrap_or(0);
+        let mut started = 0;
+        'blocks: for block in 0..stored {
+            for handles in &found {
+                let entry = self.catalog.get(handles[block]);
+                if entry.copy(Tier::Dram).is_some() {
+                    continue; // there, or on its way
+                }
+                if self.promote(handles[block]).is_none() {
+                    break 'blocks;
+                }
+                started += 1;
+            }
+        }
+        Ok(wire::PrefetchReply { started })
+    }
+
+    pub(super) fn pin_chain(
+        &mut self,
+        member: MemberId,
+        request: &wire::PinRequest,
+    ) -> Result<wire::PinReply, Error> {
+        let space = self.space_of(member, request.space)?;
+        let chain = Chain::from_packed("chain", &request.chain)?;
+        let found = self.find(space, &chain);
+        let stored = found.iter().map(Vec::len).min().unwrap_or(0);
+        for handles in &found {
+            handles[..stored].iter().try_for_each(|handle| self.set_pin(*handle, request.ttl_ms))?;
+        }
+        Ok(wire::PinReply { blocks: stored as u32 })
+    }
+
+    pub(super) fn pin_by_prefix(&mut self, id_prefix: &[u8], ttl_ms: u32) -> Answer {
+        let handles = match self.by_prefix(id_prefix) {
+            Ok(handles) => handles,
+            Err(error) => return Answer::Refused(error),
+        };
+        let blocks = handles.len() as u32;
+        match handles.into_iter().try_for_each(|handle| self.set_pin(handle, ttl_ms)) {
+            Ok(()) => Answer::Pin(wire::PinBlockReply { blocks }),
+            Err(error) => Answer::Refused(error),
+        }
+    }
+
+    fn set_pin(&mut self, handle: Handle, ttl_ms: u32) -> Result<(), Error> {
+        if ttl_ms == 0 {
+            self.unpin(handle);
+            return Ok(());
+        }
+        let bytes = self.slot_bytes_of(handle);
+        let most = self.config.dram_bytes / super::PINNED_SHARE;
+        if !self.pins.contains_key(&handle) {
+            if self.pinned_bytes + bytes > most {
+                let message = format!("{} bytes are pinned", self.pinned_bytes);
+                return Err(Error::limit("pin", message, format!("unpin some: at most {most} bytes")));
+            }
+            self.pinned_bytes += bytes;
+        }
+        let until_s = self.now_s().saturating_add(ttl_ms.div_ceil(1000));
+        self.pins.insert(handle, until_s);
+        self.catalog.get_mut(handle).pinned_until_s = until_s;
+        Ok(())
+    }
+
+    pub(super) fn unpin(&mut self, handle: Handle) {
+        if self.pins.remove(&handle).is_some() {
+            self.pinned_bytes -= self.slot_bytes_of(handle);
+            self.catalog.get_mut(handle).pinned_until_s = 0;
+        }
+    }
+
+    pub(super) fn unpin_expired(&mut self) {
+        let now_s = self.now_s();
+        let expired: Vec<_> =
+            self.pins.iter().filter(|(_, until_s)| **until_s <= now_s).map(|(handle, _)| *handle).collect();
+        expired.into_iter().for_each(|handle| self.unpin(handle));
+    }
+
+    pub(super) fn slot_bytes_of(&self, handle: Handle) -> u64 {
+        let key = self.catalog.get(handle).key();
+        u64::from(self.spaces[usize::from(key.space)].space.layout.slot_bytes(usize::from(key.group)))
+    }
+
+    /// The block whose bytes come, or the slot they come to if they are on their way already; `None`: no room now.
+    pub(super) fn promote(&mut self, handle: Handle) -> Option<SlotRef> {
+        let entry = self.catalog.get(handle);
+        if entry.is(Tier::Nvme, Mark::Moving) {
+            return entry.copy(Tier::Dram);
+        }
+        self.start_promotion(handle)
+    }
+}
+
+pub(super) fn check_key(key: &[u8]) -> Result<(), Error> {
+    if key.len() > REQUEST_KEY_BYTES_MAX {
+        return Err(Error::invalid(
+            "request_key",
+            format!("{} bytes", key.len()),
+            format!("give at most {REQUEST_KEY_BYTES_MAX}; hash what is longer"),
+        ));
+    }
+    Ok(())
+}
+
+/// Items, ordered by group and block, as runs of evenly spaced slots.
+pub(super) fn runs(items: &[Item]) -> Vec<wire::Run> {
+    let mut runs: Vec<wire::Run> = Vec::new();
+    for item in items {
+        let ready = item.state == ItemState::Ready;
+        if matches!(item.state, ItemState::Failed | ItemState::Committed | ItemState::Quarantined) {
+            continue;
+        }
+        if let Some(run) = runs.last_mut() {
+            let step = i64::from(item.slot.slot) - (i64::from(run.first_slot)
+                + i64::from(run.stride) * i64::from(run.count - 1));
+            let fits = run.group == u32::from(item.group)
+                && run.segment == item.slot.segment
+                && run.first_block + run.count == item.block
+                && run.source == item.source as i32
+                && run.ready == ready;
+            if fits && run.count == 1 {
+                run.stride = step as i32;
+            }
+            if fits && step == i64::from(run.stride) {
+                run.count += 1;
+                continue;
+            }
+        }
+        runs.push(wire::Run {
+            first_block: item.block,
+            count: 1,
+            group: item.group.into(),
+            segment: item.slot.segment,
+            first_slot: item.slot.slot,
+            stride: 1,
+            source: item.source.into(),
+            ready,
+        });
+    }
+    runs
+}

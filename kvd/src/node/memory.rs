@@ -1,0 +1,346 @@
+//! Pools of slots: which segments a (tier, tenant, size class) has, when it gets another, and which copy goes for room.
+//!
+//! Invariants: bytes of all segments of a tier stay within its capacity; a copy under a lease, pinned, being filled or
+//! moved is never evicted; a leaf goes before its parent. A pool keeps some slots free ahead of demand, so that a put
+//! meets neither a device nor a scan.
+
+use super::event::Effect;
+use super::{Node, NodeConfig};
+use kvd_proto::Error;
+use kvd_proto::wire::{self, Tier};
+use kvd_tiers::catalog::{Handle, Mark};
+use kvd_tiers::eviction::{self, Eviction};
+use kvd_tiers::segment::{Geometry, SegmentId, SlotRef};
+use kvd_tiers::slots::SlotPool;
+use std::collections::HashMap;
+
+/// Copies a search for a victim looks at. At the limit: no victim this time; what was looked at has moved out of the way.
+const SCAN_MAX: usize = 64;
+/// Demotions started in one call.
+const DEMOTIONS_PER_CALL_MAX: usize = 64;
+/// A full pool keeps this share of its slots free (1/16), within `FREE_SLOTS`.
+const FREE_SHARE: u64 = 16;
+const FREE_SLOTS: (u64, u64) = (2, 4096);
+
+pub(super) struct Pool {
+    pub(super) tier: Tier,
+    pub(super) tenant: usize,
+    pub(super) geometry: Geometry,
+    pub(super) slots: SlotPool,
+    pub(super) policy: Box<dyn Eviction>,
+    opening: bool,
+    /// Slots that become free when transfers under way have ended.
+    pub(super) leaving: u64,
+}
+
+struct Open {
+    pool: usize,
+    populated_bytes: u64,
+}
+
+/// All pools of both tiers.
+pub(super) struct Memory {
+    pub(super) pools: Vec<Pool>,
+    by_class: HashMap<(usize, usize, u32, u16), usize>,
+    segments: HashMap<(usize, SegmentId), Open>,
+    tiers: [TierSpace; 2],
+}
+
+struct TierSpace {
+    capacity_bytes: u64,
+    segment_bytes: u64,
+    taken_bytes: u64,
+    next_segment: SegmentId,
+    eviction: String,
+    refused_until_us: u64,
+}
+
+/// After a segment could not be opened, how long not to try again.
+const REFUSED_US: u64 = 5_000_000;
+
+fn at(tier: Tier) -> usize {
+    match tier {
+        Tier::Dram => 0,
+        Tier::Nvme => 1,
+        _ => unreachable!("no pools in {tier:?}"),
+    }
+}
+
+impl Memory {
+    pub(super) fn new(config: &NodeConfig) -> Self {
+        let tier = |capacity_bytes, segment_bytes, eviction: &str| TierSpace {
+            capacity_bytes,
+            segment_bytes,
+            taken_bytes: 0,
+            next_segment: 0,
+            eviction: eviction.to_owned(),
+            refused_until_us: 0,
+        };
+        let dram = tier(config.dram_bytes, config.dram_segment_bytes, &config.dram_eviction);
+        let nvme = match &config.nvme {
+            Some(nvme) => tier(nvme.bytes, nvme.segment_bytes, &nvme.eviction),
+            None => tier(0, 0, &config.dram_eviction),
+        };
+        Self { pools: Vec::new(), by_class: HashMap::new(), segments: HashMap::new(), tiers: [dram, nvme] }
+    }
+
+    /// Whether slots of this size fit the tiers' segments at all.
+    pub(super) fn check_class(&self, slot_bytes: u32) -> Result<(), Error> {
+        let too_small = |tier: &&TierSpace| {
+            tier.capacity_bytes > 0 && tier.segment_bytes < 2 * u64::from(slot_bytes) + (64 << 10)
+        };
+        let Some(tier) = self.tiers.iter().find(too_small) else { return Ok(()) };
+        Err(Error::invalid(
+            "layout",
+            format!("a block of {slot_bytes} bytes does not fit segments of {}", tier.segment_bytes),
+            "raise dram.segment_bytes and nvme.segment_bytes, or use fewer block_tokens",
+        ))
+    }
+
+    /// The pool of a class, made when first asked for.
+    pub(super) fn pool(&mut self, tier: Tier, tenant: usize, class: (u32, u16)) -> usize {
+        let (slot_bytes, parts) = class;
+        let pools = &mut self.pools;
+        let space = &self.tiers[at(tier)];
+        *self.by_class.entry((at(tier), tenant, slot_bytes, parts)).or_insert_with(|| {
+            let geometry = match tier {
+                Tier::Dram => Geometry::dram(slot_bytes, parts, space.segment_bytes),
+                _ => Geometry::nvme(slot_bytes, parts, space.segment_bytes),
+            };
+            let policy = eviction::by_name(&space.eviction).expect("the config checked the policy's name");
+            let slots = SlotPool::new(slot_bytes);
+            pools.push(Pool { tier, tenant, geometry, slots, policy, opening: false, leaving: 0 });
+            pools.len() - 1
+        })
+    }
+
+    /// The tenant's DRAM segments, as they are announced.
+    pub(super) fn announced(&self, tenant: usize) -> Vec<wire::Segment> {
+        let pools = self.pools.iter().filter(|pool| pool.tier == Tier::Dram && pool.tenant == tenant);
+        pools.flat_map(|pool| pool.slots.segments().map(|(id, ..)| announce(pool, id))).collect()
+    }
+
+    pub(super) fn pool_of_segment(&self, tier: Tier, segment: SegmentId) -> Option<usize> {
+        self.segments.get(&(at(tier), segment)).map(|open| open.pool)
+    }
+
+    pub(super) fn populated(&mut self, segment: SegmentId, bytes: u64) {
+        if let Some(open) = self.segments.get_mut(&(at(Tier::Dram), segment)) {
+            open.populated_bytes += bytes;
+        }
+    }
+
+    pub(super) fn status(&self, tier: Tier) -> wire::TierStatus {
+        let pools = || self.pools.iter().filter(|pool| pool.tier == tier);
+        let bytes = |slots: fn(&SlotPool) -> u64| {
+            pools().map(|pool| slots(&pool.slots) * u64::from(pool.geometry.slot_bytes)).sum()
+        };
+        let segments = self.segments.iter().filter(|((of, _), _)| *of == at(tier));
+        let space = &self.tiers[at(tier)];
+        wire::TierStatus {
+            tier: tier.into(),
+            capacity_bytes: space.capacity_bytes,
+            segment_bytes_total: space.taken_bytes,
+            used_bytes: bytes(SlotPool::live_slots),
+            quarantined_bytes: bytes(SlotPool::quarantined_slots),
+            populated_bytes: segments.clone().map(|(_, open)| open.populated_bytes).sum(),
+            segments: segments.count() as u32,
+            eviction: space.eviction.clone(),
+            ..wire::TierStatus::default()
+        }
+    }
+}
+
+fn announce(pool: &Pool, segment: SegmentId) -> wire::Segment {
+    wire::Segment {
+        segment,
+        slot_bytes: pool.geometry.slot_bytes,
+        slots: pool.geometry.slots,
+        header_bytes: pool.geometry.header_bytes,
+    }
+}
+
+impl Pool {
+    /// Slots a full pool keeps free.
+    fn reserve_slots(&self) -> u64 {
+        (self.slots.total_slots() / FREE_SHARE).clamp(FREE_SLOTS.0, FREE_SLOTS.1)
+    }
+}
+
+impl Node {
+    pub(super) fn grow_if_empty(&mut self, pool: usize) {
+        if self.memory.pools[pool].slots.total_slots() == 0 {
+            self.grow(pool);
+        }
+    }
+
+    /// Orders another segment, if the tier has room and none is on its way; `true`: one is.
+    pub(super) fn grow(&mut self, pool: usize) -> bool {
+        let state = &mut self.memory.pools[pool];
+        if state.opening {
+            return true;
+        }
+        let space = &mut self.memory.tiers[at(state.tier)];
+        if space.taken_bytes + space.segment_bytes > space.capacity_bytes
+            || self.now_us < space.refused_until_us
+        {
+            return false;
+        }
+        state.opening = true;
+        space.taken_bytes += space.segment_bytes;
+        let segment = space.next_segment;
+        space.next_segment += 1;
+        let (tier, geometry, tenant) = (state.tier, state.geometry, self.tenants[state.tenant].clone());
+        self.memory.segments.insert((at(tier), segment), Open { pool, populated_bytes: 0 });
+        self.out.push(Effect::OpenSegment { tier, segment, geometry, tenant });
+        true
+    }
+
+    pub(super) fn opening(&self, pool: usize) -> bool {
+        self.memory.pools[pool].opening
+    }
+
+    pub(super) fn segment_opened(&mut self, tier: Tier, segment: SegmentId, result: Result<(), String>) {
+        let pool = self.memory.segments[&(at(tier), segment)].pool;
+        let state = &mut self.memory.pools[pool];
+        assert!(std::mem::replace(&mut state.opening, false), "segment {segment} was not ordered");
+        match result {
+            Ok(()) => {
+                state.slots.add_segment(segment, state.geometry.slots);
+                if tier == Tier::Dram {
+                    let (tenant, announced) = (state.tenant, announce(state, segment));
+                    self.announce_segment(tenant, announced);
+                }
+            }
+            Err(why) => {
+                self.memory.segments.remove(&(at(tier), segment));
+                let space = &mut self.memory.tiers[at(tier)];
+                space.taken_bytes -= space.segment_bytes;
+                space.refused_until_us = self.now_us + REFUSED_US;
+                if tier == Tier::Nvme {
+                    space.next_segment = space.next_segment.min(segment); // extents are places in a file
+                    self.counters.nvme_errors += 1;
+                }
+                self.note("error", || format!("a {tier:?} segment could not be opened: {why}"));
+            }
+        }
+    }
+
+    /// A slot, now `owner`'s: a free one, or (`evict`) that of the first copy that may go. A copy that exists nowhere else
+    /// goes only with `drop`.
+    pub(super) fn take_slot(&mut self, pool: usize, owner: Handle, evict: bool, drop: bool) -> Option<SlotRef> {
+        let slots = &mut self.memory.pools[pool].slots;
+        if let Some(slot) = slots.allocate(owner) {
+            // the next segment is opened, and populated, before it is needed
+            let slots = &self.memory.pools[pool].slots;
+            let geometry = &self.memory.pools[pool].geometry;
+            if slots.free_slots() < u64::from(geometry.slots / 4).max(1) {
+                self.grow(pool);
+            }
+            return Some(slot);
+        }
+        if self.grow(pool) || !evict {
+            return None;
+        }
+        let victim = self.victim(pool, false)?;
+        let tier = self.memory.pools[pool].tier;
+        if self.is_last_copy(victim, tier) && tier == Tier::Dram && !drop {
+            return None;
+        }
+        self.evict(victim, pool);
+        self.memory.pools[pool].slots.allocate(owner)
+    }
+
+    /// The copy that goes next, if any may go; `to_demote`: one that must be written to NVMe first.
+    fn victim(&mut self, pool: usize, to_demote: bool) -> Option<Handle> {
+        let (catalog, pins) = (&self.catalog, &self.pins);
+        let state = &mut self.memory.pools[pool];
+        let tier = state.tier;
+        state.policy.victim(SCAN_MAX, &mut |handle| {
+            let entry = catalog.get(handle);
+            let other = if tier == Tier::Dram { Tier::Nvme } else { Tier::Dram };
+            let elsewhere = entry.readable(other).is_some();
+            let idle = entry.leases() == 0 || (tier == Tier::Nvme && elsewhere);
+            let still = !entry.is(tier, Mark::Filling) && !entry.is(tier, Mark::Moving);
+            let leaf = catalog.is_leaf(handle, tier) && (elsewhere || catalog.is_leaf(handle, other));
+            let ready = !to_demote || elsewhere || entry.is(tier, Mark::Checksummed);
+            idle && still && leaf && ready && !pins.contains_key(&handle)
+        })
+    }
+
+    fn is_last_copy(&self, handle: Handle, tier: Tier) -> bool {
+        let other = if tier == Tier::Dram { Tier::Nvme } else { Tier::Dram };
+        self.catalog.get(handle).readable(other).is_none()
+    }
+
+    /// Drops a copy that the policy knows.
+    pub(super) fn evict(&mut self, handle: Handle, pool: usize) {
+        let tier = self.memory.pools[pool].tier;
+        match tier {
+            Tier::Dram if self.is_last_copy(handle, tier) => self.counters.dropped_blocks += 1,
+            Tier::Dram => self.counters.evicted_dram_blocks += 1,
+            _ => self.counters.evicted_nvme_blocks += 1,
+        }
+        self.drop_copy(handle, tier);
+    }
+
+    /// Takes a whole copy out of the policy, the catalog and its slot.
+    pub(super) fn drop_copy(&mut self, handle: Handle, tier: Tier) {
+        let pool = self.pool_of(handle, tier);
+        self.memory.pools[pool].policy.remove(handle);
+        self.forget_slot(handle, tier, pool);
+    }
+
+    /// Takes a copy that the policy does not know out of the catalog and frees its slot.
+    pub(super) fn forget_slot(&mut self, handle: Handle, tier: Tier, pool: usize) {
+        if self.catalog.get(handle).leases() == 0 && self.is_last_copy(handle, tier) {
+            self.unpin(handle);
+        }
+        let slot = self.catalog.clear_copy(handle, tier);
+        self.free_slot(pool, slot);
+    }
+
+    /// A live slot whose block is gone: clients find nothing there from now on.
+    pub(super) fn free_slot(&mut self, pool: usize, slot: SlotRef) {
+        let state = &mut self.memory.pools[pool];
+        state.slots.free(slot);
+        let generation = state.slots.generation(slot);
+        self.out.push(match state.tier {
+            Tier::Dram => Effect::Retire { slot, generation },
+            _ => Effect::Forget { slot },
+        });
+    }
+
+    pub(super) fn pool_of(&self, handle: Handle, tier: Tier) -> usize {
+        let key = self.catalog.get(handle).key();
+        self.pool_of_group(key.space, key.group, tier).expect("a copy's tier has a pool")
+    }
+
+    pub(super) fn pool_of_group(&self, space: u16, group: u8, tier: Tier) -> Option<usize> {
+        let (dram, nvme) = self.spaces[usize::from(space)].pools[usize::from(group)];
+        if tier == Tier::Dram { Some(dram) } else { nvme }
+    }
+
+    /// Keeps some slots of every full DRAM pool free: drops what is on NVMe too, writes the others there first.
+    pub(super) fn make_room(&mut self) {
+        for pool in 0..self.memory.pools.len() {
+            if self.memory.pools[pool].tier != Tier::Dram || self.config.nvme.is_none() {
+                continue;
+            }
+            for _ in 0..DEMOTIONS_PER_CALL_MAX {
+                let state = &self.memory.pools[pool];
+                let space = &self.memory.tiers[at(Tier::Dram)];
+                let full = space.taken_bytes + space.segment_bytes > space.capacity_bytes && !state.opening;
+                if !full || state.slots.free_slots() + state.leaving >= state.reserve_slots() {
+                    break;
+                }
+                let Some(victim) = self.victim(pool, true) else { break };
+                if !self.is_last_copy(victim, Tier::Dram) {
+                    self.evict(victim, pool);
+                } else if !self.demote(victim) {
+                    break;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! The node as one synchronous state machine: `apply(events, now) -> effects`, the same in the daemon and in simulation.
+//!
+//! Owns: which blocks are where, who may read or fill what and until when, what moves between tiers, what goes.
+//! Invariants (law 8): no await, clock, socket, file or randomness inside; bounded work a call; every count below is
+//! asserted where it changes. A slot is reused only after release, after proof that the process is gone, or after the
+//! transfer has ended (law 2). A tenant never learns of another's blocks: every lookup starts from the session's space.
+//! Leaves to others: bytes, devices, sockets, time (`run`).
+//!
+//! Reading order: `event` (the vocabulary), `apply` (dispatch), then by noun.
+
+mod apply;
+pub mod event;
+mod filling;
+mod inspect;
+mod lease;
+mod matching;
+mod memory;
+mod movement;
+mod purge;
+mod session;
+
+#[cfg(test)]
+mod tests;
+
+use event::Effect;
+use kvd_proto::space::{Fingerprint, Space};
+use kvd_proto::wire::Counters;
+use kvd_tiers::catalog::{Catalog, Handle};
+use std::collections::HashMap;
+
+/// Events one call takes. The shell cuts longer batches.
+pub const EVENTS_PER_CALL_MAX: usize = 1024;
+/// Bytes of all pins together, as a share of DRAM: half. At the limit: `Limit`.
+const PINNED_SHARE: u64 = 2;
+
+/// What a node is given when it starts.
+#[derive(Debug, Clone)]
+pub struct NodeConfig {
+    /// Differs from every earlier daemon's on this machine.
+    pub epoch: u64,
+    /// DRAM for slots, in bytes.
+    pub dram_bytes: u64,
+    /// Of one DRAM segment.
+    pub dram_segment_bytes: u64,
+    /// Policy's name.
+    pub dram_eviction: String,
+    /// The NVMe tier, where there is one.
+    pub nvme: Option<NvmeConfig>,
+    /// How long a lease lasts.
+    pub lease_ttl_ms: u32,
+    /// Bytes leased to one session at a time, ended and unreleased ones included.
+    pub lease_bytes_max: u64,
+    /// Sessions at a time.
+    pub sessions_max: usize,
+    /// Connections at a time.
+    pub members_max: usize,
+}
+
+/// The NVMe tier.
+#[derive(Debug, Clone)]
+pub struct NvmeConfig {
+    /// For slots and headers, in bytes.
+    pub bytes: u64,
+    /// Of one extent.
+    pub segment_bytes: u64,
+    /// Policy's name.
+    pub eviction: String,
+    /// Transfers that keep the device busy.
+    pub queue_depth: usize,
+}
+
+/// One node's state.
+pub struct Node {
+    config: NodeConfig,
+    now_us: u64,
+    out: Vec<Effect>,
+    sessions: session::Sessions,
+    spaces: Vec<RegisteredSpace>,
+    by_fingerprint: HashMap<Fingerprint, u16>,
+    tenants: Vec<String>,
+    catalog: Catalog,
+    memory: memory::Memory,
+    leases: lease::Leases,
+    movement: movement::Movement,
+    waiting: filling::Waiting,
+    pins: HashMap<Handle, u32>,
+    pinned_bytes: u64,
+    purges: purge::Purges,
+    counters: Counters,
+}
+
+struct RegisteredSpace {
+    space: Space,
+    fingerprint: Fingerprint,
+    tenant: usize,
+    /// By group: the DRAM pool, and the NVMe pool where there is that tier.
+    pools: Vec<(usize, Option<usize>)>,
+}
+
+impl Node {
+    /// An empty node. The policies' names must be known (the config checks them).
+    pub fn new(config: NodeConfig) -> Self {
+        assert!(config.lease_ttl_ms > 0 && config.lease_bytes_max > 0);
+        Self {
+            now_us: 0,
+            out: Vec::new(),
+            sessions: session::Sessions::default(),
+            spaces: Vec::new(),
+            by_fingerprint: HashMap::new(),
+            tenants: Vec::new(),
+            catalog: Catalog::default(),
+            memory: memory::Memory::new(&config),
+            leases: lease::Leases::new(config.epoch),
+            movement: movement::Movement::default(),
+            waiting: filling::Waiting::default(),
+            pins: HashMap::new(),
+            pinned_bytes: 0,
+            purges: purge::Purges::default(),
+            counters: Counters::default(),
+            config,
+        }
+    }
+
+    fn now_s(&self) -> u32 {
+        // one second late, so that 0 stays "never"
+        (self.now_us / 1_000_000 + 1) as u32
+    }
+
+    fn send(&mut self, member: event::MemberId, request_id: u64, body: kvd_proto::wire::node_frame::Body) {
+        self.out.push(Effect::Send { member, frame: event::frame(request_id, body) });
+    }
+
+    fn note(&mut self, kind: &'static str, text: impl FnOnce() -> String) {
+        self.out.push(Effect::Note { kind, text: text() });
+    }
+}

@@ -1,0 +1,249 @@
+//! Movement between DRAM and NVMe: what is under way, how long it will take, what became of it.
+//!
+//! Invariants: a copy that moves is marked at both ends until `Moved` says it has ended (law 2); bytes that come back are
+//! believed only with every part checksum (the shell verifies, `Moved` says so); a corrupt or unreadable copy is dropped
+//! and counted, its readers are told it failed. A device that fails often is left alone for a while.
+
+use super::Node;
+use super::event::{Effect, MoveError};
+use super::lease::{ItemState, LeaseId};
+use kvd_proto::slot_header::FLAG_CHECKSUMMED;
+use kvd_proto::wire::Tier;
+use kvd_tiers::catalog::{Handle, Mark};
+use kvd_tiers::measure::Estimate;
+use kvd_tiers::segment::SlotRef;
+use std::collections::HashMap;
+
+/// Promotions under way. At the limit: a match is cut where the next load would start.
+const PROMOTIONS_MAX: usize = 4096;
+/// Demotions under way, as a multiple of the queue that keeps the device busy. At the limit: no new one starts.
+const DEMOTIONS_PER_DEPTH: usize = 2;
+/// Errors in a row after which nothing is written for `SICK_US`.
+const ERRORS_MAX: u32 = 8;
+const SICK_US: u64 = 10_000_000;
+
+/// Before anything was measured: a middling NVMe, and memory at a tenth of what servers have.
+const NVME_PRIOR: (f64, f64) = (100.0, 2000.0);
+const DRAM_PRIOR: (f64, f64) = (1.0, 8000.0);
+
+pub(super) struct Movement {
+    moves: HashMap<u64, Move>,
+    /// The promotion that brings a block.
+    by_handle: HashMap<Handle, u64>,
+    last: u64,
+    promotions: usize,
+    demotions: usize,
+    reading_bytes: u64,
+    nvme_reads: Estimate,
+    nvme_writes: Estimate,
+    dram_reads: Estimate,
+    errors_in_row: u32,
+    sick_until_us: u64,
+}
+
+struct Move {
+    handle: Handle,
+    promotion: bool,
+    bytes: u64,
+    /// Leases whose item (by place) waits for it.
+    waiting: Vec<(LeaseId, u32)>,
+}
+
+impl Default for Movement {
+    fn default() -> Self {
+        Self {
+            moves: HashMap::new(),
+            by_handle: HashMap::new(),
+            last: 0,
+            promotions: 0,
+            demotions: 0,
+            reading_bytes: 0,
+            nvme_reads: Estimate::new(NVME_PRIOR.0, NVME_PRIOR.1),
+            nvme_writes: Estimate::new(NVME_PRIOR.0, NVME_PRIOR.1),
+            dram_reads: Estimate::new(DRAM_PRIOR.0, DRAM_PRIOR.1),
+            errors_in_row: 0,
+            sick_until_us: 0,
+        }
+    }
+}
+
+impl Movement {
+    /// Microseconds until `loading_bytes` have come from NVMe and `leased_bytes` are copied out of DRAM.
+    pub(super) fn predict_us(&self, loading_bytes: u64, leased_bytes: u64) -> u64 {
+        let queued = self.reading_bytes.saturating_sub(loading_bytes);
+        let load = if loading_bytes > 0 { self.nvme_reads.predict_us(loading_bytes, queued) } else { 0.0 };
+        (load + self.dram_reads.predict_us(leased_bytes, 0)) as u64
+    }
+
+    pub(super) fn fetch_us(&self, tier: Tier, bytes: u64) -> u64 {
+        match tier {
+            Tier::Nvme => self.nvme_reads.predict_us(bytes, self.reading_bytes) as u64,
+            _ => self.dram_reads.predict_us(bytes, 0) as u64,
+        }
+    }
+
+    pub(super) fn write_us(&self, bytes: u64) -> u64 {
+        self.nvme_writes.predict_us(bytes, 0) as u64
+    }
+
+    pub(super) fn observe_dram(&mut self, bytes: u64, elapsed_us: u64) {
+        self.dram_reads.observe(bytes, elapsed_us, 1);
+    }
+
+    fn wait(&mut self, handle: Handle, lease: LeaseId, at: u32) {
+        let token = self.by_handle.get(&handle).expect("a loading item has its promotion");
+        self.moves.get_mut(token).expect("under way").waiting.push((lease, at));
+    }
+
+    fn start(&mut self, handle: Handle, promotion: bool, bytes: u64) -> u64 {
+        self.last += 1;
+        self.moves.insert(self.last, Move { handle, promotion, bytes, waiting: Vec::new() });
+        if promotion {
+            self.promotions += 1;
+            self.reading_bytes += bytes;
+        } else {
+            self.demotions += 1;
+        }
+        self.last
+    }
+}
+
+impl Node {
+    /// Orders the block's bytes from NVMe into a DRAM slot; `None`: no slot, or too much is under way.
+    pub(super) fn start_promotion(&mut self, handle: Handle) -> Option<SlotRef> {
+        if self.movement.promotions >= PROMOTIONS_MAX {
+            return None;
+        }
+        let from = self.catalog.get(handle).readable(Tier::Nvme)?;
+        let pool = self.pool_of(handle, Tier::Dram);
+        // marked first: making room must not take the very copy that is to be read
+        self.catalog.get_mut(handle).mark(Tier::Nvme, Mark::Moving);
+        let Some(to) = self.take_slot(pool, handle, true, false) else {
+            self.catalog.get_mut(handle).unmark(Tier::Nvme, Mark::Moving);
+            return None;
+        };
+        self.catalog.set_copy(handle, Tier::Dram, to);
+        self.catalog.get_mut(handle).mark(Tier::Dram, Mark::Filling);
+        let bytes = self.slot_bytes_of(handle);
+        let token = self.movement.start(handle, true, bytes);
+        let double = self.movement.by_handle.insert(handle, token);
+        assert!(double.is_none(), "a block is promoted once at a time");
+        let generation = self.memory.pools[pool].slots.generation(to);
+        let mut header = Box::new(self.header(handle));
+        header.flags |= FLAG_CHECKSUMMED;
+        self.out.push(Effect::Promote { token, from, to, generation, header });
+        Some(to)
+    }
+
+    /// Orders a checksummed DRAM block to NVMe; `false`: the device is busy, sick or has no room.
+    pub(super) fn demote(&mut self, handle: Handle) -> bool {
+        let Some(nvme) = &self.config.nvme else { return false };
+        let key = self.catalog.get(handle).key();
+        let Some(pool) = self.pool_of_group(key.space, key.group, Tier::Nvme) else { return false };
+        if self.movement.demotions >= DEMOTIONS_PER_DEPTH * nvme.queue_depth
+            || self.now_us < self.movement.sick_until_us
+        {
+            return false;
+        }
+        let Some(to) = self.take_slot(pool, handle, true, true) else { return false };
+        self.catalog.set_copy(handle, Tier::Nvme, to);
+        let entry = self.catalog.get_mut(handle);
+        entry.mark(Tier::Nvme, Mark::Filling);
+        entry.mark(Tier::Dram, Mark::Moving);
+        let from = entry.copy(Tier::Dram).expect("a DRAM copy is demoted");
+        let token = self.movement.start(handle, false, self.slot_bytes_of(handle));
+        let dram = self.pool_of(handle, Tier::Dram);
+        self.memory.pools[dram].leaving += 1;
+        self.out.push(Effect::Demote { token, from, to });
+        true
+    }
+
+    /// After a match was given its lease: its loading items are told when their bytes are there.
+    pub(super) fn wait_for_loads(&mut self, id: LeaseId) {
+        let lease = self.leases.get(id).expect("a lease just made");
+        for (at, item) in lease.items.iter().enumerate() {
+            if item.state == ItemState::Loading {
+                self.movement.wait(item.handle, id, at as u32);
+            }
+        }
+    }
+
+    pub(super) fn moved(&mut self, token: u64, result: Result<(), MoveError>, elapsed_us: u64) {
+        let ended = self.movement.moves.remove(&token).expect("a move ends once");
+        self.count_move(&ended, &result, elapsed_us);
+        if ended.promotion {
+            self.movement.promotions -= 1;
+            self.movement.reading_bytes -= ended.bytes;
+            self.movement.by_handle.remove(&ended.handle);
+            self.promoted(&ended, result);
+        } else {
+            self.movement.demotions -= 1;
+            self.demoted(ended.handle, result);
+        }
+    }
+
+    fn count_move(&mut self, ended: &Move, result: &Result<(), MoveError>, elapsed_us: u64) {
+        let (estimate, in_flight, bytes) = if ended.promotion {
+            (&mut self.movement.nvme_reads, self.movement.promotions, &mut self.counters.nvme_read_bytes)
+        } else {
+            (&mut self.movement.nvme_writes, self.movement.demotions, &mut self.counters.nvme_write_bytes)
+        };
+        match result {
+            Ok(()) => {
+                estimate.observe(ended.bytes, elapsed_us, in_flight);
+                *bytes += ended.bytes;
+                self.movement.errors_in_row = 0;
+            }
+            Err(MoveError::Checksum) => self.counters.checksum_errors += 1,
+            Err(MoveError::Device(why)) => {
+                self.counters.nvme_errors += 1;
+                self.movement.errors_in_row += 1;
+                if self.movement.errors_in_row == ERRORS_MAX {
+                    self.movement.errors_in_row = 0;
+                    self.movement.sick_until_us = self.now_us + SICK_US;
+                }
+                let why = why.clone();
+                self.note("error", || why);
+            }
+        }
+    }
+
+    fn promoted(&mut self, ended: &Move, result: Result<(), MoveError>) {
+        let handle = ended.handle;
+        let dram = self.pool_of(handle, Tier::Dram);
+        self.catalog.get_mut(handle).unmark(Tier::Nvme, Mark::Moving);
+        let ready = result.is_ok();
+        for (lease, at) in &ended.waiting {
+            self.item_loaded(*lease, *at, handle, ready);
+        }
+        if ready {
+            let entry = self.catalog.get_mut(handle);
+            entry.unmark(Tier::Dram, Mark::Filling);
+            entry.mark(Tier::Dram, Mark::Checksummed);
+            let ghost = entry.key().id.to_u64();
+            self.memory.pools[dram].policy.insert(handle, ghost);
+        } else {
+            // neither the half-read slot nor the copy it came from is a copy of anything
+            self.forget_slot(handle, Tier::Dram, dram);
+            self.drop_copy(handle, Tier::Nvme);
+        }
+    }
+
+    fn demoted(&mut self, handle: Handle, result: Result<(), MoveError>) {
+        let (dram, nvme) = (self.pool_of(handle, Tier::Dram), self.pool_of(handle, Tier::Nvme));
+        self.memory.pools[dram].leaving -= 1;
+        self.catalog.get_mut(handle).unmark(Tier::Dram, Mark::Moving);
+        if result.is_err() {
+            self.forget_slot(handle, Tier::Nvme, nvme);
+            return;
+        }
+        let entry = self.catalog.get_mut(handle);
+        entry.unmark(Tier::Nvme, Mark::Filling);
+        entry.mark(Tier::Nvme, Mark::Checksummed);
+        let (ghost, idle) = (entry.key().id.to_u64(), entry.leases() == 0);
+        self.memory.pools[nvme].policy.insert(handle, ghost);
+        if idle && !self.pins.contains_key(&handle) && self.catalog.is_leaf(handle, Tier::Dram) {
+            self.evict(handle, dram); // it was the next to go when the write began
+        }
+    }
+}

@@ -1,0 +1,354 @@
+//! Sessions and their members: who is connected, whose process is alive, which spaces they know.
+//!
+//! Invariants: a member belongs to one session; a session ends with its last member; a member that maps memory ends only
+//! by closing, or with its process (a lost socket proves nothing, law 2).
+
+use super::event::{Effect, MemberId};
+use super::lease::{LeaseId, RequestKind};
+use super::{Node, RegisteredSpace};
+use kvd_proto::limits::{ENGINE_BYTES_MAX, SPACES_MAX, TENANT_BYTES_MAX};
+use kvd_proto::wire::{self, Tier, node_frame::Body as Reply};
+use kvd_proto::{Code, Error, PROTOCOL_MAJOR, PROTOCOL_MINOR, Space};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+pub(super) type SessionId = u64;
+
+/// A session whose members map nothing is closed after this long without a request.
+const IDLE_US_MAX: u64 = 600_000_000;
+
+#[derive(Default)]
+pub(super) struct Sessions {
+    sessions: BTreeMap<SessionId, Session>,
+    members: BTreeMap<MemberId, Member>,
+    by_token: HashMap<[u8; 16], SessionId>,
+    last: SessionId,
+}
+
+pub(super) struct Session {
+    token: [u8; 16],
+    pub(super) tenant: usize,
+    engine: String,
+    members: BTreeSet<MemberId>,
+    pub(super) leases: BTreeSet<LeaseId>,
+    /// So that asking again gives the same answer.
+    pub(super) by_key: HashMap<(RequestKind, Vec<u8>), LeaseId>,
+    pub(super) leased_bytes: u64,
+}
+
+struct Member {
+    session: SessionId,
+    name: String,
+    pid: u32,
+    maps: bool,
+    connected: bool,
+    seen_us: u64,
+}
+
+impl Sessions {
+    pub(super) fn seen(&mut self, member: MemberId, now_us: u64) -> Result<(), Error> {
+        let member = self.members.get_mut(&member).ok_or_else(unknown_session)?;
+        member.seen_us = now_us;
+        Ok(())
+    }
+
+    pub(super) fn of(&self, member: MemberId) -> Result<SessionId, Error> {
+        self.members.get(&member).map(|member| member.session).ok_or_else(unknown_session)
+    }
+
+    pub(super) fn get(&self, session: SessionId) -> &Session {
+        &self.sessions[&session]
+    }
+
+    pub(super) fn get_mut(&mut self, session: SessionId) -> &mut Session {
+        self.sessions.get_mut(&session).expect("a session that a member or lease names")
+    }
+
+    pub(super) fn maps(&self, session: SessionId) -> bool {
+        self.get(session).members.iter().any(|member| self.members[member].maps)
+    }
+
+    pub(super) fn counts(&self) -> (usize, usize) {
+        (self.sessions.len(), self.members.len())
+    }
+
+    /// Whoever must hear of a tenant's new segment.
+    fn mapping_members(&self, tenant: usize) -> Vec<MemberId> {
+        let ours = |member: &&MemberId| {
+            let member = &self.members[*member];
+            member.maps && member.connected && self.sessions[&member.session].tenant == tenant
+        };
+        self.members.keys().filter(ours).copied().collect()
+    }
+}
+
+fn unknown_session() -> Error {
+    Error::new(
+        Code::UnknownSession,
+        "session",
+        "this node does not know it",
+        "open one; after a daemon restart every session is unknown",
+    )
+}
+
+impl Node {
+    pub(super) fn open_session(
+        &mut self,
+        member: MemberId,
+        request_id: u64,
+        pid: u32,
+        maps: bool,
+        token: [u8; 16],
+        request: wire::OpenSessionRequest,
+    ) -> Result<(), Error> {
+        check_open(&request)?;
+        if self.sessions.members.contains_key(&member) {
+            let fix = "open another connection for another session";
+            return Err(Error::invalid("open_session", "this connection has its session", fix));
+        }
+        if self.sessions.members.len() >= self.config.members_max {
+            let message = format!("{} connections", self.config.members_max);
+            return Err(Error::limit("limits.members_max", message, "close some or raise the limit"));
+        }
+        let tenant = if request.tenant.is_empty() { "default" } else { &request.tenant };
+        let tenant = self.tenant(tenant);
+        let session = if request.join.is_empty() {
+            self.new_session(tenant, token, &request)?
+        } else {
+            self.joined_session(tenant, &request)?
+        };
+        let name = if request.member.is_empty() { "main".to_owned() } else { request.member };
+        self.replace_member(session, &name, pid, &request.held);
+        let seen_us = self.now_us;
+        let new = Member { session, name: name.clone(), pid, maps, connected: true, seen_us };
+        self.sessions.members.insert(member, new);
+        self.sessions.get_mut(session).members.insert(member);
+        let engine = self.sessions.get(session).engine.clone();
+        self.note("session", || format!("{engine} ({name}, pid {pid}) opened session {session}"));
+        self.welcome(member, request_id, session);
+        Ok(())
+    }
+
+    fn new_session(
+        &mut self,
+        tenant: usize,
+        token: [u8; 16],
+        request: &wire::OpenSessionRequest,
+    ) -> Result<SessionId, Error> {
+        if self.sessions.sessions.len() >= self.config.sessions_max {
+            let message = format!("{} sessions", self.config.sessions_max);
+            return Err(Error::limit("limits.sessions_max", message, "close some or raise the limit"));
+        }
+        self.sessions.last += 1;
+        let id = self.sessions.last;
+        let session = Session {
+            token,
+            tenant,
+            engine: request.engine.clone(),
+            members: BTreeSet::new(),
+            leases: BTreeSet::new(),
+            by_key: HashMap::new(),
+            leased_bytes: 0,
+        };
+        self.sessions.sessions.insert(id, session);
+        let clash = self.sessions.by_token.insert(token, id);
+        assert!(clash.is_none(), "two sessions with one token");
+        Ok(id)
+    }
+
+    fn joined_session(&self, tenant: usize, request: &wire::OpenSessionRequest) -> Result<SessionId, Error> {
+        let token = <[u8; 16]>::try_from(&request.join[..]).ok();
+        let session = token.and_then(|token| self.sessions.by_token.get(&token)).copied();
+        // another tenant's token is as unknown as a made-up one (law 9)
+        session.filter(|session| self.sessions.get(*session).tenant == tenant).ok_or_else(unknown_session)
+    }
+
+    /// A member that comes back after a lost socket takes its old self's place; what it no longer holds is released.
+    fn replace_member(&mut self, session: SessionId, name: &str, pid: u32, held: &[LeaseId]) {
+        let same = |member: &&MemberId| {
+            let old = &self.sessions.members[*member];
+            !old.connected && old.name == name && old.pid == pid
+        };
+        let Some(old) = self.sessions.get(session).members.iter().find(same).copied() else { return };
+        let given_up: Vec<_> = self.leases_of(session, old).filter(|lease| !held.contains(lease)).collect();
+        given_up.into_iter().for_each(|lease| self.release_lease(lease));
+        self.sessions.members.remove(&old);
+        self.sessions.get_mut(session).members.remove(&old);
+        self.out.push(Effect::Close { member: old });
+    }
+
+    fn welcome(&mut self, member: MemberId, request_id: u64, session: SessionId) {
+        let (tenant, token) = (self.sessions.get(session).tenant, self.sessions.get(session).token);
+        let maps = self.sessions.members[&member].maps;
+        let mut segments = if maps { self.memory.announced(tenant) } else { Vec::new() };
+        let with_reply = segments.len().min(kvd_proto::limits::FRAME_FDS_MAX / 2);
+        let more = segments.split_off(with_reply);
+        let opened = wire::SessionOpened {
+            session,
+            token: token.to_vec().into(),
+            node_epoch: self.config.epoch,
+            lease_ttl_ms: self.config.lease_ttl_ms,
+            lease_bytes_limit: self.config.lease_bytes_max,
+            version_major: PROTOCOL_MAJOR,
+            version_minor: PROTOCOL_MINOR,
+            segments,
+        };
+        // the other segments first: whoever has the reply has everything
+        more.into_iter().for_each(|segment| self.send(member, 0, Reply::Segment(segment)));
+        self.send(member, request_id, Reply::SessionOpened(opened));
+    }
+
+    pub(super) fn tenant(&mut self, name: &str) -> usize {
+        if let Some(at) = self.tenants.iter().position(|tenant| tenant == name) {
+            return at;
+        }
+        self.tenants.push(name.to_owned());
+        self.tenants.len() - 1
+    }
+
+    pub(super) fn register_space(
+        &mut self,
+        member: MemberId,
+        request: &wire::RegisterSpaceRequest,
+    ) -> Result<wire::SpaceRegistered, Error> {
+        let tenant = self.sessions.get(self.sessions.of(member)?).tenant;
+        let wanted = request.space.as_ref();
+        let wanted = wanted.ok_or_else(|| Error::invalid("space", "not given", "describe the space"))?;
+        let space = Space::from_wire(&self.tenants[tenant], wanted)?;
+        let id = self.space(tenant, space)?;
+        let registered = &self.spaces[usize::from(id)];
+        let layout = &registered.space.layout;
+        Ok(wire::SpaceRegistered {
+            space: id.into(),
+            fingerprint: registered.fingerprint.0.to_vec().into(),
+            slot_bytes: (0..layout.groups().len()).map(|group| layout.slot_bytes(group)).collect(),
+        })
+    }
+
+    /// The space's number, new or known; opens the first segment of each of its slot classes.
+    pub(super) fn space(&mut self, tenant: usize, space: Space) -> Result<u16, Error> {
+        let fingerprint = space.fingerprint();
+        if let Some(known) = self.by_fingerprint.get(&fingerprint) {
+            return Ok(*known);
+        }
+        if self.spaces.len() >= SPACES_MAX {
+            let message = format!("{SPACES_MAX} spaces are registered");
+            return Err(Error::limit("space", message, "restart the node to forget old ones"));
+        }
+        for group in 0..space.layout.groups().len() {
+            self.memory.check_class(space.layout.slot_bytes(group))?;
+        }
+        let mut pools = Vec::new();
+        for group in 0..space.layout.groups().len() {
+            let class = (space.layout.slot_bytes(group), space.layout.groups()[group].part_count() as u16);
+            let dram = self.memory.pool(Tier::Dram, tenant, class);
+            let nvme = self.config.nvme.is_some().then(|| self.memory.pool(Tier::Nvme, tenant, class));
+            pools.push((dram, nvme));
+        }
+        let id = self.spaces.len() as u16;
+        let text = format!("{} of {} as {id}", space.model, space.tenant);
+        self.by_fingerprint.insert(fingerprint, id);
+        self.spaces.push(RegisteredSpace { space, fingerprint, tenant, pools: pools.clone() });
+        for (dram, _) in pools {
+            self.grow_if_empty(dram);
+        }
+        self.note("space", || text);
+        Ok(id)
+    }
+
+    /// The space a request names, if it is the member's tenant's.
+    pub(super) fn space_of(&self, member: MemberId, space: u32) -> Result<u16, Error> {
+        let tenant = self.sessions.get(self.sessions.of(member)?).tenant;
+        let known = self.spaces.get(space as usize).filter(|known| known.tenant == tenant);
+        known.map(|_| space as u16).ok_or_else(|| {
+            Error::new(
+                Code::UnknownSpace,
+                "space",
+                format!("{space} is not registered by this tenant"),
+                "register the space first",
+            )
+        })
+    }
+
+    pub(super) fn announce_segment(&mut self, tenant: usize, segment: wire::Segment) {
+        for member in self.sessions.mapping_members(tenant) {
+            self.send(member, 0, Reply::Segment(segment));
+        }
+    }
+
+    pub(super) fn socket_lost(&mut self, member: MemberId) {
+        let Some(lost) = self.sessions.members.get_mut(&member) else { return };
+        lost.connected = false;
+        if !lost.maps {
+            self.end_member(member, "connection lost");
+        } else {
+            self.note("session", || format!("member {member} lost its socket; its process is alive"));
+        }
+    }
+
+    pub(super) fn process_gone(&mut self, member: MemberId) {
+        self.end_member(member, "process gone");
+    }
+
+    pub(super) fn close_member(&mut self, member: MemberId) -> Reply {
+        self.end_member(member, "closed");
+        Reply::SessionClosed(wire::SessionClosed {})
+    }
+
+    /// The member touches nothing any more. Its leases go; what others of its session may still be writing stays.
+    fn end_member(&mut self, member: MemberId, why: &str) {
+        let Some(gone) = self.sessions.members.remove(&member) else { return };
+        let session = gone.session;
+        self.sessions.get_mut(session).members.remove(&member);
+        let leases: Vec<_> = if self.sessions.get(session).members.is_empty() {
+            self.sessions.get(session).leases.iter().copied().collect()
+        } else {
+            self.leases_of(session, member).collect()
+        };
+        let alone = self.sessions.get(session).members.is_empty();
+        for lease in leases {
+            if alone || !self.leases.is_fill(lease) {
+                self.release_lease(lease);
+            } else {
+                self.end_lease(lease); // other ranks may be writing their parts: quarantine
+            }
+        }
+        if alone {
+            let ended = self.sessions.sessions.remove(&session).expect("it was there");
+            assert!(ended.leases.is_empty() && ended.leased_bytes == 0, "a session ends without leases");
+            self.sessions.by_token.remove(&ended.token);
+        }
+        self.note("session", || format!("{} of session {session}: {why}", gone.name));
+        self.out.push(Effect::Close { member });
+    }
+
+    pub(super) fn close_idle(&mut self) {
+        let idle = |(member, state): (&MemberId, &Member)| {
+            (!state.maps && self.now_us - state.seen_us > IDLE_US_MAX).then_some(*member)
+        };
+        let idle: Vec<_> = self.sessions.members.iter().filter_map(idle).collect();
+        idle.into_iter().for_each(|member| self.end_member(member, "idle"));
+    }
+}
+
+fn check_open(request: &wire::OpenSessionRequest) -> Result<(), Error> {
+    if request.version_major != PROTOCOL_MAJOR {
+        return Err(Error::new(
+            Code::UnsupportedVersion,
+            "version_major",
+            format!("the client speaks {}, the node {PROTOCOL_MAJOR}", request.version_major),
+            "install the same major version of both",
+        ));
+    }
+    let names = [
+        ("tenant", &request.tenant, TENANT_BYTES_MAX),
+        ("engine", &request.engine, ENGINE_BYTES_MAX),
+        ("member", &request.member, ENGINE_BYTES_MAX),
+    ];
+    for (field, name, most) in names {
+        if name.len() > most {
+            let message = format!("{} bytes", name.len());
+            return Err(Error::invalid(field, message, format!("give at most {most} bytes")));
+        }
+    }
+    Ok(())
+}

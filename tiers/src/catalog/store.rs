@@ -1,0 +1,283 @@
+//! The write-behind catalog: sled behind one small module.
+//!
+//! Owns: a folder with two trees, chunks of NVMe slots and spaces. Written in batches, read once at start.
+//! Invariants: never the truth while the daemon runs; whatever is wrong with it (sled fails or panics, a value does not
+//! decode) means "rebuild from headers", never a wrong answer: what it says is checked against the headers before it is
+//! served. No sled type leaves this file.
+//! Waits for the disk: belongs on a thread of its own. Leaves to others: batching and when to flush (kvd).
+
+use super::record::{ChunkKey, Record, SpaceRecord, decode_chunk, encode_chunk};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::{fs, io};
+
+/// Chunks of one call. At the limit: `put_chunks` and `remove_chunks` assert; callers batch below it.
+pub const BATCH_CHUNKS_MAX: usize = 1024;
+/// The cache that a node gives sled: nothing is read twice.
+pub const CACHE_BYTES_DEFAULT: u64 = 32 << 20;
+
+/// Why the catalog on disk cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// Sled says so.
+    #[error("catalog: {0}")]
+    Sled(#[from] sled::Error),
+    /// Sled panicked; the store must be dropped.
+    #[error("catalog: sled panicked: {0}")]
+    Panicked(String),
+    /// A value does not decode: this chunk's headers are read instead.
+    #[error("catalog: {0:?} is damaged")]
+    Damaged(ChunkKey),
+    /// A key does not decode.
+    #[error("catalog: a key of {0} bytes")]
+    Key(usize),
+    /// The folder could not be put aside.
+    #[error("catalog: {0} could not be renamed: {1}")]
+    Rename(PathBuf, io::Error),
+}
+
+/// An open catalog folder.
+#[derive(Debug)]
+pub struct Store {
+    /// Taken when the store is dropped.
+    trees: Option<Trees>,
+}
+
+#[derive(Debug)]
+struct Trees {
+    db: sled::Db,
+    chunks: sled::Tree,
+    spaces: sled::Tree,
+}
+
+impl Store {
+    /// Opens or makes the folder.
+    pub fn open(path: &Path, cache_bytes: u64) -> Result<Self, StoreError> {
+        // No flusher thread: the caller says when, and a panic of sled's stays on the caller's thread.
+        let config = sled::Config::new().path(path).cache_capacity(cache_bytes).flush_every_ms(None);
+        guarded(|| {
+            let db = config.open()?;
+            let (chunks, spaces) = (db.open_tree("chunks")?, db.open_tree("spaces")?);
+            Ok(Self { trees: Some(Trees { db, chunks, spaces }) })
+        })
+    }
+
+    /// Opens the folder, or puts it aside as `<path>.broken` (replacing an earlier one) and starts with an empty one;
+    /// then the reason comes with it.
+    pub fn open_or_rebuild(path: &Path, cache_bytes: u64) -> Result<(Self, Option<String>), StoreError> {
+        let reason = match Self::open(path, cache_bytes) {
+            Ok(store) => return Ok((store, None)),
+            Err(error) => error.to_string(),
+        };
+        put_aside(path)?;
+        Ok((Self::open(path, cache_bytes)?, Some(reason)))
+    }
+
+    /// Writes chunks, each replacing what was there; all of them or none.
+    pub fn put_chunks(&self, chunks: &[(ChunkKey, Vec<Record>)]) -> Result<(), StoreError> {
+        assert!(chunks.len() <= BATCH_CHUNKS_MAX, "{} chunks in a batch", chunks.len());
+        let mut batch = sled::Batch::default();
+        for (key, records) in chunks {
+            batch.insert(&key.to_bytes(), encode_chunk(records));
+        }
+        guarded(|| self.trees().chunks.apply_batch(batch))
+    }
+
+    /// Removes chunks, present or not.
+    pub fn remove_chunks(&self, keys: &[ChunkKey]) -> Result<(), StoreError> {
+        assert!(keys.len() <= BATCH_CHUNKS_MAX, "{} chunks in a batch", keys.len());
+        let mut batch = sled::Batch::default();
+        for key in keys {
+            batch.remove(&key.to_bytes());
+        }
+        guarded(|| self.trees().chunks.apply_batch(batch))
+    }
+
+    /// Writes what a fingerprint stands for.
+    pub fn put_space(&self, space: &SpaceRecord) -> Result<(), StoreError> {
+        guarded(|| self.trees().spaces.insert(space.fingerprint.0, space.encode())).map(|_| ())
+    }
+
+    /// Forgets a fingerprint.
+    pub fn remove_space(&self, fingerprint: &kvd_proto::Fingerprint) -> Result<(), StoreError> {
+        guarded(|| self.trees().spaces.remove(fingerprint.0)).map(|_| ())
+    }
+
+    /// Every space that decodes, and how many do not.
+    pub fn spaces(&self) -> Result<(Vec<SpaceRecord>, usize), StoreError> {
+        let pairs = guarded(|| self.trees().spaces.iter().collect::<Result<Vec<_>, _>>())?;
+        let spaces: Vec<_> =
+            pairs.iter().filter_map(|(key, value)| SpaceRecord::decode(key, value)).collect();
+        let damaged = pairs.len() - spaces.len();
+        Ok((spaces, damaged))
+    }
+
+    /// Every chunk in order of segment and slot. After `Damaged` or `Key` the others follow; any other error is the last.
+    pub fn load(&self) -> impl Iterator<Item = Result<(ChunkKey, Vec<Record>), StoreError>> + '_ {
+        let mut pairs = Some(self.trees().chunks.iter());
+        std::iter::from_fn(move || {
+            let next = guarded(|| pairs.as_mut().and_then(Iterator::next).transpose());
+            if next.is_err() {
+                pairs = None;
+            }
+            let decoded = next.transpose()?.and_then(|(key, value)| {
+                let key = ChunkKey::from_bytes(&key).ok_or(StoreError::Key(key.len()))?;
+                Ok((key, decode_chunk(&value).ok_or(StoreError::Damaged(key))?))
+            });
+            Some(decoded)
+        })
+    }
+
+    /// Returns when everything written so far is on the device.
+    pub fn flush(&self) -> Result<(), StoreError> {
+        guarded(|| self.trees().db.flush()).map(|_| ())
+    }
+
+    /// Bytes of the folder.
+    pub fn size_on_disk(&self) -> Result<u64, StoreError> {
+        guarded(|| self.trees().db.size_on_disk())
+    }
+
+    fn trees(&self) -> &Trees {
+        self.trees.as_ref().expect("only drop takes the trees")
+    }
+}
+
+impl Drop for Store {
+    /// Sled flushes when it goes, and after a panic it may panic again: nothing in the store is worth the daemon.
+    fn drop(&mut self) {
+        let trees = self.trees.take();
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(trees)));
+    }
+}
+
+fn guarded<T>(call: impl FnOnce() -> Result<T, sled::Error>) -> Result<T, StoreError> {
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(result) => Ok(result?),
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+            Err(StoreError::Panicked(text.unwrap_or("no message").to_owned()))
+        }
+    }
+}
+
+fn put_aside(path: &Path) -> Result<(), StoreError> {
+    let mut aside = path.as_os_str().to_owned();
+    aside.push(".broken");
+    let aside = PathBuf::from(aside);
+    let removed = if aside.is_dir() { fs::remove_dir_all(&aside) } else { Ok(()) };
+    removed.and_then(|()| fs::rename(path, &aside)).map_err(|error| StoreError::Rename(aside, error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvd_proto::{BlockId, Fingerprint};
+
+    fn record(slot: u16, depth: u32) -> Record {
+        Record {
+            slot,
+            fingerprint: Fingerprint([1; 32]),
+            id: BlockId([slot as u8; 16]),
+            parent: BlockId([2; 16]),
+            depth,
+            tokens: 16,
+            group: 0,
+            flags: 1,
+            write_epoch: 9,
+            part_checksums: vec![depth; 32],
+        }
+    }
+
+    fn key(segment: u32, chunk: u32) -> ChunkKey {
+        ChunkKey { segment, chunk }
+    }
+
+    fn open(path: &Path) -> Store {
+        Store::open(path, 1 << 20).expect("opens")
+    }
+
+    #[test]
+    fn what_was_flushed_is_there_after_a_restart() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("catalog");
+        let space = SpaceRecord { fingerprint: Fingerprint([1; 32]), tenant: "a".into(), space: vec![1, 2] };
+        {
+            let store = open(&path);
+            let chunks = [(key(2, 0), vec![record(0, 1)]), (key(1, 7), vec![record(3, 2), record(60, 3)])];
+            store.put_chunks(&chunks).unwrap();
+            store.put_chunks(&[(key(2, 0), vec![record(1, 8)]), (key(9, 9), vec![])]).unwrap();
+            store.remove_chunks(&[key(9, 9), key(5, 5)]).unwrap();
+            store.put_space(&space).unwrap();
+            store.flush().unwrap();
+        }
+        let store = open(&path);
+        let loaded: Vec<_> = store.load().map(Result::unwrap).collect();
+        assert_eq!(loaded, [(key(1, 7), vec![record(3, 2), record(60, 3)]), (key(2, 0), vec![record(1, 8)])]);
+        assert_eq!(store.spaces().unwrap(), (vec![space.clone()], 0));
+        store.remove_space(&space.fingerprint).unwrap();
+        assert_eq!(store.spaces().unwrap(), (vec![], 0));
+        assert!(store.size_on_disk().unwrap() > 0);
+    }
+
+    #[test]
+    fn a_damaged_value_is_named_and_the_rest_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = open(&folder.path().join("catalog"));
+        store.put_chunks(&[(key(1, 0), vec![record(0, 1)]), (key(1, 2), vec![record(0, 1)])]).unwrap();
+        store.trees().chunks.insert(key(1, 1).to_bytes(), b"odd").unwrap();
+        store.trees().chunks.insert(b"odd", b"odd").unwrap();
+        store.trees().spaces.insert(b"odd", b"odd").unwrap();
+        let loaded: Vec<_> = store.load().collect();
+        assert!(matches!(
+            loaded.as_slice(),
+            [
+                Ok(_),
+                Err(StoreError::Damaged(ChunkKey { segment: 1, chunk: 1 })),
+                Ok(_),
+                Err(StoreError::Key(3))
+            ]
+        ));
+        assert_eq!(store.spaces().unwrap(), (vec![], 1));
+    }
+
+    /// Every file of the folder overwritten in turn: the store opens with what is left, or starts anew and says why.
+    #[test]
+    fn a_damaged_folder_is_put_aside() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("catalog");
+        for file in ["conf", "db"] {
+            {
+                let (store, _) = Store::open_or_rebuild(&path, 1 << 20).unwrap();
+                store.put_chunks(&[(key(1, 0), vec![record(0, 1)])]).unwrap();
+                store.flush().unwrap();
+            }
+            let len = fs::metadata(path.join(file)).unwrap().len() as usize;
+            fs::write(path.join(file), vec![0xA5; len]).unwrap();
+            let (store, reason) = Store::open_or_rebuild(&path, 1 << 20).unwrap();
+            println!("{file}: {reason:?}");
+            assert!(reason.is_none() || folder.path().join("catalog.broken").is_dir());
+            assert!(store.load().filter_map(Result::ok).all(|(_, records)| records == [record(0, 1)]));
+            store.put_chunks(&[(key(1, 0), vec![record(0, 1)])]).unwrap();
+            store.flush().unwrap();
+            assert_eq!(store.load().filter_map(Result::ok).count(), 1);
+        }
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_made_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("catalog");
+        fs::write(&path, b"a file").unwrap();
+        let (_store, reason) = Store::open_or_rebuild(&path, 1 << 20).unwrap();
+        assert!(reason.is_some(), "the file was put aside");
+        assert!(Store::open(&path.join("conf").join("below a file"), 1 << 20).is_err());
+    }
+
+    #[test]
+    fn a_panic_of_sled_is_an_error() {
+        let error = guarded::<()>(|| panic!("page {}", 7)).unwrap_err();
+        assert_eq!(error.to_string(), "catalog: sled panicked: page 7");
+    }
+}
