@@ -82,6 +82,11 @@ impl Daemon {
         &self.socket
     }
 
+    /// Its gRPC socket, for `kvctl`.
+    pub(crate) fn grpc_socket(&self) -> PathBuf {
+        self.socket.with_file_name("grpc.sock")
+    }
+
     /// What it uses.
     pub(crate) fn usage(&self) -> Usage {
         Usage::of(self.child.id())

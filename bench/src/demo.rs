@@ -110,7 +110,8 @@ fn model(args: &Args) -> Model {
 }
 
 async fn stay(reporter: &Reporter, daemon: &Daemon) -> Result<(), Failure> {
-    let socket = daemon.socket().display();
+    let socket = daemon.grpc_socket();
+    let socket = socket.display();
     reporter.note(&format!(
         "\nThe daemon stays until Ctrl-C. Look inside from another terminal:\n  \
          cargo run --release -p kvd-client --bin kvctl -- --socket {socket} status\n  \
