@@ -1,1 +1,69 @@
-fn main() {}
+//! `bench`: the demo, a trace through a real daemon, and microbenchmarks beside the machine's own limits.
+//!
+//! Owns the command line; each command is a module of its name. Invariant: every number that is compared with a limit of
+//! the machine is measured beside that limit, in turn, in the same run.
+
+mod account;
+mod content;
+mod daemon;
+mod demo;
+mod engine;
+mod failure;
+mod local;
+mod million;
+mod nvme;
+mod replay;
+mod report;
+mod roofline;
+mod trace;
+mod usage;
+mod workload;
+
+use clap::Parser as _;
+use failure::Failure;
+use std::process::ExitCode;
+
+/// Shows and measures what kvd does on this machine. `bench <name> --help` says what each measures.
+#[derive(Debug, clap::Parser)]
+#[command(version)]
+enum Command {
+    Demo(demo::Args),
+    Replay(replay::Args),
+    Local(local::Args),
+    Nvme(nvme::Args),
+    Million(million::Args),
+    /// The daemon that a benchmark starts for itself.
+    #[command(hide = true)]
+    Daemon(daemon::Args),
+    /// An engine process of the demo.
+    #[command(hide = true)]
+    Engine(demo::EngineArgs),
+}
+
+fn main() -> ExitCode {
+    match run(Command::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<(), Failure> {
+    match command {
+        Command::Nvme(args) => nvme::run(&args),
+        Command::Daemon(args) => daemon::serve(&args),
+        Command::Demo(args) => block_on(demo::run(args)),
+        Command::Replay(args) => block_on(replay::run(args)),
+        Command::Local(args) => block_on(local::run(args)),
+        Command::Million(args) => block_on(million::run(args)),
+        Command::Engine(args) => block_on(demo::engine(args)),
+    }
+}
+
+/// One thread: the client's fast way.
+fn block_on(work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(tokio::task::LocalSet::new().run_until(work))
+}

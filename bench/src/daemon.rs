@@ -1,0 +1,102 @@
+//! A real daemon process to measure: this binary again, with a hidden command that serves.
+//!
+//! Owns starting it, waiting until its socket answers, looking at what it uses, and its end: the daemon is killed when
+//! the `Daemon` is dropped, and by the kernel when the process that started it dies.
+//! Leaves to others: everything the daemon does (kvd).
+
+use crate::failure::Failure;
+use crate::usage::Usage;
+use rustix::process::{Signal, set_parent_process_death_signal};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// How long a daemon may take until its socket answers.
+const START_WAIT_MAX: Duration = Duration::from_mins(1);
+/// How often the socket is tried meanwhile.
+const START_POLL: Duration = Duration::from_millis(5);
+
+/// What the daemon has.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct Args {
+    /// Its folder: socket, catalog, NVMe file.
+    #[arg(long)]
+    data_dir: PathBuf,
+    /// DRAM tier.
+    #[arg(long)]
+    dram_bytes: u64,
+    /// NVMe tier; 0 for none.
+    #[arg(long)]
+    nvme_bytes: u64,
+}
+
+/// Serves until killed.
+pub(crate) fn serve(args: &Args) -> Result<(), Failure> {
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    let config = kvd::config::Config::embedded(&args.data_dir, args.dram_bytes, args.nvme_bytes)?;
+    Ok(kvd::run::serve(config)?)
+}
+
+/// A daemon process of ours.
+#[derive(Debug)]
+pub(crate) struct Daemon {
+    child: Child,
+    socket: PathBuf,
+}
+
+impl Daemon {
+    /// Starts one in `folder` and waits until it answers.
+    pub(crate) fn start(folder: &Path, dram_bytes: u64, nvme_bytes: u64) -> Result<Self, Failure> {
+        let folder = folder.canonicalize()?;
+        let child = Command::new(std::env::current_exe()?)
+            .args(["daemon", "--data-dir"])
+            .arg(&folder)
+            .args(["--dram-bytes", &dram_bytes.to_string(), "--nvme-bytes", &nvme_bytes.to_string()])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()?;
+        let mut daemon = Self { child, socket: folder.join("kvd.sock") };
+        daemon.wait_until_it_answers()?;
+        Ok(daemon)
+    }
+
+    fn wait_until_it_answers(&mut self) -> Result<(), Failure> {
+        let start = Instant::now();
+        while UnixStream::connect(&self.socket).is_err() {
+            if let Some(status) = self.child.try_wait()? {
+                return Err(
+                    format!("the daemon ended before it served: {status}; its messages are above").into()
+                );
+            }
+            if start.elapsed() > START_WAIT_MAX {
+                return Err(format!("no answer on {} in {START_WAIT_MAX:?}", self.socket.display()).into());
+            }
+            std::thread::sleep(START_POLL);
+        }
+        Ok(())
+    }
+
+    /// Its session socket.
+    pub(crate) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Its gRPC socket, for `kvctl`.
+    pub(crate) fn grpc_socket(&self) -> PathBuf {
+        self.socket.with_file_name("grpc.sock")
+    }
+
+    /// What it uses.
+    pub(crate) fn usage(&self) -> Usage {
+        Usage::of(self.child.id())
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // an error means that it is gone already
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

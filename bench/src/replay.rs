@@ -1,0 +1,103 @@
+//! `bench replay`: a whole trace through a real daemon, every byte of every read checked.
+//!
+//! Owns the command. Requests are served one after the other, as fast as they go; their arrival times are used by the
+//! simulator only, so a block computed for one request is there for the next even where they overlapped in reality.
+
+use crate::account::{Account, Model, natural_scale};
+use crate::daemon::Daemon;
+use crate::engine::cache::{Cache, named_space};
+use crate::engine::profile::ProfileName;
+use crate::failure::Failure;
+use crate::report::{Output, Reporter, parse_bytes};
+use crate::trace::{self, ROWS_MAX};
+use indicatif::{ProgressBar, ProgressStyle};
+use std::path::PathBuf;
+use std::time::Instant;
+
+/// Replays a trace of real requests through a daemon of its own, and says what the cache was worth.
+///
+/// For each request the engine asks for the prompt's blocks, reads what matched, checks every byte, and stores the rest.
+/// Payloads are scaled down (--scale): a fetch is charged the larger of the real time here and the time that scale times
+/// its bytes would take at a GPU node's bandwidths (50 GB/s from DRAM, 13 GB/s from NVMe); the output says how often
+/// which. Time to first token comes from simulated engines fed with the trace's arrival times. `_no_cache` is the same
+/// requests on the same engines without kvd and without any other prefix cache: every token of every prompt is computed.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct Args {
+    /// Mooncake JSONL, plain or .gz.
+    #[arg(long)]
+    trace: PathBuf,
+    /// Bytes that stand for one block.
+    #[arg(long, default_value = "64KiB", value_parser = parse_bytes)]
+    block_bytes: u64,
+    /// Tokens of one block of the trace.
+    #[arg(long, default_value_t = 512)]
+    block_tokens: u32,
+    /// The daemon's DRAM tier.
+    #[arg(long, default_value = "512MiB", value_parser = parse_bytes)]
+    dram: u64,
+    /// The daemon's NVMe tier.
+    #[arg(long, default_value = "8GiB", value_parser = parse_bytes)]
+    nvme: u64,
+    /// Where the daemon keeps its files; they are removed afterwards.
+    #[arg(long, default_value = ".")]
+    folder: PathBuf,
+    /// Requests at most.
+    #[arg(long, default_value_t = ROWS_MAX)]
+    limit: usize,
+    /// Real bytes for one byte here; by default what makes a block Llama-3-8B's (128 KiB a token).
+    #[arg(long)]
+    scale: Option<f64>,
+    /// Simulated engines.
+    #[arg(long, default_value_t = 4)]
+    engines: usize,
+    /// How fast they are.
+    #[arg(long, value_enum, default_value = "llama-3-8b-h100")]
+    profile: ProfileName,
+    /// Table or JSON.
+    #[arg(long, value_enum, default_value_t)]
+    output: Output,
+}
+
+/// Runs the command.
+pub(crate) async fn run(args: Args) -> Result<(), Failure> {
+    let block_tokens = u64::from(args.block_tokens);
+    let rows = trace::read_file(&args.trace, block_tokens, args.limit)?;
+    let folder = tempfile::tempdir_in(&args.folder)?;
+    let daemon = Daemon::start(folder.path(), args.dram, args.nvme)?;
+    let space = named_space("trace", u32::try_from(args.block_bytes)?, args.block_tokens)?;
+    let mut cache = Cache::open(daemon.socket(), "replay", &space).await?;
+    let mut account = Account::new(args.model()?);
+    let bar = progress_bar(rows.len());
+    let start = Instant::now();
+    for row in &rows {
+        account.add(row, &cache.serve(row).await?);
+        bar.inc(1);
+    }
+    let summary = account.finish("replay", start.elapsed());
+    bar.finish_and_clear();
+    Reporter::new(args.output).object(&summary, &summary.lines())?;
+    summary.verdict()
+}
+
+impl Args {
+    fn model(&self) -> Result<Model, Failure> {
+        let block_tokens = u64::from(self.block_tokens);
+        let scale = self.scale.unwrap_or_else(|| natural_scale(self.block_bytes, block_tokens));
+        if self.engines == 0 || !scale.is_finite() || scale <= 0.0 {
+            return Err("--engines and --scale must be above 0".into());
+        }
+        Ok(Model {
+            profile: self.profile,
+            engines: self.engines,
+            block_bytes: self.block_bytes,
+            block_tokens,
+            scale,
+        })
+    }
+}
+
+/// Requests done, on the terminal only.
+pub(crate) fn progress_bar(requests: usize) -> ProgressBar {
+    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} requests, {per_sec}, {eta} left");
+    ProgressBar::new(requests as u64).with_style(style.expect("a template without mistakes"))
+}

@@ -1,0 +1,152 @@
+//! A workload as rows: what arrives when, how long it is, and which prefix blocks it names. Mooncake's JSONL format.
+//!
+//! Owns the row, the reader of plain and gzipped files, and errors that name line and field.
+//! Invariant: a `Row` that was read is in limits, and its timestamps never run backwards within a file.
+//! Leaves to others: what a block contains (`content`), what is done with a row (`engine::serve`).
+
+use flate2::read::GzDecoder;
+use kvd_proto::limits::CHAIN_BLOCKS_MAX;
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+
+/// Rows of one file. At the limit: the file is refused; give `--limit`.
+pub(crate) const ROWS_MAX: usize = 10_000_000;
+/// Bytes of one line. At the limit: the file is refused.
+const LINE_BYTES_MAX: u64 = 4 << 20;
+
+/// One request.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Row {
+    /// Arrival in milliseconds since the start.
+    pub(crate) timestamp: u64,
+    /// Prompt tokens.
+    pub(crate) input_length: u64,
+    /// Tokens generated.
+    pub(crate) output_length: u64,
+    /// Prefix-chained block names: an equal name is an equal prompt up to the end of that block.
+    pub(crate) hash_ids: Vec<u64>,
+}
+
+impl Row {
+    fn check(&self, block_tokens: u64, after_ms: u64) -> Result<(), String> {
+        let blocks = self.hash_ids.len() as u64;
+        if self.timestamp < after_ms {
+            return Err(format!("timestamp: {} is before the line above, {after_ms}", self.timestamp));
+        }
+        if self.input_length == 0 {
+            return Err("input_length: 0, a prompt has tokens".to_owned());
+        }
+        if blocks == 0 || blocks > CHAIN_BLOCKS_MAX as u64 {
+            return Err(format!(
+                "hash_ids: {blocks} blocks, 1 to {CHAIN_BLOCKS_MAX} can be asked for at once"
+            ));
+        }
+        if self.input_length > blocks * block_tokens
+            || self.input_length + block_tokens <= (blocks - 1) * block_tokens
+        {
+            return Err(format!(
+                "hash_ids: {blocks} blocks of {block_tokens} tokens do not fit input_length {}",
+                self.input_length
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Reads at most `limit` rows of `block_tokens`-token blocks from a `.jsonl` or `.jsonl.gz` file.
+pub(crate) fn read_file(path: &Path, block_tokens: u64, limit: usize) -> Result<Vec<Row>, String> {
+    let named = |error: String| format!("{}: {error}", path.display());
+    let file = File::open(path).map_err(|error| named(error.to_string()))?;
+    let gzipped = path.extension().is_some_and(|extension| extension == "gz");
+    let reader: Box<dyn Read> = if gzipped { Box::new(GzDecoder::new(file)) } else { Box::new(file) };
+    read(BufReader::new(reader), block_tokens, limit).map_err(named)
+}
+
+/// Reads rows; errors start with the line's number.
+fn read(mut reader: impl BufRead, block_tokens: u64, limit: usize) -> Result<Vec<Row>, String> {
+    let mut rows = Vec::new();
+    let (mut line, mut number, mut last_ms) = (String::new(), 0_u64, 0);
+    while rows.len() < limit.min(ROWS_MAX) {
+        line.clear();
+        number += 1;
+        let bytes = (&mut reader).take(LINE_BYTES_MAX).read_line(&mut line);
+        let bytes = bytes.map_err(|error| format!("line {number}: {error}"))?;
+        if bytes == 0 {
+            break;
+        }
+        if bytes as u64 == LINE_BYTES_MAX && !line.ends_with('\n') {
+            return Err(format!("line {number}: longer than {LINE_BYTES_MAX} bytes"));
+        }
+        if line.trim().is_empty() {
+            continue;
+        }
+        let row: Row = serde_json::from_str(&line).map_err(|error| format!("line {number}: {error}"))?;
+        row.check(block_tokens, last_ms).map_err(|error| format!("line {number}: {error}"))?;
+        last_ms = row.timestamp;
+        rows.push(row);
+    }
+    if rows.is_empty() {
+        return Err("no rows".to_owned());
+    }
+    Ok(rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use flate2::{Compression, write::GzEncoder};
+    use std::io::Write as _;
+
+    const GOOD: &str = r#"{"timestamp": 5, "input_length": 600, "output_length": 3, "hash_ids": [0, 7]}"#;
+
+    fn of(text: &str) -> Result<Vec<Row>, String> {
+        read(text.as_bytes(), 512, 100)
+    }
+
+    #[test]
+    fn reads_plain_and_gzipped() {
+        let expected = Row { timestamp: 5, input_length: 600, output_length: 3, hash_ids: vec![0, 7] };
+        assert_eq!(of(&format!("{GOOD}\n\n{GOOD}\n")).unwrap(), vec![expected.clone(), expected.clone()]);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("t.jsonl.gz");
+        let mut out = GzEncoder::new(File::create(&path).unwrap(), Compression::fast());
+        writeln!(out, "{GOOD}").unwrap();
+        out.finish().unwrap();
+        assert_eq!(read_file(&path, 512, 100).unwrap(), vec![expected]);
+    }
+
+    #[test]
+    fn the_limit_stops_before_a_bad_line() {
+        let rows = read(format!("{GOOD}\nnonsense").as_bytes(), 512, 1);
+        assert_eq!(rows.unwrap().len(), 1);
+    }
+
+    #[test]
+    fn errors_name_line_and_field() {
+        let bad = [
+            (r#"{"timestamp": 5, "output_length": 3, "hash_ids": [0]}"#, "input_length"),
+            (r#"{"timestamp": -1, "input_length": 600, "output_length": 3, "hash_ids": [0, 1]}"#, "-1"),
+            (r#"{"timestamp": 4, "input_length": 600, "output_length": 3, "hash_ids": [0, 1]}"#, "timestamp"),
+            (r#"{"timestamp": 5, "input_length": 0, "output_length": 3, "hash_ids": [0]}"#, "input_length"),
+            (r#"{"timestamp": 5, "input_length": 600, "output_length": 3, "hash_ids": []}"#, "hash_ids"),
+            (r#"{"timestamp": 5, "input_length": 600, "output_length": 3, "hash_ids": [1]}"#, "hash_ids"),
+            (r#"{"timestamp": 5, "input_length": 6, "output_length": 3, "hash_ids": [1], "x": 1}"#, "x"),
+            ("nonsense", "expected"),
+        ];
+        for (line, field) in bad {
+            let error = of(&format!("{GOOD}\n{line}")).unwrap_err();
+            assert!(error.starts_with("line 2: ") && error.contains(field), "{error}");
+        }
+        assert_eq!(of("").unwrap_err(), "no rows");
+        assert!(read_file(Path::new("no/such.jsonl"), 512, 1).unwrap_err().starts_with("no/such.jsonl: "));
+    }
+
+    #[test]
+    fn an_endless_line_is_refused() {
+        let line = " ".repeat(LINE_BYTES_MAX as usize + 1);
+        assert!(of(&line).unwrap_err().contains("longer than"));
+    }
+}

@@ -1,0 +1,85 @@
+//! The commands as a person runs them: a real process, real daemons, small sizes.
+//!
+//! Owns the promise that what `--output json` prints can be read by programs, and that mistakes are told in a sentence.
+
+use serde_json::Value;
+use std::fmt::Write as _;
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn bench(arguments: &[&str], folder: &Path) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_bench")).args(arguments).current_dir(folder).output().unwrap()
+}
+
+fn objects(output: &Output) -> Vec<Value> {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let lines = std::str::from_utf8(&output.stdout).unwrap().lines();
+    lines.map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn help_tells_a_newcomer_what_each_command_measures() {
+    let folder = tempfile::tempdir().unwrap();
+    let help = String::from_utf8(bench(&["--help"], folder.path()).stdout).unwrap();
+    for name in ["demo", "replay", "local", "nvme", "million"] {
+        assert!(help.contains(name), "{name}");
+        let own = bench(&[name, "--help"], folder.path()).stdout;
+        assert!(own.len() > 700, "{name} --help is short");
+    }
+    assert!(!help.contains("\n  daemon") && !help.contains("\n  engine"), "helpers are hidden");
+}
+
+#[test]
+fn a_mistake_is_told_in_a_sentence() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("bad.jsonl"), "{\"timestamp\": 1}\n").unwrap();
+    let mistakes: [(&[&str], &str); 4] = [
+        (&["replay", "--trace", "none.jsonl"], "none.jsonl"),
+        (&["replay", "--trace", "bad.jsonl"], "line 1: missing field `input_length`"),
+        (&["replay", "--trace", "bad.jsonl", "--dram", "5 parsecs"], "parsecs"),
+        (&["local", "--dram", "1MiB"], "--dram"),
+    ];
+    for (arguments, says) in mistakes {
+        let output = bench(arguments, folder.path());
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && message.contains(says), "{message}");
+    }
+}
+
+#[test]
+fn a_small_trace_goes_through_a_real_daemon() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut trace = String::new();
+    for number in 0..40_u64 {
+        // ten requests of nine blocks, each asked four times
+        let ids: Vec<u64> =
+            (0..9).map(|depth| if depth == 0 { 0 } else { number % 10 * 100 + depth }).collect();
+        let timestamp = number * 500;
+        writeln!(
+            trace,
+            r#"{{"timestamp":{timestamp},"input_length":4500,"output_length":5,"hash_ids":{ids:?}}}"#
+        )
+        .unwrap();
+    }
+    std::fs::write(folder.path().join("t.jsonl"), trace).unwrap();
+    let output = bench(
+        &["replay", "--trace", "t.jsonl", "--dram", "64MiB", "--nvme", "256MiB", "--output", "json"],
+        folder.path(),
+    );
+    let end = objects(&output).pop().unwrap();
+    assert_eq!((end["requests"].as_u64(), end["block_refs"].as_u64()), (Some(40), Some(360)));
+    assert_eq!(end["wrong_blocks"].as_u64(), Some(0));
+    // 1 shared block and 80 of their own are computed once
+    assert_eq!(end["misses"].as_u64(), Some(81), "{end}");
+    assert!(end["ttft_mean_ms"].as_f64() < end["ttft_mean_ms_no_cache"].as_f64(), "{end}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "the daemon's files are gone");
+}
+
+#[test]
+fn a_small_demo_ends_with_its_object() {
+    let folder = tempfile::tempdir().unwrap();
+    let end =
+        objects(&bench(&["demo", "--conversations", "6", "--output", "json"], folder.path())).pop().unwrap();
+    assert_eq!((end["bench"].as_str(), end["wrong_blocks"].as_u64()), (Some("demo"), Some(0)));
+    assert!(end["hit_ratio"].as_f64().unwrap() > 0.3, "{end}");
+}
