@@ -25,10 +25,14 @@ const FILE: Fixed = Fixed(0);
 const WAKE: u64 = u64::MAX;
 /// How long the kernel thread polls an empty queue before it sleeps, in milliseconds.
 const SQPOLL_IDLE_MS: u32 = 50;
+/// How long the probe for polling may take, in milliseconds. At the limit: there is no polling.
+const PROBE_MS: u64 = 1000;
 /// Bytes of one operation; the rest of a larger transfer follows it. The kernel would cut at 2 GiB - 4 KiB.
 const OPERATION_BYTES_MAX: usize = 1 << 30;
 /// Times in a row that the kernel may take no submission for want of memory before the engine counts as broken.
 const REFUSALS_MAX: u32 = 1000;
+/// Pause after such a refusal, where the caller lets us wait.
+const REFUSAL_PAUSE: Duration = Duration::from_millis(1);
 
 /// See the file's head.
 pub(super) struct Uring {
@@ -140,7 +144,9 @@ impl Uring {
             None if self.ring.submission().is_empty() && !self.iopoll => return Ok(()),
             None => self.ring.submit(),
             Some(wait) if self.iopoll && self.under_way() == 0 => {
-                self.eventfd.wait(wait);
+                if self.eventfd.is_ready(wait) {
+                    self.eventfd.clear();
+                }
                 return Ok(());
             }
             Some(_) if self.iopoll => self.ring.submit_and_wait(1),
@@ -151,7 +157,10 @@ impl Uring {
         };
         match entered.map_err(|error| Errno::from_io_error(&error)) {
             Ok(_) | Err(Some(Errno::TIME | Errno::INTR)) => self.refusals = 0,
-            Err(Some(Errno::AGAIN | Errno::BUSY)) if self.refusals < REFUSALS_MAX => self.refusals += 1,
+            Err(Some(Errno::AGAIN | Errno::BUSY)) if self.refusals < REFUSALS_MAX => {
+                self.refusals += 1;
+                self.eventfd.is_ready(wait.unwrap_or_default().min(REFUSAL_PAUSE));
+            }
             Err(errno) => {
                 let errno = errno.map_or_else(|| "unknown error".into(), |errno| errno.to_string());
                 let broken = MediumError::Unusable(format!("io_uring_enter: {errno}; restart to reopen"));
@@ -194,30 +203,41 @@ fn build(entries: usize, sqpoll: bool, iopoll: bool) -> Result<IoUring, String> 
     }
 }
 
-/// One real transfer of a page with the device polled: a read, or, as a new file has nothing to read, a write undone after.
+/// One real read of a page with the device polled. A new file gets a page to read for as long as that takes: to read nothing
+/// succeeds everywhere, and so may a write that grows the file.
 fn probe_iopoll(file: &SegmentFile) -> Result<(), String> {
     let mut ring = build(1, false, true)?;
     let page = Mapping::anonymous(PART_ALIGN as usize).map_err(refused)?;
     let fd = Fd(file.fd.as_raw_fd());
-    let entry = if file.is_empty() {
-        opcode::Write::new(fd, page.as_ptr(), PART_ALIGN).build()
-    } else {
-        opcode::Read::new(fd, page.as_ptr(), PART_ALIGN).build()
-    };
-    // SAFETY: the page outlives the ring's only operation, which the next line waits for; if that fails, the page is leaked.
+    if file.is_empty() {
+        page.write_file(0, page.len(), &file.fd, 0).map_err(refused)?;
+    }
+    let entry = opcode::Read::new(fd, page.as_ptr(), PART_ALIGN).build();
+    // SAFETY: the page outlives the ring's only operation, which is waited for; if that takes too long, the page is leaked.
     unsafe { ring.submission().push(&entry) }.expect("an empty ring has room");
-    let waited = ring.submit_and_wait(1);
-    let result = ring.completion().next().map(|completion| completion.result());
+    let completed = poll_completion(&mut ring);
     file.undo_probe();
-    let Some(result) = result else {
+    let Some(result) = completed else {
         std::mem::forget(page);
-        return Err(format!("{waited:?}"));
+        return Err(format!("nothing read within {PROBE_MS} ms"));
     };
     match moved(result) {
         Ok(bytes) if bytes == page.len() => Ok(()),
         Ok(bytes) => Err(format!("short: {bytes} of {PART_ALIGN} bytes")),
         Err(errno) => Err(errno.to_string()),
     }
+}
+
+/// The result of a polled ring's only operation. Polling in the kernel ends early whenever something else wants the core.
+fn poll_completion(ring: &mut IoUring) -> Option<i32> {
+    let deadline = Instant::now() + Duration::from_millis(PROBE_MS);
+    while Instant::now() < deadline {
+        ring.submit_and_wait(1).ok()?;
+        if let Some(completion) = ring.completion().next() {
+            return Some(completion.result());
+        }
+    }
+    None
 }
 
 /// What a completion's result says.
@@ -266,12 +286,11 @@ impl EventFd {
         let _ = rustix::io::read(&self.0, &mut [0; 8]);
     }
 
-    fn wait(&self, wait: Duration) {
+    /// Waits for a wake, which stays pending.
+    fn is_ready(&self, wait: Duration) -> bool {
         let timeout = rustix::event::Timespec::try_from(wait).ok();
         let mut fds = [PollFd::new(&self.0, PollFlags::IN)];
-        if rustix::event::poll(&mut fds, timeout.as_ref()).is_ok_and(|ready| ready > 0) {
-            self.clear();
-        }
+        rustix::event::poll(&mut fds, timeout.as_ref()).is_ok_and(|ready| ready > 0)
     }
 }
 
