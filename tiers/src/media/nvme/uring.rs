@@ -56,6 +56,10 @@ impl Uring {
         let sqpoll = flag(options.sqpoll, "SQPOLL", || build(1, true, false).map(drop), &mut text);
         let ring = build(depth + 1, sqpoll, iopoll)?;
         ring.submitter().register_files(&[file.fd.as_raw_fd()]).map_err(refused)?;
+        Ok((Self::around(ring, depth, iopoll)?, text))
+    }
+
+    fn around(ring: IoUring, depth: usize, iopoll: bool) -> Result<Self, String> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let eventfd = rustix::event::eventfd(0, flags).map_err(refused)?;
         let mut uring = Self {
@@ -68,7 +72,7 @@ impl Uring {
             broken: None,
         };
         uring.watch_eventfd();
-        Ok((uring, text))
+        Ok(uring)
     }
 
     fn under_way(&self) -> usize {
@@ -138,16 +142,15 @@ impl Uring {
         }
     }
 
-    /// Submits what is queued and, given a time, waits for a completion.
-    fn enter(&mut self, wait: Option<Duration>) -> Result<(), MediumError> {
+    /// Submits what is queued and, given a time, waits for a completion; whether it was woken without one.
+    fn enter(&mut self, wait: Option<Duration>) -> Result<bool, MediumError> {
         let entered = match wait {
-            None if self.ring.submission().is_empty() && !self.iopoll => return Ok(()),
+            None if self.ring.submission().is_empty() && !self.iopoll => return Ok(false),
             None => self.ring.submit(),
             Some(wait) if self.iopoll && self.under_way() == 0 => {
-                if self.eventfd.is_ready(wait) {
-                    self.eventfd.clear();
-                }
-                return Ok(());
+                let woken = self.eventfd.is_ready(wait);
+                self.eventfd.clear();
+                return Ok(woken);
             }
             Some(_) if self.iopoll => self.ring.submit_and_wait(1),
             Some(wait) => {
@@ -168,7 +171,7 @@ impl Uring {
                 return Err(broken);
             }
         }
-        Ok(())
+        Ok(false)
     }
 }
 
@@ -263,8 +266,8 @@ impl Mover for Uring {
         let mut wait = wait.filter(|_| !self.drain(done));
         let deadline = wait.map(|wait| Instant::now() + wait);
         loop {
-            self.enter(wait)?;
-            if self.drain(done) {
+            let woken = self.enter(wait)?;
+            if self.drain(done) || woken {
                 return Ok(());
             }
             // Interrupted or, while the kernel lacks memory, refused: what is left of the time is waited again.
@@ -316,5 +319,31 @@ impl Drop for Uring {
         }
         // A device opened exclusively is free again only when the ring has let go of it; closing a ring does so later.
         let _ = self.ring.submitter().unregister_files();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Most devices cannot be polled, so that the conformance suite seldom comes here.
+    #[test]
+    fn a_wake_ends_the_wait_of_a_polled_ring_too() {
+        let ring = match build(2, false, true) {
+            Ok(ring) => ring,
+            Err(reason) => return println!("SKIPPED: {reason}"),
+        };
+        let mut uring = Uring::around(ring, 1, true).unwrap();
+        let long = Duration::from_secs(30);
+        let started = Instant::now();
+        for _ in 0..3 {
+            uring.waker().wake();
+            uring.reap(Some(long), &mut Vec::new()).unwrap();
+        }
+        let waker = uring.waker();
+        let thread = std::thread::spawn(move || waker.wake());
+        uring.reap(Some(long), &mut Vec::new()).unwrap();
+        thread.join().unwrap();
+        assert!(started.elapsed() < long, "a wake was lost");
     }
 }
