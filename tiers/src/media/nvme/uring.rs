@@ -41,6 +41,7 @@ pub(super) struct Uring {
     free: Vec<u32>,
     eventfd: Arc<EventFd>,
     iopoll: bool,
+    operation_bytes: usize,
     refusals: u32,
     broken: Option<MediumError>,
 }
@@ -68,6 +69,7 @@ impl Uring {
             free: (0..depth as u32).rev().collect(),
             eventfd: Arc::new(EventFd(eventfd)),
             iopoll,
+            operation_bytes: OPERATION_BYTES_MAX,
             refusals: 0,
             broken: None,
         };
@@ -103,7 +105,7 @@ impl Uring {
         let buffer = &transfer.io.buffer;
         // SAFETY: the medium checked that the buffer lies within its mapping, and `moved` is at most its length.
         let address = unsafe { buffer.mapping.as_ptr().add(buffer.offset + transfer.moved) };
-        let bytes = transfer.left().min(OPERATION_BYTES_MAX) as u32;
+        let bytes = transfer.left().min(self.operation_bytes) as u32;
         let position = transfer.position + transfer.moved as u64;
         let entry = match transfer.io.direction {
             Direction::Read => opcode::Read::new(FILE, address, bytes).offset(position).build(),
@@ -324,7 +326,50 @@ impl Drop for Uring {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{Engine, NvmeMedium};
     use super::*;
+    use crate::media::{Buffer, Io, Medium};
+
+    /// One transfer through a medium whose ring moves a page at a time.
+    fn run(medium: &mut NvmeMedium, direction: Direction, mapping: &Arc<Mapping>) {
+        let buffer = Buffer { mapping: mapping.clone(), offset: 0, bytes: mapping.len() };
+        medium.submit(Io { token: 1, direction, segment: 1, offset: 0, buffer }).unwrap();
+        let mut done = Vec::new();
+        while done.is_empty() {
+            medium.reap(Some(Duration::from_secs(30)), &mut done).unwrap();
+        }
+        assert_eq!(done[0].result, Ok(()));
+    }
+
+    #[test]
+    fn a_transfer_of_many_operations_moves_every_page_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let options = NvmeOptions {
+            path: folder.path().join("segments"),
+            capacity_bytes: 2 << 20,
+            segment_bytes: 1 << 20,
+            queue_depth: 2,
+            engine: Engine::Psync,
+            sqpoll: false,
+            iopoll: false,
+        };
+        let mut medium = NvmeMedium::open(options.clone()).unwrap();
+        let mut uring = match Uring::new(&options, &medium.file) {
+            Ok((uring, _)) => uring,
+            Err(reason) => return println!("SKIPPED: {reason}"),
+        };
+        uring.operation_bytes = PART_ALIGN as usize;
+        medium.mover = Box::new(uring);
+        medium.open_segment(1, 1 << 20).unwrap();
+        let [source, target] =
+            [(); 2].map(|()| Arc::new(Mapping::anonymous(16 * PART_ALIGN as usize).unwrap()));
+        for page in 0..16_u8 {
+            source.copy_in(usize::from(page) * PART_ALIGN as usize, &[page + 1; PART_ALIGN as usize]);
+        }
+        run(&mut medium, Direction::Write, &source);
+        run(&mut medium, Direction::Read, &target);
+        assert_eq!(target.crc32(0, target.len()), source.crc32(0, source.len()));
+    }
 
     /// Most devices cannot be polled, so that the conformance suite seldom comes here.
     #[test]
