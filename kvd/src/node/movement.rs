@@ -27,7 +27,7 @@ const NVME_PRIOR: (f64, f64) = (100.0, 2000.0);
 const DRAM_PRIOR: (f64, f64) = (1.0, 8000.0);
 
 pub(super) struct Movement {
-    moves: HashMap<u64, Move>,
+    pub(super) moves: HashMap<u64, Move>,
     /// The promotion that brings a block.
     by_handle: HashMap<Handle, u64>,
     last: u64,
@@ -41,9 +41,9 @@ pub(super) struct Movement {
     sick_until_us: u64,
 }
 
-struct Move {
-    handle: Handle,
-    promotion: bool,
+pub(super) struct Move {
+    pub(super) handle: Handle,
+    pub(super) promotion: bool,
     bytes: u64,
     /// Leases whose item (by place) waits for it.
     waiting: Vec<(LeaseId, u32)>,
