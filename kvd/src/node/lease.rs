@@ -11,7 +11,7 @@ use kvd_proto::wire::{self, Tier};
 use kvd_proto::{BlockId, Code, Error};
 use kvd_tiers::catalog::Handle;
 use kvd_tiers::segment::SlotRef;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 pub(super) type LeaseId = u64;
 
@@ -88,7 +88,7 @@ pub(super) struct Lease {
     /// A reservation's answer by block.
     pub(super) states: Vec<u8>,
     pub(super) items: Vec<Item>,
-    bytes: u64,
+    pub(super) bytes: u64,
     pub(super) ends_us: u64,
     pub(super) ended: bool,
     pub(super) predicted_us: u64,
@@ -100,13 +100,13 @@ pub(super) struct Lease {
 
 /// All leases of the node.
 pub(super) struct Leases {
-    leases: HashMap<LeaseId, Lease>,
+    pub(super) leases: HashMap<LeaseId, Lease>,
     by_end: BTreeSet<(u64, LeaseId)>,
     loading: BTreeSet<LeaseId>,
     last: LeaseId,
     bytes: u64,
     /// Items that became ready or failed in this call, to be told together.
-    news: HashMap<LeaseId, wire::Ready>,
+    news: BTreeMap<LeaseId, wire::Ready>,
 }
 
 /// What a new lease holds.
@@ -133,7 +133,7 @@ impl Leases {
             loading: BTreeSet::new(),
             last: (epoch & 0x7FFF_FFFF) << 32,
             bytes: 0,
-            news: HashMap::new(),
+            news: BTreeMap::new(),
         }
     }
 
@@ -165,9 +165,9 @@ impl Leases {
 }
 
 impl Node {
-    pub(super) fn leases_of(&self, session: SessionId, member: MemberId) -> impl Iterator<Item = LeaseId> {
+    pub(super) fn leases_of(&self, session: SessionId, member: MemberId) -> Vec<LeaseId> {
         let of_member = |lease: &&LeaseId| self.leases.leases[*lease].member == member;
-        self.sessions.get(session).leases.iter().filter(of_member).copied().collect::<Vec<_>>().into_iter()
+        self.sessions.get(session).leases.iter().filter(of_member).copied().collect()
     }
 
     /// Bytes the session may still lease, or why not one lease more.
@@ -298,8 +298,8 @@ impl Node {
     /// The lease's time is over, or a rank that filled by it is gone: no new reads, no commits; memory stays as it is.
     pub(super) fn end_lease(&mut self, id: LeaseId) {
         let maps = self.leases.get(id).is_some_and(|lease| self.sessions.maps(lease.session));
-        if !maps {
-            self.release_lease(id); // nothing outside this daemon can touch the slots
+        if !maps && !self.leases.is_fill(id) {
+            self.release_lease(id); // whoever maps nothing reads private copies, verified
             return;
         }
         let lease = self.leases.leases.get_mut(&id).expect("an open lease");
