@@ -287,6 +287,7 @@ impl Node {
     pub(super) fn quarantine_filling(&mut self, space: u16, item: &mut Item) {
         let pool = self.pool_of_group(space, item.group, Tier::Dram).expect("DRAM has a pool");
         self.catalog.get_mut(item.handle).release();
+        self.unpin(item.handle);
         let slot = self.catalog.clear_copy(item.handle, Tier::Dram);
         assert_eq!(slot, item.slot, "a filling block stays in its slot");
         self.memory.pools[pool].slots.quarantine(slot);
