@@ -70,7 +70,7 @@ impl Node {
             Ask::Exists(request) => self.exists(member, &request).map(Reply::Exists),
             Ask::Pin(request) => self.pin_chain(member, &request).map(Reply::Pin),
             Ask::Prefetch(request) => self.prefetch(member, &request).map(Reply::Prefetch),
-            Ask::CloseSession(_) => Ok(self.close_member(member)),
+            Ask::CloseSession(_) => return self.close_member(member, request_id),
         };
         match reply {
             Ok(reply) if request_id != 0 => self.send(member, request_id, reply),

@@ -16,6 +16,9 @@ pub(super) type SessionId = u64;
 /// A session whose members map nothing is closed after this long without a request.
 const IDLE_US_MAX: u64 = 600_000_000;
 
+/// Tenants of one daemon. At the limit: a session of a new one is refused.
+pub(super) const TENANTS_MAX: usize = 4096;
+
 #[derive(Default)]
 pub(super) struct Sessions {
     pub(super) sessions: BTreeMap<SessionId, Session>,
@@ -110,6 +113,9 @@ impl Node {
             return Err(Error::limit("limits.members_max", message, "close some or raise the limit"));
         }
         let tenant = if request.tenant.is_empty() { "default" } else { &request.tenant };
+        if !self.tenants.iter().any(|known| known == tenant) {
+            self.check_new_tenant(&request)?;
+        }
         let tenant = self.tenant(tenant);
         let session = if request.join.is_empty() {
             self.new_session(tenant, token, &request)?
@@ -125,6 +131,17 @@ impl Node {
         let engine = self.sessions.get(session).engine.clone();
         self.note("session", || format!("{engine} ({name}, pid {pid}) opened session {session}"));
         self.welcome(member, request_id, session);
+        Ok(())
+    }
+
+    fn check_new_tenant(&self, request: &wire::OpenSessionRequest) -> Result<(), Error> {
+        if !request.join.is_empty() {
+            return Err(unknown_session()); // a tenant nobody has heard of has no session
+        }
+        if self.tenants.len() >= TENANTS_MAX {
+            let message = format!("{TENANTS_MAX} tenants have been here");
+            return Err(Error::limit("tenant", message, "restart the node to forget old ones"));
+        }
         Ok(())
     }
 
@@ -302,9 +319,12 @@ impl Node {
         self.end_member(member, "process gone");
     }
 
-    pub(super) fn close_member(&mut self, member: MemberId) -> Reply {
+    /// The reply leaves before the connection is forgotten.
+    pub(super) fn close_member(&mut self, member: MemberId, request_id: u64) {
+        if request_id != 0 {
+            self.send(member, request_id, Reply::SessionClosed(wire::SessionClosed {}));
+        }
         self.end_member(member, "closed");
-        Reply::SessionClosed(wire::SessionClosed {})
     }
 
     /// The member touches nothing any more. Its open fills are aborted; what others of its session may be reading by its
