@@ -6,7 +6,7 @@
 
 use super::Node;
 use super::event::{Effect, MemberId};
-use super::lease::{Item, ItemState, NewLease, PartSet, RequestKind, unknown_lease};
+use super::lease::{Item, ItemState, LeaseId, NewLease, PartSet, RequestKind, unknown_lease};
 use super::matching::{check_key, runs};
 use kvd_proto::limits::RESERVE_WAIT_MS_MAX;
 use kvd_proto::slot_header::SlotHeader;
@@ -15,6 +15,7 @@ use kvd_proto::{BlockId, Chain, Code, Error};
 use kvd_tiers::catalog::{Handle, Key, Mark, NewEntry};
 use kvd_tiers::segment::SlotRef;
 use std::collections::VecDeque;
+use std::ops::Range;
 
 /// Reservations that wait for space. At the limit: the next one does not wait.
 const WAITING_MAX: usize = 1024;
@@ -339,25 +340,34 @@ impl Node {
         let id = request.lease;
         let mut whole = Vec::new();
         for (at, parts) in filled {
-            let lease = self.leases.get_mut(id).expect("an open lease");
-            let item = &mut lease.items[at];
+            let count = self.part_count(space, self.leases.get(id).expect("open").items[at].group);
+            let item = &mut self.leases.get_mut(id).expect("an open lease").items[at];
             item.state = ItemState::Filling(parts);
-            if parts.len() == self.part_count(space, self.leases.get(id).expect("open").items[at].group) {
-                let item = &mut self.leases.get_mut(id).expect("an open lease").items[at];
+            if parts.len() == count {
                 item.state = ItemState::Committed;
-                whole.push((item.handle, item.slot, item.group));
+                whole.push((item.handle, item.slot, item.block));
             }
         }
         // tail first, as chains are touched
         for (handle, slot, _) in whole.iter().rev() {
             self.publish(*handle, *slot);
         }
-        let committed = whole.iter().filter(|(.., group)| *group == 0).count();
+        let committed = whole.iter().filter(|(.., block)| self.now_present(id, *block)).count();
         self.counters.committed_blocks += committed as u64;
         if committed > 0 {
             self.note("commit", || format!("{committed} blocks by lease {id}"));
         }
         Ok(wire::CommitReply { committed: committed as u32 })
+    }
+
+    /// Whether that was the last group of the block that was missing; whoever asks for it again hears PRESENT.
+    fn now_present(&mut self, lease: LeaseId, block: u32) -> bool {
+        let lease = self.leases.get_mut(lease).expect("an open lease");
+        let groups = self.spaces[usize::from(lease.space)].pools.len() as u8;
+        let done = |place: usize| lease.items[place].state == ItemState::Committed;
+        let whole = (0..groups).all(|group| lease.places(group, block..block + 1).all(done));
+        let state = &mut lease.states[block as usize];
+        whole && std::mem::replace(state, ReserveState::Present as u8) == ReserveState::Granted as u8
     }
 
     fn part_count(&self, space: u16, group: u8) -> u32 {
@@ -367,70 +377,33 @@ impl Node {
     /// What the commit would leave each of the lease's items with; nothing is changed if any of it is wrong.
     fn check_commit(&self, request: &wire::CommitRequest) -> Result<Vec<(usize, PartSet)>, Error> {
         let lease = self.leases.get(request.lease).ok_or_else(|| unknown_lease(request.lease))?;
-        let blocks = self.named_blocks(lease.chain.len(), &request.blocks)?;
-        let layout = &self.spaces[usize::from(lease.space)].space.layout;
-        let first_part =
-            |group: usize| -> u32 { layout.groups()[..group].iter().map(kvd_proto::Group::part_count).sum() };
-        let parts_in_all = first_part(layout.groups().len());
-        if let Some(part) = request.parts.iter().find(|part| **part >= parts_in_all) {
-            let message = format!("part {part} of a layout with {parts_in_all}");
-            return Err(Error::invalid("parts", message, "number parts through all groups, from 0"));
-        }
+        let blocks = named_blocks(lease.chain.len() as u32, &request.blocks)?;
+        let groups = self.spaces[usize::from(lease.space)].space.layout.groups();
+        let everything = request.parts.is_empty();
         let mut filled = Vec::new();
-        let mut open = 0;
-        for (at, item) in lease.items.iter().enumerate() {
-            if blocks.as_ref().is_some_and(|blocks| !blocks[item.block as usize]) {
-                continue;
+        for (group, (first_part, named)) in named_parts(groups, &request.parts)?.into_iter().enumerate() {
+            let named = if everything { PartSet::all(groups[group].part_count()) } else { named };
+            if named.len() == 0 {
+                continue; // the request is about other groups
             }
-            let ItemState::Filling(mut parts) = item.state else {
-                if request.parts.is_empty() && blocks.is_none() {
-                    continue; // "everything": what is committed already is passed over
+            for at in blocks.iter().flat_map(|blocks| lease.places(group as u8, blocks.clone())) {
+                let item = &lease.items[at];
+                let ItemState::Filling(parts) = item.state else {
+                    if everything && request.blocks.is_empty() {
+                        continue; // what is committed already is passed over
+                    }
+                    return Err(already_committed(request.lease, item.block));
+                };
+                if let Some(twice) = parts.common(named).filter(|_| !everything) {
+                    return Err(filled_twice(first_part + twice, item.block));
                 }
-                return Err(already_committed(request.lease, item.block));
-            };
-            open += 1;
-            let group = usize::from(item.group);
-            let (first, count) = (first_part(group), layout.groups()[group].part_count());
-            let all = 0..count;
-            let named = request.parts.iter().filter(|part| **part >= first).map(|part| part - first);
-            let new: Vec<u32> = if request.parts.is_empty() {
-                all.filter(|part| !parts.has(*part as u16)).collect()
-            } else {
-                named.filter(|part| *part < count).collect()
-            };
-            for part in new {
-                if !parts.add(part as u16) {
-                    return Err(Error::new(
-                        Code::PartFilledTwice,
-                        "parts",
-                        format!("part {} of block {} is filled already", part + first, item.block),
-                        "commit each part once, by the rank that owns it",
-                    ));
-                }
+                filled.push((at, parts.union(named)));
             }
-            filled.push((at, parts));
         }
-        if open == 0 {
-            return Err(already_committed(request.lease, lease.items.first().map_or(0, |item| item.block)));
+        if filled.is_empty() {
+            return Err(already_committed(request.lease, blocks.first().map_or(0, |blocks| blocks.start)));
         }
         Ok(filled)
-    }
-
-    /// By block of the chain, whether it is named; `None`: no block is, so all are meant.
-    fn named_blocks(&self, chain: usize, ranges: &[wire::BlockRange]) -> Result<Option<Vec<bool>>, Error> {
-        if ranges.is_empty() {
-            return Ok(None);
-        }
-        let mut named = vec![false; chain];
-        for range in ranges {
-            let end = u64::from(range.first) + u64::from(range.count);
-            if end > chain as u64 {
-                let message = format!("blocks {}..{end} of a chain of {chain}", range.first);
-                return Err(Error::invalid("blocks", message, "name blocks of the reserved chain"));
-            }
-            named[range.first as usize..end as usize].fill(true);
-        }
-        Ok(Some(named))
     }
 
     fn publish(&mut self, handle: Handle, slot: SlotRef) {
@@ -496,11 +469,66 @@ struct Place {
     depth: u32,
 }
 
+/// The named blocks as ranges in order, apart; all of them where none is named.
+fn named_blocks(chain: u32, ranges: &[wire::BlockRange]) -> Result<Vec<Range<u32>>, Error> {
+    if ranges.is_empty() {
+        return Ok(vec![0..chain]);
+    }
+    let mut named = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        let end = range.first.checked_add(range.count).filter(|end| *end <= chain);
+        let end = end.ok_or_else(|| {
+            let message = format!("{} blocks from {} of a chain of {chain}", range.count, range.first);
+            Error::invalid("blocks", message, "name blocks of the reserved chain")
+        })?;
+        named.push(range.first..end);
+    }
+    named.sort_by_key(|range| range.start);
+    named.dedup_by(|next, last| {
+        let joins = next.start <= last.end;
+        if joins {
+            last.end = last.end.max(next.end);
+        }
+        joins
+    });
+    Ok(named)
+}
+
+/// By group: the number of its first part, and which of its parts are named.
+fn named_parts(groups: &[kvd_proto::Group], parts: &[u32]) -> Result<Vec<(u32, PartSet)>, Error> {
+    let (mut named, mut in_all) = (Vec::with_capacity(groups.len()), 0);
+    for group in groups {
+        named.push((in_all, PartSet::default()));
+        in_all += group.part_count();
+    }
+    for part in parts {
+        if *part >= in_all {
+            let message = format!("part {part} of a layout with {in_all}");
+            return Err(Error::invalid("parts", message, "number parts through all groups, from 0"));
+        }
+        let (first_part, set) = named.iter_mut().rfind(|(first, _)| first <= part).expect("the first is 0");
+        if !set.add((part - *first_part) as u16) {
+            let message = format!("part {part} is named twice");
+            return Err(Error::new(Code::PartFilledTwice, "parts", message, "name each part once"));
+        }
+    }
+    Ok(named)
+}
+
+fn filled_twice(part: u32, block: u32) -> Error {
+    Error::new(
+        Code::PartFilledTwice,
+        "parts",
+        format!("part {part} of block {block} is filled already"),
+        "commit each part once, by the rank that owns it",
+    )
+}
+
 fn already_committed(lease: u64, block: u32) -> Error {
     Error::new(
         Code::AlreadyCommitted,
         "lease",
-        format!("block {block} of lease {lease} is committed already"),
+        format!("block {block} is committed already, or was not granted by lease {lease}"),
         "commit each block once",
     )
 }

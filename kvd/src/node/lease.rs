@@ -12,11 +12,14 @@ use kvd_proto::{BlockId, Code, Error};
 use kvd_tiers::catalog::Handle;
 use kvd_tiers::segment::SlotRef;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Range;
 
 pub(super) type LeaseId = u64;
 
 /// Leases of one session at a time. At the limit: `Limit`.
 const LEASES_PER_SESSION_MAX: usize = 8192;
+/// Leases ended in one call; the others end in the next.
+const ENDED_PER_CALL_MAX: usize = 1024;
 /// A load may go this long without progress, or twice its prediction if that is longer (law 3; the recompute side of
 /// the rule needs a worker's profile, which this node does not have yet).
 const STALL_US_MIN: u64 = 2_000_000;
@@ -59,6 +62,13 @@ pub(super) enum ItemState {
 pub(super) struct PartSet([u64; 4]);
 
 impl PartSet {
+    /// Parts `0..count`.
+    pub(super) fn all(count: u32) -> Self {
+        let mut all = Self::default();
+        (0..count).for_each(|part| _ = all.add(part as u16));
+        all
+    }
+
     /// Adds a part; `false`: it was there.
     pub(super) fn add(&mut self, part: u16) -> bool {
         let (word, bit) = (usize::from(part) / 64, 1 << (part % 64));
@@ -67,8 +77,14 @@ impl PartSet {
         new
     }
 
-    pub(super) fn has(self, part: u16) -> bool {
-        self.0[usize::from(part) / 64] & (1 << (part % 64)) != 0
+    pub(super) fn union(self, other: Self) -> Self {
+        Self(std::array::from_fn(|word| self.0[word] | other.0[word]))
+    }
+
+    /// The first part that both have.
+    pub(super) fn common(self, other: Self) -> Option<u32> {
+        let word = (0..self.0.len()).find(|word| self.0[*word] & other.0[*word] != 0)?;
+        Some(word as u32 * 64 + (self.0[word] & other.0[word]).trailing_zeros())
     }
 
     pub(super) fn len(self) -> u32 {
@@ -96,6 +112,14 @@ pub(super) struct Lease {
     loading: u32,
     /// When loading must have made progress again; `u64::MAX`: nothing is loading.
     pub(super) stalls_us: u64,
+}
+
+impl Lease {
+    /// Where a group's items of these blocks are; items are ordered by group and block.
+    pub(super) fn places(&self, group: u8, blocks: Range<u32>) -> Range<usize> {
+        let before = |block: u32| self.items.partition_point(|item| (item.group, item.block) < (group, block));
+        before(blocks.start)..before(blocks.end)
+    }
 }
 
 /// All leases of the node.
@@ -320,10 +344,8 @@ impl Node {
     }
 
     pub(super) fn end_leases(&mut self) {
-        while let Some(&(ends_us, id)) = self.leases.by_end.first() {
-            if ends_us > self.now_us {
-                break;
-            }
+        for _ in 0..ENDED_PER_CALL_MAX {
+            let Some(&(_, id)) = self.leases.by_end.first().filter(|first| first.0 <= self.now_us) else { return };
             self.end_lease(id);
         }
     }
@@ -346,6 +368,7 @@ impl Node {
                 .collect();
             for (block, handle) in given_up {
                 self.catalog.get_mut(handle).release();
+                self.movement.stalled(handle, self.now_us);
                 self.leases.tell(id, block, false);
             }
             self.note("stall", || format!("lease {id}: loading made no progress, given up"));
@@ -375,9 +398,10 @@ impl Node {
         lease.loading -= 1;
         lease.stalls_us = if lease.loading > 0 { stalls_us.expect("it is there") } else { u64::MAX };
         // a block is ready when all its groups are
-        let of_block = |item: &&Item| item.block == block;
-        let whole = group_count == 1
-            || lease.items.iter().filter(of_block).all(|item| item.state == ItemState::Ready);
+        let whole = (0..group_count).all(|group| {
+            let places = lease.places(group as u8, block..block + 1);
+            lease.items[places].iter().all(|item| item.state == ItemState::Ready)
+        });
         if lease.loading == 0 {
             self.leases.loading.remove(&id);
         }

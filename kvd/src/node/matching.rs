@@ -278,7 +278,7 @@ impl Node {
     pub(super) fn promote(&mut self, handle: Handle) -> Option<SlotRef> {
         let entry = self.catalog.get(handle);
         if entry.is(Tier::Nvme, Mark::Moving) {
-            return entry.copy(Tier::Dram);
+            return entry.copy(Tier::Dram).filter(|_| self.movement.comes(handle));
         }
         self.start_promotion(handle)
     }
