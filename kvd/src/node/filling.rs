@@ -21,6 +21,8 @@ use std::ops::Range;
 const WAITING_MAX: usize = 1024;
 /// Waiting reservations tried in one call.
 const SERVED_PER_CALL_MAX: usize = 16;
+/// How soon one that waits is tried again when fewer slots are free than it needs: some copies may go by now.
+const RETRY_US: u64 = 50_000;
 /// Even who would not wait, waits this long for the first segment of a size class.
 const FIRST_SEGMENT_US: u64 = 2_000_000;
 
@@ -40,6 +42,16 @@ struct Wanted {
     chain: Vec<BlockId>,
     asked_us: u64,
     until_us: u64,
+    tried_us: u64,
+    /// Slots it was short of when it was last tried.
+    needs: u64,
+}
+
+/// What a try came to.
+enum Tried {
+    Answer(wire::ReserveReply),
+    /// Not enough slots: so many are needed.
+    Short(u64),
 }
 
 impl Node {
@@ -50,7 +62,7 @@ impl Node {
         request_id: u64,
         request: &wire::ReserveRequest,
     ) -> Result<Option<wire::ReserveReply>, Error> {
-        let wanted = self.check_reserve(member, request_id, request)?;
+        let mut wanted = self.check_reserve(member, request_id, request)?;
         let session = self.sessions.of(member)?;
         let known = self.same_question(
             session,
@@ -66,11 +78,25 @@ impl Node {
         self.counters.reserve_requests += 1;
         let may_wait = wanted.until_us > self.now_us || self.any_opening(wanted.space);
         let last = !may_wait || self.waiting.queue.len() >= WAITING_MAX;
-        if let Some(reply) = self.try_reserve(&wanted, last)? {
-            return Ok(Some(reply));
+        if last || !self.others_wait(wanted.space) {
+            match self.try_reserve(&wanted, last)? {
+                Tried::Answer(reply) => return Ok(Some(reply)),
+                Tried::Short(needs) => wanted.needs = needs,
+            }
         }
         self.waiting.queue.push_back(wanted);
         Ok(None)
+    }
+
+    /// Whether somebody waits already for slots of the space's pools.
+    fn others_wait(&self, space: u16) -> bool {
+        let pools = self.dram_pools(space);
+        let shares = |wanted: &Wanted| self.dram_pools(wanted.space).iter().any(|pool| pools.contains(pool));
+        self.waiting.queue.iter().any(shares)
+    }
+
+    fn dram_pools(&self, space: u16) -> Vec<usize> {
+        self.spaces[usize::from(space)].pools.iter().map(|(dram, _)| *dram).collect()
     }
 
     fn check_reserve(
@@ -106,6 +132,8 @@ impl Node {
             chain: chain.ids().to_vec(),
             asked_us: self.now_us,
             until_us: self.now_us + wait_us,
+            tried_us: self.now_us,
+            needs: 0,
         })
     }
 
@@ -138,60 +166,113 @@ impl Node {
         self.spaces[usize::from(space)].pools.iter().any(|(dram, _)| self.opening(*dram))
     }
 
-    /// Waiting reservations, oldest first, now that slots may have become free.
+    /// Waiting reservations, oldest first, now that slots may have become free. Who waits holds up nobody but those who
+    /// came later for the same pools, and those only until their own time is over.
     pub(super) fn serve_waiting(&mut self) {
-        for _ in 0..SERVED_PER_CALL_MAX.min(self.waiting.queue.len()) {
-            let wanted = self.waiting.queue.pop_front().expect("counted");
+        let (mut taken, mut at, mut tried) = (Vec::new(), 0, 0);
+        while at < self.waiting.queue.len() && tried < SERVED_PER_CALL_MAX {
+            let wanted = &self.waiting.queue[at];
             if self.sessions.of(wanted.member).is_err() {
-                continue; // its member is gone
+                self.waiting.queue.remove(at); // its member is gone
+                continue;
             }
+            let pools = self.dram_pools(wanted.space);
             let opening = self.any_opening(wanted.space) && self.now_us < wanted.asked_us + FIRST_SEGMENT_US;
             let last = self.now_us >= wanted.until_us && !opening;
+            let behind = pools.iter().any(|pool| taken.contains(pool));
+            if !last && (behind || !self.worth_trying(wanted, &pools)) {
+                taken.extend(pools);
+                at += 1;
+                continue;
+            }
+            tried += 1;
+            let mut wanted = self.waiting.queue.remove(at).expect("within the queue");
             match self.try_reserve(&wanted, last) {
-                Ok(None) => {
-                    self.waiting.queue.push_front(wanted); // those behind it wait their turn
-                    return;
+                Ok(Tried::Answer(reply)) => {
+                    self.send(wanted.member, wanted.request_id, Reply::Reserve(reply));
                 }
-                Ok(Some(reply)) => self.send(wanted.member, wanted.request_id, Reply::Reserve(reply)),
+                Ok(Tried::Short(needs)) => {
+                    (wanted.needs, wanted.tried_us) = (needs, self.now_us);
+                    self.waiting.queue.insert(at, wanted);
+                    taken.extend(pools);
+                    at += 1;
+                }
                 Err(error) => self.refuse(wanted.member, wanted.request_id, error),
             }
         }
     }
 
-    /// `last`: answers with what can be had now, dropping copies that exist nowhere else; otherwise all or `None`.
-    fn try_reserve(&mut self, wanted: &Wanted, last: bool) -> Result<Option<wire::ReserveReply>, Error> {
+    /// A try looks at the whole chain: not each time one slot of many becomes free.
+    fn worth_trying(&self, wanted: &Wanted, pools: &[usize]) -> bool {
+        let free: u64 = pools.iter().map(|pool| self.memory.pools[*pool].slots.free_slots()).sum();
+        free >= wanted.needs || self.now_us >= wanted.tried_us + RETRY_US
+    }
+
+    /// `last`: answers with what can be had now, dropping copies that exist nowhere else; otherwise all or nothing.
+    fn try_reserve(&mut self, wanted: &Wanted, last: bool) -> Result<Tried, Error> {
         let session = self.sessions.of(wanted.member)?;
-        let mut budget = self.lease_budget(session)?;
+        let (space, chain) = (wanted.space, &wanted.chain);
+        if let Some(known) =
+            self.same_question(session, RequestKind::Reserve, &wanted.key, space, chain, wanted.depth)
+        {
+            return Ok(Tried::Answer(self.reserve_reply(known))); // another member waited for it too
+        }
+        let budget = self.lease_budget(session)?;
+        if !last && let Some(needs) = self.short_of(wanted, budget) {
+            return Ok(Tried::Short(needs));
+        }
+        let (states, items, bytes) = self.take_blocks(wanted, last, budget);
+        self.count_states(&states);
+        Ok(Tried::Answer(self.grant(wanted, session, states, items, bytes)))
+    }
+
+    /// Frees slots for all that is missing of the chain, as far as the budget goes, without dropping what exists nowhere
+    /// else; `Some`: how many are needed, if that was not enough. More than there are is waited for in vain, until the
+    /// wait is over.
+    fn short_of(&mut self, wanted: &Wanted, budget: u64) -> Option<u64> {
+        let groups = self.spaces[usize::from(wanted.space)].pools.len() as u8;
+        let blocks = usize::try_from(budget / self.block_bytes(wanted.space)).unwrap_or(usize::MAX);
+        let granted = |id: &&BlockId| self.reserve_state(wanted.space, groups, **id) == ReserveState::Granted;
+        let mut needs = vec![0; self.memory.pools.len()];
+        for id in wanted.chain.iter().filter(granted).take(blocks) {
+            for (group, (pool, _)) in self.spaces[usize::from(wanted.space)].pools.iter().enumerate() {
+                let key = Key { space: wanted.space, group: group as u8, id: *id };
+                needs[*pool] += u64::from(self.catalog.find(&key).is_none());
+            }
+        }
+        let mut enough = true;
+        for (pool, slots) in needs.iter().enumerate().filter(|(_, slots)| **slots > 0) {
+            enough &= self.free_slots(pool, *slots);
+        }
+        (!enough).then(|| needs.iter().sum())
+    }
+
+    /// What can be had of the chain; after the first block for which there is no room, no other is taken.
+    fn take_blocks(&mut self, wanted: &Wanted, drop: bool, budget: u64) -> (Vec<u8>, Vec<Item>, u64) {
         let groups = self.spaces[usize::from(wanted.space)].pools.len() as u8;
         let mut states = Vec::with_capacity(wanted.chain.len());
-        let mut items: Vec<Item> = Vec::new();
-        let mut bytes = 0;
+        let (mut items, mut bytes, mut full) = (Vec::new(), 0, false);
         let mut parent = wanted.parent;
         for (at, id) in wanted.chain.iter().enumerate() {
             let before = std::mem::replace(&mut parent, *id);
-            let state = self.reserve_state(wanted.space, groups, *id);
-            if state != ReserveState::Granted {
-                states.push(state as u8);
-                continue;
+            let mut state = self.reserve_state(wanted.space, groups, *id);
+            if state == ReserveState::Granted && !full {
+                let place = Place { block: at as u32, id: *id, parent: before, depth: wanted.depth + at as u32 };
+                let from = items.len();
+                match self.take_block(wanted.space, groups, &place, drop, budget - bytes, &mut items) {
+                    Some(taken) => bytes += taken,
+                    None => full = true,
+                }
+                if full {
+                    items.drain(from..).for_each(|item| self.drop_filling(&item));
+                }
             }
-            let place = Place { block: at as u32, id: *id, parent: before, depth: wanted.depth + at as u32 };
-            let from = items.len();
-            let taken = self.take_block(wanted.space, groups, &place, last, budget, &mut items);
-            if let Some(taken) = taken {
-                budget -= taken;
-                bytes += taken;
-                states.push(ReserveState::Granted as u8);
-            } else if last || self.lease_budget(session)? == budget && budget < self.block_bytes(wanted.space)
-            {
-                items.split_off(from).iter().for_each(|item| self.drop_filling(item));
-                states.push(ReserveState::NoSpace as u8);
-            } else {
-                items.iter().rev().for_each(|item| self.drop_filling(item));
-                return Ok(None);
+            if state == ReserveState::Granted && full {
+                state = ReserveState::NoSpace;
             }
+            states.push(state as u8);
         }
-        self.count_states(&states);
-        Ok(Some(self.grant(wanted, session, states, items, bytes)))
+        (states, items, bytes)
     }
 
     fn block_bytes(&self, space: u16) -> u64 {

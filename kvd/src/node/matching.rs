@@ -220,13 +220,9 @@ impl Node {
         Ok(wire::PinReply { blocks: stored as u32 })
     }
 
-    pub(super) fn pin_by_prefix(&mut self, id_prefix: &[u8], ttl_ms: u32) -> Answer {
-        let handles = match self.by_prefix(id_prefix) {
-            Ok(handles) => handles,
-            Err(error) => return Answer::Refused(error),
-        };
-        let blocks = handles.len() as u32;
-        match handles.into_iter().try_for_each(|handle| self.set_pin(handle, ttl_ms)) {
+    pub(super) fn pin_blocks(&mut self, found: Vec<Handle>, ttl_ms: u32) -> Answer {
+        let blocks = found.len() as u32;
+        match found.into_iter().try_for_each(|handle| self.set_pin(handle, ttl_ms)) {
             Ok(()) => Answer::Pin(wire::PinBlockReply { blocks }),
             Err(error) => Answer::Refused(error),
         }

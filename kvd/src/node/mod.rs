@@ -17,6 +17,7 @@ mod matching;
 mod memory;
 mod movement;
 mod purge;
+mod search;
 mod session;
 
 #[cfg(test)]
@@ -87,6 +88,7 @@ pub struct Node {
     pin_ends: BTreeSet<(u32, Handle)>,
     pinned_bytes: u64,
     purges: purge::Purges,
+    searches: search::Searches,
     counters: Counters,
 }
 
@@ -118,6 +120,7 @@ impl Node {
             pin_ends: BTreeSet::new(),
             pinned_bytes: 0,
             purges: purge::Purges::default(),
+            searches: search::Searches::default(),
             counters: Counters::default(),
             config,
         }

@@ -275,7 +275,7 @@ fn whatever_happens_what_must_hold_holds() {
             counters.checksum_errors,
             counters.leases_expired,
         ];
-        assert!(seen.iter().all(|count| *count > 0), "seed {seed} misses something: {counters:?}");
+        println!("{seed} {counters:?}"); assert!(seen.iter().all(|count| *count > 0), "seed {seed} misses something: {counters:?}");
     }
 }
 
