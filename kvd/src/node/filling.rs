@@ -257,7 +257,8 @@ impl Node {
             let before = std::mem::replace(&mut parent, *id);
             let mut state = self.reserve_state(wanted.space, groups, *id);
             if state == ReserveState::Granted && !full {
-                let place = Place { block: at as u32, id: *id, parent: before, depth: wanted.depth + at as u32 };
+                let place =
+                    Place { block: at as u32, id: *id, parent: before, depth: wanted.depth + at as u32 };
                 let from = items.len();
                 match self.take_block(wanted.space, groups, &place, drop, budget - bytes, &mut items) {
                     Some(taken) => bytes += taken,

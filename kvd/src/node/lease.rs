@@ -117,7 +117,8 @@ pub(super) struct Lease {
 impl Lease {
     /// Where a group's items of these blocks are; items are ordered by group and block.
     pub(super) fn places(&self, group: u8, blocks: Range<u32>) -> Range<usize> {
-        let before = |block: u32| self.items.partition_point(|item| (item.group, item.block) < (group, block));
+        let before =
+            |block: u32| self.items.partition_point(|item| (item.group, item.block) < (group, block));
         before(blocks.start)..before(blocks.end)
     }
 }
@@ -345,7 +346,9 @@ impl Node {
 
     pub(super) fn end_leases(&mut self) {
         for _ in 0..ENDED_PER_CALL_MAX {
-            let Some(&(_, id)) = self.leases.by_end.first().filter(|first| first.0 <= self.now_us) else { return };
+            let Some(&(_, id)) = self.leases.by_end.first().filter(|first| first.0 <= self.now_us) else {
+                return;
+            };
             self.end_lease(id);
         }
     }

@@ -260,7 +260,9 @@ impl Node {
     pub(super) fn unpin_expired(&mut self) {
         let now_s = self.now_s();
         for _ in 0..UNPINNED_PER_CALL_MAX {
-            let Some((_, handle)) = self.pin_ends.first().copied().filter(|pin| pin.0 <= now_s) else { return };
+            let Some((_, handle)) = self.pin_ends.first().copied().filter(|pin| pin.0 <= now_s) else {
+                return;
+            };
             self.unpin(handle);
         }
     }

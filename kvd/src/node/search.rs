@@ -51,7 +51,11 @@ impl Node {
             return Err(Error::invalid("id_prefix", message, "give 1 to 16 bytes of the block's id"));
         }
         if self.searches.queue.len() >= SEARCHES_MAX {
-            return Err(Error::limit("id_prefix", format!("{SEARCHES_MAX} are waiting"), "wait for one to end"));
+            return Err(Error::limit(
+                "id_prefix",
+                format!("{SEARCHES_MAX} are waiting"),
+                "wait for one to end",
+            ));
         }
         Ok(())
     }

@@ -59,7 +59,11 @@ impl World {
         let mut quarantined = BTreeMap::<usize, u64>::new();
         for lease in self.node.leases.leases.values() {
             for item in lease.items.iter().filter(|item| item.state == ItemState::Quarantined) {
-                assert!(seen.insert((Tier::Dram as i32, item.slot)), "{:?} is quarantined and used", item.slot);
+                assert!(
+                    seen.insert((Tier::Dram as i32, item.slot)),
+                    "{:?} is quarantined and used",
+                    item.slot
+                );
                 let pool = self.node.pool_of_group(lease.space, item.group, Tier::Dram).expect("a pool");
                 *quarantined.entry(pool).or_default() += 1;
             }
@@ -107,7 +111,10 @@ impl World {
                     let pool = self.node.memory.pool_of_segment(Tier::Dram, slot.segment).expect("a pool");
                     let slots = &self.node.memory.pools[pool].slots;
                     let free = slots.owner(slot).is_none() && slots.quarantined_slots() == 0;
-                    assert!(!free || self.was_committed(*lease, block, group), "{slot:?} of lease {lease} is free");
+                    assert!(
+                        !free || self.was_committed(*lease, block, group),
+                        "{slot:?} of lease {lease} is free"
+                    );
                 }
             }
         }
@@ -144,7 +151,8 @@ impl World {
         let marked = |handle: &Handle, tier, mark| self.node.catalog.get(*handle).is(tier, mark);
         assert_eq!(self.node.movement.moves.len(), self.moves.len(), "a move ends once");
         for (token, moved) in &self.node.movement.moves {
-            let (from, to) = if moved.promotion { (Tier::Nvme, Tier::Dram) } else { (Tier::Dram, Tier::Nvme) };
+            let (from, to) =
+                if moved.promotion { (Tier::Nvme, Tier::Dram) } else { (Tier::Dram, Tier::Nvme) };
             assert!(marked(&moved.handle, from, Mark::Moving) && marked(&moved.handle, to, Mark::Filling));
             let entry = self.node.catalog.get(moved.handle);
             let seen = &self.moves[token];

@@ -216,11 +216,21 @@ impl World {
 
     /// One event in one call; its effects carried out; everything checked.
     pub(super) fn apply(&mut self, event: Event) {
+        self.forget_ended();
         let mut effects = Vec::new();
         self.node.apply([event], self.now_us, &mut effects);
         effects.into_iter().for_each(|effect| self.execute(effect));
         self.check();
         while self.opens_at_once && self.open_next(Ok(())) {}
+    }
+
+    /// A session that maps nothing reads no more by a lease that has ended, whoever joins it later.
+    fn forget_ended(&mut self) {
+        let mapped: BTreeSet<_> = self.clients.values().filter(|it| it.maps).map(|it| it.session).collect();
+        let leases = &self.node.leases;
+        self.promises.retain(|lease, promise| {
+            promise.fill || mapped.contains(&promise.session) || leases.get(*lease).is_some()
+        });
     }
 
     /// Of all effects so far.
