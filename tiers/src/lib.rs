@@ -12,6 +12,7 @@ pub mod header_pages;
 pub mod mapping;
 pub mod measure;
 pub mod media;
+pub mod recover;
 pub mod segment;
 pub mod segment_header;
 pub mod slots;

@@ -64,10 +64,10 @@ impl World {
         let mut done = Vec::new();
         self.pages.submit(&mut self.medium, self.now_us);
         self.medium.reap(None, &mut done).unwrap();
-        done.iter().for_each(|done| {
+        for done in &done {
             assert!(HeaderPages::owns(done.token));
             self.pages.finish(done);
-        });
+        }
         done.len()
     }
 
