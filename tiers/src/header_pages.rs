@@ -199,7 +199,8 @@ impl HeaderPages {
             let read = key.1 != SEGMENT_PAGE && self.segments[&key.0].written(key.1);
             self.flights[at] = Some(Flight { key, direction: Direction::Read, headers: 0 });
             if !read {
-                self.memory.copy_in(at * RUN_BYTES_MAX, &[0; RUN_BYTES_MAX]);
+                let bytes = (self.io_range(key).end - self.io_range(key).start) as usize;
+                self.memory.copy_in(at * RUN_BYTES_MAX, &vec![0; bytes]);
                 self.patch(at);
             }
             self.ready.push_back(at);
@@ -271,8 +272,7 @@ impl HeaderPages {
 
     fn io(&self, at: usize) -> Io {
         let flight = self.flight(at);
-        let (segment, run) = flight.key;
-        let range = self.segments[&segment].range(run);
+        let (segment, range) = (flight.key.0, self.io_range(flight.key));
         let buffer = Buffer {
             mapping: self.memory.clone(),
             offset: at * RUN_BYTES_MAX,
@@ -280,6 +280,10 @@ impl HeaderPages {
         };
         let token = TOKEN_BIT | at as u64;
         Io { token, direction: flight.direction, segment, offset: range.start, buffer }
+    }
+
+    fn io_range(&self, (segment, run): RunKey) -> std::ops::Range<u64> {
+        self.segments[&segment].range(run)
     }
 
     fn take_dirty(&mut self, key: RunKey) -> Dirty {

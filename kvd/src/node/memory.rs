@@ -124,6 +124,20 @@ impl Memory {
         self.segments.get(&(at(tier), segment)).map(|open| open.pool)
     }
 
+    /// Takes in an NVMe segment that an earlier daemon left; `false`: it is cut otherwise, or is not within the tier.
+    pub(super) fn adopt(&mut self, pool: usize, segment: SegmentId, geometry: Geometry) -> bool {
+        let (state, space) = (&mut self.pools[pool], &mut self.tiers[at(Tier::Nvme)]);
+        let key = (at(Tier::Nvme), segment);
+        let end = (u64::from(segment) + 1) * space.segment_bytes;
+        if state.geometry != geometry || end > space.capacity_bytes || self.segments.contains_key(&key) {
+            return false;
+        }
+        space.taken_bytes += space.segment_bytes;
+        self.segments.insert(key, Open { pool, populated_bytes: 0 });
+        state.slots.add_segment(segment, geometry.slots);
+        true
+    }
+
     pub(super) fn populated(&mut self, segment: SegmentId, bytes: u64) {
         if let Some(open) = self.segments.get_mut(&(at(Tier::Dram), segment)) {
             open.populated_bytes += bytes;
@@ -149,6 +163,11 @@ impl Memory {
             ..wire::TierStatus::default()
         }
     }
+}
+
+fn lowest_free(segments: &HashMap<(usize, SegmentId), Open>) -> SegmentId {
+    let free = |id: &SegmentId| !segments.contains_key(&(at(Tier::Nvme), *id));
+    (0..).find(free).expect("there are fewer segments than ids")
 }
 
 fn announce(pool: &Pool, segment: SegmentId) -> wire::Segment {
@@ -188,8 +207,12 @@ impl Node {
         }
         state.opening = true;
         space.taken_bytes += space.segment_bytes;
-        let segment = space.next_segment;
-        space.next_segment += 1;
+        let segment = match state.tier {
+            // extents are places in a file, and recovery may have found only some of them
+            Tier::Nvme => lowest_free(&self.memory.segments),
+            _ => space.next_segment,
+        };
+        space.next_segment = segment + 1;
         let (tier, geometry, tenant) = (state.tier, state.geometry, self.tenants[state.tenant].clone());
         self.memory.segments.insert((at(tier), segment), Open { pool, populated_bytes: 0 });
         self.out.push(Effect::OpenSegment { tier, segment, geometry, tenant });
@@ -218,7 +241,6 @@ impl Node {
                 space.taken_bytes -= space.segment_bytes;
                 space.refused_until_us = self.now_us + REFUSED_US;
                 if tier == Tier::Nvme {
-                    space.next_segment = space.next_segment.min(segment); // extents are places in a file
                     self.counters.nvme_errors += 1;
                 }
                 self.note("error", || format!("a {tier:?} segment could not be opened: {why}"));

@@ -17,10 +17,13 @@ mod matching;
 mod memory;
 mod movement;
 mod purge;
+mod recovery;
 mod session;
 
 #[cfg(test)]
 mod tests;
+
+pub use recovery::Recovered;
 
 use event::Effect;
 use kvd_proto::space::{Fingerprint, Space};
@@ -86,6 +89,7 @@ pub struct Node {
     pins: HashMap<Handle, u32>,
     pinned_bytes: u64,
     purges: purge::Purges,
+    recovered: Recovered,
     counters: Counters,
 }
 
@@ -116,6 +120,7 @@ impl Node {
             pins: HashMap::new(),
             pinned_bytes: 0,
             purges: purge::Purges::default(),
+            recovered: Recovered::default(),
             counters: Counters::default(),
             config,
         }

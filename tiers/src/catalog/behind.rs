@@ -20,6 +20,8 @@ use std::time::{Duration, Instant};
 pub const QUEUE_MAX: usize = 16_384;
 /// From a batch's first change until it is written, unless it is full before.
 const BATCH_EVERY: Duration = Duration::from_secs(1);
+/// Name of the thread: sled may panic there, which is caught and ends the catalog only.
+pub const THREAD: &str = "kvd-catalog";
 
 /// What has become of a segment, slot or space.
 #[derive(Debug)]
@@ -80,10 +82,14 @@ impl WriteBehind {
             spaces: Vec::new(),
             chunks: BTreeMap::new(),
         };
-        writer.guard(|store| store.set_complete(false));
-        let thread = std::thread::Builder::new().name("kvd-catalog".to_owned());
-        let thread = thread.spawn(move || writer.run(&messages))?;
-        Ok(Self { queue, told, thread })
+        let thread = std::thread::Builder::new().name(THREAD.to_owned());
+        let thread = thread.spawn(move || {
+            writer.guard(|store| store.set_complete(false));
+            writer.run(&messages);
+        })?;
+        let behind = Self { queue, told, thread };
+        behind.sync(); // what is told from now on finds it incomplete
+        Ok(behind)
     }
 
     /// Takes a change, or drops and counts it.

@@ -139,7 +139,9 @@ impl Store {
         let keys = || self.of_segment(segment).keys().collect::<Result<Vec<_>, _>>();
         for keys in guarded(keys)?.chunks(BATCH_CHUNKS_MAX) {
             let mut batch = sled::Batch::default();
-            keys.iter().for_each(|key| batch.remove(key));
+            for key in keys {
+                batch.remove(key);
+            }
             guarded(|| self.trees().chunks.apply_batch(batch))?;
         }
         Ok(())
