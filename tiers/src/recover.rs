@@ -119,7 +119,9 @@ impl Recovery<'_> {
     fn spaces(&mut self, store: Option<&Store>) {
         let Some(Ok((spaces, damaged))) = store.map(Store::spaces) else { return };
         self.summary.spaces_damaged = damaged;
-        spaces.into_iter().for_each(|space| (self.found)(Found::Space(space)));
+        for space in spaces {
+            (self.found)(Found::Space(space));
+        }
     }
 
     fn segment(&mut self, segment: SegmentId, complete: Option<&Store>) -> Result<(), MediumError> {

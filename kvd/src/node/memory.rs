@@ -167,7 +167,7 @@ impl Memory {
 
 fn lowest_free(segments: &HashMap<(usize, SegmentId), Open>) -> SegmentId {
     let free = |id: &SegmentId| !segments.contains_key(&(at(Tier::Nvme), *id));
-    (0..).find(free).expect("there are fewer segments than ids")
+    (0..=SegmentId::MAX).find(free).expect("there are fewer segments than ids")
 }
 
 fn announce(pool: &Pool, segment: SegmentId) -> wire::Segment {
