@@ -42,6 +42,7 @@ impl Daemon {
         let mut child = Command::new(env!("CARGO_BIN_EXE_kvd"))
             .args(["serve", "--config"])
             .arg(&config)
+            .env("NO_COLOR", "1")
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
@@ -51,7 +52,6 @@ impl Daemon {
             said += &lines.next().unwrap_or_else(|| panic!("it ended before it served: {said}"));
             said.push('\n');
         }
-        println!("{said}");
         std::thread::spawn(move || lines.for_each(|line| println!("{line}")));
         Self { child, said }
     }
