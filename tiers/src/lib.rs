@@ -8,9 +8,12 @@
 pub mod catalog;
 pub mod checksum;
 pub mod eviction;
+pub mod header_pages;
 pub mod mapping;
 pub mod measure;
 pub mod media;
+pub mod recover;
 pub mod segment;
+pub mod segment_header;
 pub mod slots;
 pub mod table;

@@ -44,6 +44,11 @@ impl Node {
                 self.checksummed(slot, generation, elapsed_us);
             }
             Event::Moved { token, result, elapsed_us } => self.moved(token, result, elapsed_us),
+            Event::RecoveredSpace { space } => self.recovered_space(*space),
+            Event::RecoveredSegment { segment, geometry, tenant } => {
+                self.recovered_segment(segment, geometry, &tenant);
+            }
+            Event::Recovered { slot, header } => self.recovered_block(slot, &header),
             Event::Ask { ticket, question } => self.ask(ticket, question),
             Event::Tick => self.tick(),
         }

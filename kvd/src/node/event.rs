@@ -5,6 +5,7 @@
 
 use kvd_proto::slot_header::SlotHeader;
 use kvd_proto::wire::{self, Tier, client_frame, node_frame};
+use kvd_proto::{Fingerprint, Space};
 use kvd_tiers::segment::{Geometry, SegmentId, SlotRef};
 
 /// One connection, named by the shell; never reused.
@@ -80,6 +81,27 @@ pub enum Event {
         result: Result<(), MoveError>,
         /// From start to end.
         elapsed_us: u64,
+    },
+    /// An earlier daemon had this space. Before any client: spaces, then segments, then blocks, parents first.
+    RecoveredSpace {
+        /// Checked against its fingerprint; carries its tenant.
+        space: Box<Space>,
+    },
+    /// An NVMe segment of an earlier daemon, open.
+    RecoveredSegment {
+        /// Which.
+        segment: SegmentId,
+        /// How it is cut.
+        geometry: Geometry,
+        /// Whose.
+        tenant: String,
+    },
+    /// A block that an earlier daemon left in a recovered segment.
+    Recovered {
+        /// Where.
+        slot: SlotRef,
+        /// What; the shell keeps the part checksums.
+        header: Box<SlotHeader>,
     },
     /// A person asks.
     Ask {
@@ -178,6 +200,15 @@ pub enum Effect {
     Forget {
         /// Where.
         slot: SlotRef,
+    },
+    /// A space whose blocks may go to NVMe, for a later daemon to know.
+    Space {
+        /// What its blocks' headers say.
+        fingerprint: Fingerprint,
+        /// Whose.
+        tenant: String,
+        /// What it stands for.
+        definition: Box<wire::Space>,
     },
     /// Answer a person.
     Answer {

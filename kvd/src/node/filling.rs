@@ -270,25 +270,8 @@ impl Node {
                     items.drain(from..).for_each(|item| self.drop_filling(&item));
                 }
             }
-<<<<<<< HEAD
-            let place = Place { block: at as u32, id: *id, parent: before, depth: wanted.depth + at as u32 };
-            let from = items.len();
-            let taken = self.take_block(wanted.space, groups, &place, drop, budget, &mut items);
-            if let Some(taken) = taken {
-                budget -= taken;
-                bytes += taken;
-                states.push(ReserveState::Granted as u8);
-            } else if last || self.lease_budget(session)? == budget && budget < self.block_bytes(wanted.space)
-            {
-                items.split_off(from).iter().for_each(|item| self.drop_filling(item));
-                states.push(ReserveState::NoSpace as u8);
-            } else {
-                items.iter().rev().for_each(|item| self.drop_filling(item));
-                return Ok(None);
-=======
             if state == ReserveState::Granted && full {
                 state = ReserveState::NoSpace;
->>>>>>> h6
             }
             states.push(state as u8);
         }

@@ -12,7 +12,7 @@ use kvd_tiers::catalog::{Handle, Mark};
 use kvd_tiers::eviction::{self, Eviction};
 use kvd_tiers::segment::{Geometry, SegmentId, SlotRef};
 use kvd_tiers::slots::SlotPool;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 
 /// Copies a search for a victim looks at. At the limit: no victim this time; what was looked at has moved out of the way.
 const SCAN_MAX: usize = 64;
@@ -51,8 +51,6 @@ struct TierSpace {
     segment_bytes: u64,
     taken_bytes: u64,
     next_segment: SegmentId,
-    /// Extents that could not be opened: places in a file, used again.
-    spare_segments: BTreeSet<SegmentId>,
     eviction: String,
     refused_until_us: u64,
 }
@@ -75,7 +73,6 @@ impl Memory {
             segment_bytes,
             taken_bytes: 0,
             next_segment: 0,
-            spare_segments: BTreeSet::new(),
             eviction: eviction.to_owned(),
             refused_until_us: 0,
         };
@@ -127,6 +124,20 @@ impl Memory {
         self.segments.get(&(at(tier), segment)).map(|open| open.pool)
     }
 
+    /// Takes in an NVMe segment that an earlier daemon left; `false`: it is cut otherwise, or is not within the tier.
+    pub(super) fn adopt(&mut self, pool: usize, segment: SegmentId, geometry: Geometry) -> bool {
+        let (state, space) = (&mut self.pools[pool], &mut self.tiers[at(Tier::Nvme)]);
+        let key = (at(Tier::Nvme), segment);
+        let end = (u64::from(segment) + 1) * space.segment_bytes;
+        if state.geometry != geometry || end > space.capacity_bytes || self.segments.contains_key(&key) {
+            return false;
+        }
+        space.taken_bytes += space.segment_bytes;
+        self.segments.insert(key, Open { pool, populated_bytes: 0 });
+        state.slots.add_segment(segment, geometry.slots);
+        true
+    }
+
     pub(super) fn populated(&mut self, segment: SegmentId, bytes: u64) {
         if let Some(open) = self.segments.get_mut(&(at(Tier::Dram), segment)) {
             open.populated_bytes += bytes;
@@ -152,6 +163,11 @@ impl Memory {
             ..wire::TierStatus::default()
         }
     }
+}
+
+fn lowest_free(segments: &HashMap<(usize, SegmentId), Open>) -> SegmentId {
+    let free = |id: &SegmentId| !segments.contains_key(&(at(Tier::Nvme), *id));
+    (0..=SegmentId::MAX).find(free).expect("there are fewer segments than ids")
 }
 
 fn announce(pool: &Pool, segment: SegmentId) -> wire::Segment {
@@ -191,8 +207,12 @@ impl Node {
         }
         state.opening = true;
         space.taken_bytes += space.segment_bytes;
-        let segment = space.spare_segments.pop_first().unwrap_or(space.next_segment);
-        space.next_segment = space.next_segment.max(segment + 1);
+        let segment = match state.tier {
+            // extents are places in a file, and recovery may have found only some of them
+            Tier::Nvme => lowest_free(&self.memory.segments),
+            _ => space.next_segment,
+        };
+        space.next_segment = segment + 1;
         let (tier, geometry, tenant) = (state.tier, state.geometry, self.tenants[state.tenant].clone());
         self.memory.segments.insert((at(tier), segment), Open { pool, populated_bytes: 0 });
         self.out.push(Effect::OpenSegment { tier, segment, geometry, tenant });
@@ -221,7 +241,6 @@ impl Node {
                 space.taken_bytes -= space.segment_bytes;
                 space.refused_until_us = self.now_us + REFUSED_US;
                 if tier == Tier::Nvme {
-                    space.spare_segments.insert(segment);
                     self.counters.nvme_errors += 1;
                 }
                 self.note("error", || format!("a {tier:?} segment could not be opened: {why}"));

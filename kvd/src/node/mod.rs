@@ -17,11 +17,14 @@ mod matching;
 mod memory;
 mod movement;
 mod purge;
+mod recovery;
 mod search;
 mod session;
 
 #[cfg(test)]
 mod tests;
+
+pub use recovery::Recovered;
 
 use event::Effect;
 use kvd_proto::space::{Fingerprint, Space};
@@ -89,6 +92,7 @@ pub struct Node {
     pinned_bytes: u64,
     purges: purge::Purges,
     searches: search::Searches,
+    recovered: Recovered,
     counters: Counters,
 }
 
@@ -121,6 +125,7 @@ impl Node {
             pinned_bytes: 0,
             purges: purge::Purges::default(),
             searches: search::Searches::default(),
+            recovered: Recovered::default(),
             counters: Counters::default(),
             config,
         }

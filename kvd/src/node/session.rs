@@ -256,6 +256,15 @@ impl Node {
 
     /// The space's number, new or known; opens the first segment of each of its slot classes.
     pub(super) fn space(&mut self, tenant: usize, space: Space) -> Result<u16, Error> {
+        let id = self.add_space(tenant, space)?;
+        for (dram, _) in self.spaces[usize::from(id)].pools.clone() {
+            self.grow_if_empty(dram);
+        }
+        Ok(id)
+    }
+
+    /// The space's number, new or known.
+    pub(super) fn add_space(&mut self, tenant: usize, space: Space) -> Result<u16, Error> {
         let fingerprint = space.fingerprint();
         if let Some(known) = self.by_fingerprint.get(&fingerprint) {
             return Ok(*known);
@@ -277,10 +286,11 @@ impl Node {
         let id = self.spaces.len() as u16;
         let text = format!("{} of {} as {id}", space.model, space.tenant);
         self.by_fingerprint.insert(fingerprint, id);
-        self.spaces.push(RegisteredSpace { space, fingerprint, tenant, pools: pools.clone() });
-        for (dram, _) in pools {
-            self.grow_if_empty(dram);
+        if self.config.nvme.is_some() {
+            let definition = Box::new(space.to_wire());
+            self.out.push(Effect::Space { fingerprint, tenant: space.tenant.clone(), definition });
         }
+        self.spaces.push(RegisteredSpace { space, fingerprint, tenant, pools });
         self.note("space", || text);
         Ok(id)
     }

@@ -6,9 +6,11 @@
 mod dram;
 mod grpc;
 mod inbox;
+mod ledger;
 mod metrics;
 mod mover;
 mod reactor;
+mod recovery;
 mod shelf;
 mod socket;
 mod watch;
@@ -19,11 +21,14 @@ use crate::node::{Node, NodeConfig, NvmeConfig};
 use dram::DramSegments;
 use inbox::{Inbox, Input};
 use kvd_proto::{Code, Error};
+use kvd_tiers::media::Medium as _;
 use kvd_tiers::media::dram::DramOptions;
 use kvd_tiers::media::nvme::{self, NvmeMedium, NvmeOptions};
+use ledger::Ledger;
 use mover::Mover;
 use reactor::{Parts, Reactor};
 use rustix::fs::{FlockOperation, flock};
+use shelf::Shelf;
 use std::fs::File;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
@@ -31,7 +36,7 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// The thread that writes the catalog behind.
-pub(crate) const CATALOG_THREAD: &str = "kvd-catalog";
+pub(crate) const CATALOG_THREAD: &str = kvd_tiers::catalog::behind::THREAD;
 /// Copies of the DRAM medium complete at once; this many may wait to be told.
 const DRAM_QUEUE_DEPTH: usize = 64;
 
@@ -48,9 +53,14 @@ pub fn serve(config: &Config) -> Result<(), Error> {
     let waker = mio::Waker::new(poll.registry(), reactor::WAKE).map_err(|e| io("eventfd", e))?;
     let inbox = Inbox::new(waker);
     let dram = Arc::new(DramSegments::new(dram_options(config)));
-    let nvme = nvme_options(config).map(|options| open_nvme(options)).transpose()?;
-    let start =
-        |medium| Mover::start(Box::new(medium), config.nvme.segment_bytes, dram.clone(), inbox.clone());
+    let node_config = node_config(config);
+    let epoch = node_config.epoch;
+    let mut node = Node::new(node_config);
+    let nvme =
+        nvme_options(config).map(|options| open_nvme(config, options, &mut node, epoch)).transpose()?;
+    let start = |(medium, left)| {
+        Mover::start(Box::new(medium), config.nvme.segment_bytes, left, dram.clone(), inbox.clone())
+    };
     let (mover, moving) = nvme.map(start).unzip();
     let listener =
         mio::net::UnixListener::from_std(bind(&config.listen.session_socket, "listen.session_socket")?);
@@ -68,7 +78,7 @@ pub fn serve(config: &Config) -> Result<(), Error> {
         poll,
         listener,
         inbox,
-        node: Node::new(node_config(config)),
+        node,
         dram,
         mover,
         connections_max: config.limits.members_max as usize,
@@ -250,8 +260,24 @@ pub(crate) fn nvme_options(config: &Config) -> Option<NvmeOptions> {
     })
 }
 
-fn open_nvme(options: NvmeOptions) -> Result<NvmeMedium, Error> {
-    let opened = NvmeMedium::open(options);
+/// Opens the tier and takes in what is there, before anybody can ask for it.
+fn open_nvme(
+    config: &Config,
+    options: NvmeOptions,
+    node: &mut Node,
+    epoch: u64,
+) -> Result<(NvmeMedium, (Shelf, Ledger)), Error> {
+    let path = options.path.clone();
+    let opened = NvmeMedium::open(options).and_then(|mut medium| {
+        let capacity_bytes = medium.info().capacity_bytes;
+        let places = recovery::Places {
+            catalog: config.data_dir.join("catalog"),
+            catalog_cache_bytes: config.nvme.catalog_cache_bytes,
+            extents: recovery::extents(&path, capacity_bytes, config.nvme.segment_bytes),
+        };
+        let left = recovery::run(&mut medium, places, node, epoch)?;
+        Ok((medium, left))
+    });
     opened.map_err(|e| {
         Error::new(
             Code::Unavailable,

@@ -1,14 +1,17 @@
 //! The thread that moves blocks between DRAM and NVMe: drives the medium, knows what every NVMe slot's bytes must be.
 //!
-//! Owns: the NVMe medium and part checksums by slot. Invariants: a promotion succeeds only if every part has
+//! Owns: the NVMe medium, part checksums by slot and the ledger for a later daemon. Invariants: a promotion succeeds only if every part has
 //! the checksum that was recorded when it was written; every order ends with one input to the node; at most the medium's
 //! queue depth is under way, the rest waits here, bounded by the node's own limits.
 
 use super::dram::DramSegments;
 use super::inbox::{Inbox, Input};
+use super::ledger::Ledger;
 use super::shelf::Shelf;
 use crate::node::event::MoveError;
 use kvd_proto::slot_header::SlotHeader;
+use kvd_tiers::catalog::record::SpaceRecord;
+use kvd_tiers::header_pages::HeaderPages;
 use kvd_tiers::media::{Direction, Done, Io, Medium, MediumInfo, Wake};
 use kvd_tiers::segment::{Geometry, SegmentId, SlotRef};
 use std::collections::{HashMap, VecDeque};
@@ -20,9 +23,11 @@ const IDLE: Duration = Duration::from_millis(200);
 
 /// An order to the thread.
 pub(super) enum Order {
-    Open { segment: SegmentId, geometry: Geometry },
+    Open { segment: SegmentId, geometry: Geometry, tenant: String },
+    Space(SpaceRecord),
     Demote { token: u64, from: SlotRef, to: SlotRef, header: Box<SlotHeader> },
     Promote { token: u64, from: SlotRef, to: SlotRef },
+    Forget { slot: SlotRef },
     Stop,
 }
 
@@ -39,6 +44,7 @@ impl Mover {
     pub(super) fn start(
         medium: Box<dyn Medium>,
         segment_bytes: u64,
+        (shelf, ledger): (Shelf, Ledger),
         dram: Arc<DramSegments>,
         inbox: Inbox,
     ) -> (Self, std::thread::JoinHandle<()>) {
@@ -51,7 +57,8 @@ impl Mover {
             dram,
             inbox,
             orders,
-            shelf: Shelf::default(),
+            shelf,
+            ledger,
             pending: VecDeque::new(),
             under_way: HashMap::with_capacity(queue_depth),
             next_io: 0,
@@ -83,6 +90,7 @@ struct Thread {
     inbox: Inbox,
     orders: Arc<Mutex<Vec<Order>>>,
     shelf: Shelf,
+    ledger: Ledger,
     pending: VecDeque<Transfer>,
     under_way: HashMap<u64, Transfer>,
     next_io: u64,
@@ -109,31 +117,37 @@ impl Thread {
         while !self.finished() {
             orders.append(&mut self.orders.lock().unwrap_or_else(PoisonError::into_inner));
             orders.drain(..).for_each(|order| self.take(order));
+            self.submit_headers();
             self.submit();
             if let Err(error) = self.medium.reap(Some(IDLE), &mut done) {
                 self.fail_all(&error.to_string());
             }
             done.drain(..).for_each(|done| self.finish(done));
         }
+        self.ledger.close();
     }
 
     fn finished(&self) -> bool {
-        self.stopping && (self.refused.is_some() || (self.pending.is_empty() && self.under_way.is_empty()))
+        let idle = self.pending.is_empty() && self.under_way.is_empty() && self.ledger.idle();
+        self.stopping && (self.refused.is_some() || idle)
     }
 
     fn take(&mut self, order: Order) {
         match order {
-            Order::Open { segment, geometry } => self.open(segment, geometry),
+            Order::Open { segment, geometry, tenant } => self.open(segment, geometry, tenant),
+            Order::Space(space) => self.ledger.space(space),
             Order::Demote { token, from, to, header } => self.demote(token, from, to, header),
             Order::Promote { token, from, to } => self.promote(token, from, to),
+            Order::Forget { slot } => self.ledger.forget(slot, self.shelf.geometry(slot.segment)),
             Order::Stop => self.stopping = true,
         }
     }
 
-    fn open(&mut self, segment: SegmentId, geometry: Geometry) {
+    fn open(&mut self, segment: SegmentId, geometry: Geometry, tenant: String) {
         let opened = self.medium.open_segment(segment, self.segment_bytes);
         if opened.is_ok() {
             self.shelf.open(segment, geometry);
+            self.ledger.opened(segment, geometry, tenant);
         }
         let result = opened.map_err(|error| error.to_string());
         self.inbox.push(Input::SegmentOpened { segment, result });
@@ -171,11 +185,22 @@ impl Thread {
         self.pending.push_front(Transfer { work, io, ordered: Instant::now() });
     }
 
+    /// Before slots: there are few, and a queue full of slots would keep them out.
+    fn submit_headers(&mut self) {
+        if self.refused.is_none() {
+            self.ledger.submit(&mut *self.medium, self.stopping);
+        }
+    }
+
     fn submit(&mut self) {
         while let Some(mut transfer) = self.pending.pop_front() {
             if let Some(why) = self.refused.clone() {
                 self.end(transfer, Err(MoveError::Device(why)));
                 continue;
+            }
+            if self.ledger.full() && matches!(transfer.work, Work::Demotion { .. }) {
+                self.pending.push_front(transfer); // until headers are written; reads are all before it
+                return;
             }
             transfer.io.token = self.next_io;
             match self.medium.submit(transfer.io.clone()) {
@@ -192,6 +217,10 @@ impl Thread {
     }
 
     fn finish(&mut self, done: Done) {
+        if HeaderPages::owns(done.token) {
+            self.ledger.finish(&done);
+            return;
+        }
         let transfer = self.under_way.remove(&done.token).expect("a transfer ends once");
         self.end(transfer, done.result.map_err(|error| MoveError::Device(error.to_string())));
     }
@@ -202,6 +231,7 @@ impl Thread {
             Work::Demotion { token, to, header } => {
                 if result.is_ok() {
                     self.shelf.put(to, &header.part_checksums);
+                    self.ledger.demoted(to, &header);
                 }
                 (token, result, Vec::new())
             }
@@ -219,6 +249,7 @@ impl Thread {
     /// land in its slot, so it is never said to have ended: its readers stall and miss, its slot is lost (law 2).
     fn fail_all(&mut self, why: &str) {
         self.refused = Some(why.to_owned());
+        self.ledger.abandon();
         let writes = |transfer: &Transfer| matches!(transfer.work, Work::Demotion { .. });
         let lost: Vec<_> = self.under_way.extract_if(|_, transfer| writes(transfer)).collect();
         for (_, transfer) in lost {

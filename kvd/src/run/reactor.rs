@@ -17,9 +17,11 @@ use crate::node::{EVENTS_PER_CALL_MAX, Node};
 use kvd_proto::slot_header::{FLAG_CHECKSUMMED, SlotHeader};
 use kvd_proto::wire::{self, ClientFrame, Tier, client_frame, node_frame};
 use kvd_proto::{Code, Error};
+use kvd_tiers::catalog::record::SpaceRecord;
 use kvd_tiers::segment::{Geometry, SegmentId, SlotRef};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
+use prost::Message as _;
 use rustix::fd::{AsRawFd, OwnedFd};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -371,7 +373,9 @@ impl Reactor {
         match effect {
             Effect::Send { member, frame } => self.send(member, frame),
             Effect::Close { member } => self.close(member),
-            Effect::OpenSegment { tier, segment, geometry, .. } => self.open_segment(tier, segment, geometry),
+            Effect::OpenSegment { tier, segment, geometry, tenant } => {
+                self.open_segment(tier, segment, geometry, tenant);
+            }
             Effect::Publish { slot, generation, header } => self.dram.publish(slot, generation, &header),
             Effect::Retire { slot, generation } => self.dram.retire(slot, generation),
             Effect::Checksum { slot, generation } => {
@@ -386,7 +390,11 @@ impl Reactor {
                 self.promotions.insert(token, (to, generation, header));
                 self.orders.push(Order::Promote { token, from, to });
             }
-            Effect::Forget { .. } => {}
+            Effect::Forget { slot } => self.orders.push(Order::Forget { slot }),
+            Effect::Space { fingerprint, tenant, definition } => {
+                let space = definition.encode_to_vec();
+                self.orders.push(Order::Space(SpaceRecord { fingerprint, tenant, space }));
+            }
             Effect::Answer { ticket, answer } => {
                 if let Some(asker) = self.questions.remove(&ticket) {
                     let _ = asker.send(answer); // who stopped waiting is not told
@@ -399,9 +407,9 @@ impl Reactor {
         }
     }
 
-    fn open_segment(&mut self, tier: Tier, segment: SegmentId, geometry: Geometry) {
+    fn open_segment(&mut self, tier: Tier, segment: SegmentId, geometry: Geometry, tenant: String) {
         if tier == Tier::Nvme {
-            self.orders.push(Order::Open { segment, geometry });
+            self.orders.push(Order::Open { segment, geometry, tenant });
             return;
         }
         let result = self.dram.open(segment, geometry).map(|opened| {

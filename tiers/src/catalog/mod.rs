@@ -13,6 +13,7 @@
 //! hashes every entry again within one insert (about 0.1 us each), and a doubling slab moves.
 //! Leaves to others: which slots are free (`slots`), what goes first (`eviction`), what lasts (`record`, `store`).
 
+pub mod behind;
 pub mod entry;
 pub mod record;
 pub mod store;

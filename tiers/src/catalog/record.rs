@@ -13,6 +13,8 @@ use kvd_proto::{BlockId, Fingerprint};
 pub const CHUNK_SLOTS: u32 = 64;
 /// Bytes of a space's definition; far above what the proto's limits allow. At the limit: `encode` asserts.
 pub const SPACE_BYTES_MAX: usize = 64 << 10;
+/// Parts of slots that are recorded, see `keeps`.
+const RECORDED_PARTS_MAX: u16 = 4;
 const CHUNK_MAGIC: [u8; 4] = *b"KVDC";
 const SPACE_MAGIC: [u8; 4] = *b"KVDS";
 const MAJOR: u16 = 1;
@@ -52,6 +54,13 @@ pub struct Record {
     pub write_epoch: u64,
     /// CRC-32 of each part, by index; empty: only the slot's header has them.
     pub part_checksums: Vec<u32>,
+}
+
+/// Whether slots of so many parts are recorded at all. A record needs every part's checksum, or the header must be read
+/// anyway; slots of many parts are large and so few that reading all their headers takes no time worth the memory that
+/// sled would take (a terabyte of 2 MiB slots: 256 MB of headers).
+pub fn keeps(parts: u16) -> bool {
+    parts <= RECORDED_PARTS_MAX
 }
 
 /// What a fingerprint stands for.
@@ -216,28 +225,28 @@ fn open(magic: [u8; 4], bytes: &[u8]) -> Option<(bool, Reader<'_>)> {
 }
 
 /// What is left to read; every step checks that it is there.
-struct Reader<'a>(&'a [u8]);
+pub(crate) struct Reader<'a>(pub(crate) &'a [u8]);
 
 impl<'a> Reader<'a> {
-    fn take(&mut self, len: usize) -> Option<&'a [u8]> {
+    pub(crate) fn take(&mut self, len: usize) -> Option<&'a [u8]> {
         let (taken, rest) = self.0.split_at_checked(len)?;
         self.0 = rest;
         Some(taken)
     }
 
-    fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
+    pub(crate) fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
         self.take(N)?.try_into().ok()
     }
 
-    fn u16(&mut self) -> Option<u16> {
+    pub(crate) fn u16(&mut self) -> Option<u16> {
         self.array().map(u16::from_le_bytes)
     }
 
-    fn u32(&mut self) -> Option<u32> {
+    pub(crate) fn u32(&mut self) -> Option<u32> {
         self.array().map(u32::from_le_bytes)
     }
 
-    fn u64(&mut self) -> Option<u64> {
+    pub(crate) fn u64(&mut self) -> Option<u64> {
         self.array().map(u64::from_le_bytes)
     }
 }

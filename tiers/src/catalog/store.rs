@@ -2,14 +2,15 @@
 //!
 //! Owns: a folder with two trees, chunks of NVMe slots and spaces. Written in batches, read once at start.
 //! Invariants: never the truth while the daemon runs; whatever is wrong with it (sled fails or panics, a value does not
-//! decode) means "rebuild from headers", never a wrong answer: what it says is checked against the headers before it is
-//! served. No sled type leaves this file.
+//! decode) means "rebuild from headers", never a wrong answer: a block it names is served only if its parts have the
+//! checksums that came with it. No sled type leaves this file.
 //! Memory: the cache and, once chunks are rewritten at random, up to 16,384 pages of two chunks each: sled queues 64
 //! accesses in each of 256 shards before it evicts. Measured beyond the cache: 455 MB with 32 part checksums a record
 //! (4 million blocks), 230 MB with one (10 million).
 //! Waits for the disk: belongs on a thread of its own. Leaves to others: batching and when to flush (kvd).
 
 use super::record::{ChunkKey, Record, SpaceRecord, decode_chunk, encode_chunk};
+use crate::segment::SegmentId;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::{fs, io};
@@ -18,6 +19,8 @@ use std::{fs, io};
 pub const BATCH_CHUNKS_MAX: usize = 1024;
 /// The cache that a node gives sled: nothing is read twice.
 pub const CACHE_BYTES_DEFAULT: u64 = 32 << 20;
+/// In sled's default tree; there or not.
+const COMPLETE_KEY: &[u8] = b"complete";
 
 /// Why the catalog on disk cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -115,6 +118,52 @@ impl Store {
         Ok((spaces, damaged))
     }
 
+    /// One chunk, if it is there.
+    pub fn chunk(&self, key: ChunkKey) -> Result<Option<Vec<Record>>, StoreError> {
+        let value = guarded(|| self.trees().chunks.get(key.to_bytes()))?;
+        value.map(|value| decode_chunk(&value).ok_or(StoreError::Damaged(key))).transpose()
+    }
+
+    /// Every chunk of a segment, in order; one that is damaged makes all of them unusable.
+    pub fn segment(&self, segment: SegmentId) -> Result<Vec<(ChunkKey, Vec<Record>)>, StoreError> {
+        let pairs = guarded(|| self.of_segment(segment).collect::<Result<Vec<_>, _>>())?;
+        let decode = |(key, value): (sled::IVec, sled::IVec)| {
+            let key = ChunkKey::from_bytes(&key).ok_or(StoreError::Key(key.len()))?;
+            Ok((key, decode_chunk(&value).ok_or(StoreError::Damaged(key))?))
+        };
+        pairs.into_iter().map(decode).collect()
+    }
+
+    /// Forgets what was known of a segment's slots.
+    pub fn remove_segment(&self, segment: SegmentId) -> Result<(), StoreError> {
+        let keys = || self.of_segment(segment).keys().collect::<Result<Vec<_>, _>>();
+        for keys in guarded(keys)?.chunks(BATCH_CHUNKS_MAX) {
+            let mut batch = sled::Batch::default();
+            for key in keys {
+                batch.remove(key);
+            }
+            guarded(|| self.trees().chunks.apply_batch(batch))?;
+        }
+        Ok(())
+    }
+
+    fn of_segment(&self, segment: SegmentId) -> sled::Iter {
+        self.trees().chunks.scan_prefix(segment.to_be_bytes())
+    }
+
+    /// Whether whoever wrote last said everything: `set_complete` was its last word.
+    pub fn is_complete(&self) -> Result<bool, StoreError> {
+        guarded(|| self.trees().db.contains_key(COMPLETE_KEY))
+    }
+
+    /// Says so, or takes it back before the first change; on the device when this returns.
+    pub fn set_complete(&self, complete: bool) -> Result<(), StoreError> {
+        self.flush()?; // what it speaks of comes first
+        let db = &self.trees().db;
+        guarded(|| if complete { db.insert(COMPLETE_KEY, &[]) } else { db.remove(COMPLETE_KEY) })?;
+        self.flush()
+    }
+
     /// Every chunk in order of segment and slot. After `Damaged` or `Key` the others follow; any other error is the last.
     pub fn load(&self) -> impl Iterator<Item = Result<(ChunkKey, Vec<Record>), StoreError>> + '_ {
         let mut pairs = Some(self.trees().chunks.iter());
@@ -141,6 +190,12 @@ impl Store {
         guarded(|| self.trees().db.size_on_disk())
     }
 
+    /// What a broken disk would do to one value.
+    #[cfg(test)]
+    pub(crate) fn damage(&self, key: ChunkKey) {
+        self.trees().chunks.insert(key.to_bytes(), b"odd").expect("sled takes it");
+    }
+
     fn trees(&self) -> &Trees {
         self.trees.as_ref().expect("only drop takes the trees")
     }
@@ -165,7 +220,8 @@ fn guarded<T>(call: impl FnOnce() -> Result<T, sled::Error>) -> Result<T, StoreE
     }
 }
 
-fn put_aside(path: &Path) -> Result<(), StoreError> {
+/// Renames the folder to `<path>.broken`, replacing an earlier one; nobody may have it open.
+pub(super) fn put_aside(path: &Path) -> Result<(), StoreError> {
     let mut aside = path.as_os_str().to_owned();
     aside.push(".broken");
     let aside = PathBuf::from(aside);

@@ -275,7 +275,7 @@ impl World {
                 self.nvme.remove(&slot);
             }
             Effect::Answer { ticket, answer } => self.answers.push((ticket, answer)),
-            Effect::Note { .. } => {}
+            Effect::Note { .. } | Effect::Space { .. } => {}
         }
     }
 

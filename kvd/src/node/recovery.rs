@@ -1,0 +1,233 @@
+//! What an earlier daemon left on NVMe, taken in before the first client: spaces, segments, blocks.
+//!
+//! Invariants: a recovered block is a claim about bytes, and what reads it checks every part (law 1); it is in a segment
+//! of its own tenant and slot class or it is refused (law 9); of two copies of one block the first stays, so the shell
+//! sends the newer first. Parents come before children, so that leaves are known as such.
+//! Leaves to others: reading devices and part checksums (`run`).
+
+use super::Node;
+use kvd_proto::Space;
+use kvd_proto::slot_header::SlotHeader;
+use kvd_proto::wire::Tier;
+use kvd_tiers::catalog::{Key, Mark, NewEntry};
+use kvd_tiers::segment::{Geometry, SegmentId, SlotRef};
+
+/// How many were taken in, and how many not.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Recovered {
+    /// Spaces known before any client came.
+    pub spaces: u64,
+    /// Segments.
+    pub segments: u64,
+    /// Blocks.
+    pub blocks: u64,
+    /// Spaces beyond the limit, or whose blocks fit no segment of this configuration.
+    pub refused_spaces: u64,
+    /// Segments that are cut otherwise or are beyond the tier's capacity.
+    pub refused_segments: u64,
+    /// Blocks of unknown spaces, of other segments than their space's, and second copies.
+    pub refused_blocks: u64,
+}
+
+impl Node {
+    /// How recovery went.
+    pub fn recovered(&self) -> Recovered {
+        self.recovered
+    }
+
+    /// DRAM is given to it only when a client registers it too.
+    pub(super) fn recovered_space(&mut self, space: Space) {
+        let tenant = self.tenant(&space.tenant);
+        match self.add_space(tenant, space) {
+            Ok(_) => self.recovered.spaces += 1,
+            Err(error) => {
+                self.recovered.refused_spaces += 1;
+                self.note("recover", || error.to_string());
+            }
+        }
+    }
+
+    pub(super) fn recovered_segment(&mut self, segment: SegmentId, geometry: Geometry, tenant: &str) {
+        assert!(self.config.nvme.is_some(), "segment {segment} is in a tier that is not there");
+        let tenant = self.tenant(tenant);
+        let pool = self.memory.pool(Tier::Nvme, tenant, (geometry.slot_bytes, geometry.parts));
+        if self.memory.adopt(pool, segment, geometry) {
+            self.recovered.segments += 1;
+        } else {
+            self.recovered.refused_segments += 1;
+        }
+    }
+
+    pub(super) fn recovered_block(&mut self, slot: SlotRef, header: &SlotHeader) {
+        let Some((key, pool)) = self.recoverable(slot, header) else {
+            self.recovered.refused_blocks += 1;
+            return;
+        };
+        let new = NewEntry { key, parent: header.parent, depth: header.depth, tokens: header.tokens };
+        let handle = self.catalog.insert(&new, Tier::Nvme, slot);
+        self.catalog.get_mut(handle).mark(Tier::Nvme, Mark::Checksummed);
+        let pool = &mut self.memory.pools[pool];
+        pool.slots.adopt(slot, handle);
+        pool.policy.insert(handle, key.id.to_u64());
+        self.recovered.blocks += 1;
+    }
+
+    /// What it would be found by, and its pool.
+    fn recoverable(&self, slot: SlotRef, header: &SlotHeader) -> Option<(Key, usize)> {
+        let space = *self.by_fingerprint.get(&header.fingerprint)?;
+        let registered = &self.spaces[usize::from(space)];
+        let group = u8::try_from(header.group).ok()?;
+        let (_, pool) = *registered.pools.get(usize::from(group))?;
+        let pool =
+            pool.filter(|pool| self.memory.pool_of_segment(Tier::Nvme, slot.segment) == Some(*pool))?;
+        let whole = header.tokens == registered.space.layout.block_tokens();
+        let key = Key { space, group, id: header.id };
+        let new = self.catalog.find(&key).is_none() && !self.memory.pools[pool].slots.is_live(slot);
+        (whole && new).then_some((key, pool))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::event::{Effect, Event};
+    use crate::node::{NodeConfig, NvmeConfig};
+    use kvd_proto::layout::DataType;
+    use kvd_proto::slot_header::FLAG_CHECKSUMMED;
+    use kvd_proto::space::IdScheme;
+    use kvd_proto::wire::purge_request::What;
+    use kvd_proto::{BlockId, Layout};
+
+    const SEGMENT_BYTES: u64 = 4 << 20;
+
+    fn node() -> Node {
+        Node::new(NodeConfig {
+            epoch: 9,
+            dram_bytes: 16 << 20,
+            dram_segment_bytes: SEGMENT_BYTES,
+            dram_eviction: "lru".into(),
+            nvme: Some(NvmeConfig {
+                bytes: 4 * SEGMENT_BYTES,
+                segment_bytes: SEGMENT_BYTES,
+                eviction: "lru".into(),
+                queue_depth: 4,
+            }),
+            lease_ttl_ms: 1000,
+            lease_bytes_max: 1 << 20,
+            sessions_max: 4,
+            members_max: 4,
+        })
+    }
+
+    fn space(tenant: &str) -> Space {
+        Space {
+            tenant: tenant.into(),
+            model: "m".into(),
+            revision: b"r".to_vec(),
+            epoch: 0,
+            layout: Layout::full(2, 1, 128, DataType::Bf16, (2, 1), 16).unwrap(),
+            id_scheme: IdScheme::Tokens,
+        }
+    }
+
+    fn geometry() -> Geometry {
+        Geometry::nvme(space("a").layout.slot_bytes(0), 2, SEGMENT_BYTES)
+    }
+
+    fn block(slot: u32, tenant: &str, depth: u32) -> Event {
+        block_in(1, slot, header(tenant, depth))
+    }
+
+    fn block_in(segment: SegmentId, slot: u32, header: SlotHeader) -> Event {
+        Event::Recovered { slot: SlotRef { segment, slot }, header: Box::new(header) }
+    }
+
+    fn header(tenant: &str, depth: u32) -> SlotHeader {
+        SlotHeader {
+            fingerprint: space(tenant).fingerprint(),
+            id: BlockId([depth as u8 + 1; 16]),
+            parent: BlockId([depth as u8; 16]),
+            depth,
+            tokens: 16,
+            group: 0,
+            flags: FLAG_CHECKSUMMED,
+            element_tag: 0,
+            length: 0,
+            stored_length: 0,
+            write_epoch: 1,
+            key_id: 0,
+            nonce: [0; 24],
+            part_checksums: Vec::new(),
+        }
+    }
+
+    /// Spaces of tenants `a` and `b`, segment 1 of `a`.
+    fn recovered(blocks: Vec<Event>) -> (Node, Vec<Effect>) {
+        let (mut node, mut effects) = (node(), Vec::new());
+        let spaces = ["a", "b"].map(|tenant| Event::RecoveredSpace { space: Box::new(space(tenant)) });
+        let segment = Event::RecoveredSegment { segment: 1, geometry: geometry(), tenant: "a".into() };
+        node.apply(spaces.into_iter().chain([segment]).chain(blocks), 0, &mut effects);
+        (node, effects)
+    }
+
+    #[test]
+    fn a_chain_comes_back_linked_and_asks_for_nothing() {
+        let (node, effects) = recovered((0..5).map(|depth| block(depth, "a", depth)).collect());
+        assert_eq!(node.recovered(), Recovered { spaces: 2, segments: 1, blocks: 5, ..Recovered::default() });
+        let told = |effect: &Effect| matches!(effect, Effect::Space { .. } | Effect::Note { .. });
+        assert!(effects.iter().all(told), "{effects:?}");
+        assert_eq!(node.catalog.copies(Tier::Nvme), 5);
+        let leaves = node.catalog.iter().filter(|(handle, _)| node.catalog.is_leaf(*handle, Tier::Nvme));
+        assert_eq!(leaves.map(|(_, entry)| entry.depth()).collect::<Vec<_>>(), [4]);
+    }
+
+    #[test]
+    fn what_does_not_belong_is_refused() {
+        let blocks = vec![
+            block(0, "a", 0),
+            block(1, "a", 0),                                          // a second copy
+            block(2, "b", 1),                                          // in a segment of a
+            block(3, "c", 1),                                          // of no space
+            block_in(2, 4, header("a", 1)),                            // of no segment
+            block_in(1, 5, SlotHeader { group: 1, ..header("a", 1) }), // of no group
+            block_in(1, 6, SlotHeader { group: 256, ..header("a", 1) }),
+            block_in(1, 7, SlotHeader { tokens: 15, ..header("a", 1) }), // a tail
+            block(0, "a", 2),                                            // in a slot that is taken
+        ];
+        let (node, _) = recovered(blocks);
+        assert_eq!((node.recovered().blocks, node.recovered().refused_blocks), (1, 8));
+    }
+
+    #[test]
+    fn segments_that_do_not_fit_are_refused_and_new_ones_take_the_lowest_place() {
+        let (mut node, mut effects) = recovered(vec![]);
+        let other = Geometry::nvme(4096, 1, SEGMENT_BYTES);
+        let segments = [
+            (1, geometry()),                                    // there already
+            (4, geometry()),                                    // beyond the capacity
+            (2, Geometry { slots: other.slots, ..geometry() }), // cut otherwise
+            (3, geometry()),
+        ];
+        let event = |(segment, geometry)| Event::RecoveredSegment { segment, geometry, tenant: "a".into() };
+        node.apply(segments.map(event), 0, &mut effects);
+        assert_eq!((node.recovered().segments, node.recovered().refused_segments), (2, 3));
+        let pool = node.memory.pool_of_segment(Tier::Nvme, 1).unwrap();
+        for expected in [0, 2] {
+            assert!(node.grow(pool));
+            let opened = node.out.pop();
+            assert!(matches!(opened, Some(Effect::OpenSegment { segment, .. }) if segment == expected));
+            node.segment_opened(Tier::Nvme, expected, Ok(()));
+        }
+        assert!(!node.grow(pool), "the tier is full");
+    }
+
+    #[test]
+    fn a_recovered_block_is_forgotten_as_any_other() {
+        let (mut node, mut effects) = recovered((0..3).map(|depth| block(depth, "a", depth)).collect());
+        effects.clear();
+        let question = crate::node::event::Question::Purge(What::Everything(true));
+        node.apply([Event::Ask { ticket: 1, question }], 1, &mut effects);
+        let forgotten = effects.iter().filter(|effect| matches!(effect, Effect::Forget { .. })).count();
+        assert_eq!((forgotten, node.catalog.len()), (3, 0));
+    }
+}

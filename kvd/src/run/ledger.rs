@@ -1,0 +1,128 @@
+//! What the NVMe thread writes down so that a later daemon finds the blocks: header pages and the catalog behind them.
+//!
+//! Owns: both writers, and what each fingerprint stands for. Invariants: written down is only what the device has taken; a
+//! space is written down no later than its first block; nobody waits for any of it, and what is lost is a later miss.
+//! Leaves to others: the medium and its loop (`mover`), reading it all at start (`recovery`).
+
+use kvd_proto::Fingerprint;
+use kvd_proto::slot_header::SlotHeader;
+use kvd_tiers::catalog::behind::{Change, WriteBehind};
+use kvd_tiers::catalog::record::{Record, SpaceRecord, keeps};
+use kvd_tiers::header_pages::HeaderPages;
+use kvd_tiers::media::{Done, Medium};
+use kvd_tiers::segment::{Geometry, SegmentId, SlotRef};
+use kvd_tiers::segment_header::SegmentHeader;
+use std::collections::HashMap;
+use std::time::Instant;
+
+pub(super) struct Ledger {
+    headers: HeaderPages,
+    /// `None`: the folder cannot be used; headers alone must do.
+    catalog: Option<WriteBehind>,
+    /// With whether the catalog has been told.
+    spaces: HashMap<Fingerprint, (SpaceRecord, bool)>,
+    write_epoch: u64,
+    started: Instant,
+}
+
+impl Ledger {
+    pub(super) fn new(headers: HeaderPages, catalog: Option<WriteBehind>, write_epoch: u64) -> Self {
+        Self { headers, catalog, spaces: HashMap::new(), write_epoch, started: Instant::now() }
+    }
+
+    pub(super) fn space(&mut self, space: SpaceRecord) {
+        self.spaces.insert(space.fingerprint, (space, false));
+    }
+
+    /// A segment was made.
+    pub(super) fn opened(&mut self, segment: SegmentId, geometry: Geometry, tenant: String) {
+        let (write_epoch, spaces) = (self.write_epoch, Vec::new());
+        self.headers.open(SegmentHeader { segment, geometry, write_epoch, tenant, spaces });
+        self.tell(Change::Segment { segment });
+    }
+
+    /// The slot's bytes are on the device.
+    pub(super) fn demoted(&mut self, slot: SlotRef, header: &SlotHeader) {
+        let space = self.spaces.get_mut(&header.fingerprint).expect("a block's space is told before");
+        let told = std::mem::replace(&mut space.1, true);
+        self.headers.list(slot.segment, header.fingerprint, &space.0.space);
+        self.headers.put(slot, header);
+        if !told {
+            let space = space.0.clone();
+            self.tell(Change::Space(space));
+        }
+        if keeps(header.part_checksums.len() as u16) {
+            self.tell(Change::Set { slot, record: record(header) });
+        }
+    }
+
+    /// The slot holds nothing any more.
+    pub(super) fn forget(&mut self, slot: SlotRef, geometry: &Geometry) {
+        self.headers.clear(slot);
+        if keeps(geometry.parts) {
+            self.tell(Change::Clear { slot });
+        }
+    }
+
+    /// Whether blocks should wait for headers.
+    pub(super) fn full(&self) -> bool {
+        self.headers.full()
+    }
+
+    pub(super) fn submit(&mut self, medium: &mut dyn Medium, stopping: bool) {
+        if stopping {
+            self.headers.flush();
+        }
+        self.headers.submit(medium, self.started.elapsed().as_micros() as u64);
+    }
+
+    pub(super) fn finish(&mut self, done: &Done) {
+        let before = self.headers.lost_headers();
+        self.headers.finish(done);
+        let lost = self.headers.lost_headers() - before;
+        if let Err(error) = &done.result {
+            tracing::warn!(%error, lost, "header pages: these blocks will not be found after a restart");
+        }
+    }
+
+    pub(super) fn idle(&self) -> bool {
+        self.headers.idle()
+    }
+
+    pub(super) fn abandon(&mut self) {
+        self.headers.abandon();
+    }
+
+    /// The last word: from now on the catalog can be believed.
+    pub(super) fn close(&mut self) {
+        let Some(catalog) = self.catalog.take() else { return };
+        let dropped = catalog.dropped();
+        if let Some(trouble) = catalog.trouble() {
+            tracing::warn!(trouble, "the catalog was not written: the next start reads headers");
+        } else if dropped > 0 {
+            tracing::warn!(dropped, "the catalog did not keep up: the next start reads headers");
+        }
+        catalog.close();
+    }
+
+    fn tell(&self, change: Change) {
+        if let Some(catalog) = &self.catalog {
+            catalog.tell(change);
+        }
+    }
+}
+
+fn record(header: &SlotHeader) -> Record {
+    Record {
+        slot: 0, // the catalog's own
+        fingerprint: header.fingerprint,
+        id: header.id,
+        parent: header.parent,
+        depth: header.depth,
+        tokens: header.tokens,
+        group: header.group,
+        flags: header.flags,
+        write_epoch: header.write_epoch,
+        part_checksums: header.part_checksums.clone(),
+    }
+}
