@@ -35,7 +35,7 @@ pub(crate) struct Args {
 pub(crate) fn serve(args: &Args) -> Result<(), Failure> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
     let config = kvd::config::Config::embedded(&args.data_dir, args.dram_bytes, args.nvme_bytes)?;
-    Ok(kvd::run::serve(config)?)
+    Ok(kvd::run::serve(&config)?)
 }
 
 /// A daemon process of ours.
