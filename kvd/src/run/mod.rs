@@ -30,12 +30,15 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
+/// The thread that writes the catalog behind.
+pub(crate) const CATALOG_THREAD: &str = "kvd-catalog";
 /// Copies of the DRAM medium complete at once; this many may wait to be told.
 const DRAM_QUEUE_DEPTH: usize = 64;
 
 /// Runs a node until it is told to stop (SIGTERM, SIGINT).
 pub fn serve(config: &Config) -> Result<(), Error> {
     config.check()?;
+    end_with_any_thread();
     let started = Instant::now();
     let _lock = lock_data_dir(&config.data_dir)?;
     let io = |what: &str, e: std::io::Error| {
@@ -46,8 +49,10 @@ pub fn serve(config: &Config) -> Result<(), Error> {
     let inbox = Inbox::new(waker);
     let dram = Arc::new(DramSegments::new(dram_options(config)));
     let nvme = nvme_options(config).map(|options| open_nvme(options)).transpose()?;
-    let (mover, moving) =
-        nvme.map(|medium| Mover::start(Box::new(medium), dram.clone(), inbox.clone())).unzip();
+    let start = |medium| {
+        Mover::start(Box::new(medium), config.nvme.segment_bytes, dram.clone(), inbox.clone())
+    };
+    let (mover, moving) = nvme.map(start).unzip();
     let listener =
         mio::net::UnixListener::from_std(bind(&config.listen.session_socket, "listen.session_socket")?);
     let grpc = bind(&config.listen.grpc_socket, "listen.grpc_socket")?;
@@ -80,6 +85,18 @@ pub fn serve(config: &Config) -> Result<(), Error> {
         let _ = std::fs::remove_file(socket);
     }
     ran.map_err(|e| io("the node's thread", e))
+}
+
+/// A broken invariant in one thread must not leave the others serving: the whole daemon ends, and its clients miss.
+/// Sled is known to panic on a damaged folder; the thread that holds it catches that and goes on without.
+fn end_with_any_thread() {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        print(panic);
+        if std::thread::current().name() != Some(CATALOG_THREAD) {
+            std::process::abort();
+        }
+    }));
 }
 
 /// The thread of gRPC, HTTP and signals.

@@ -38,6 +38,7 @@ impl Mover {
     /// Starts the thread; it ends with `Order::Stop`.
     pub(super) fn start(
         medium: Box<dyn Medium>,
+        segment_bytes: u64,
         dram: Arc<DramSegments>,
         inbox: Inbox,
     ) -> (Self, std::thread::JoinHandle<()>) {
@@ -46,6 +47,7 @@ impl Mover {
         let queue_depth = medium.info().queue_depth;
         let mut thread = Thread {
             medium,
+            segment_bytes,
             dram,
             inbox,
             orders,
@@ -75,6 +77,8 @@ impl Mover {
 
 struct Thread {
     medium: Box<dyn Medium>,
+    /// All segments of a device have one size.
+    segment_bytes: u64,
     dram: Arc<DramSegments>,
     inbox: Inbox,
     orders: Arc<Mutex<Vec<Order>>>,
@@ -127,7 +131,7 @@ impl Thread {
     }
 
     fn open(&mut self, segment: SegmentId, geometry: Geometry) {
-        let opened = self.medium.open_segment(segment, geometry.end());
+        let opened = self.medium.open_segment(segment, self.segment_bytes);
         if opened.is_ok() {
             self.shelf.open(segment, geometry);
         }

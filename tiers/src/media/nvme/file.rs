@@ -14,6 +14,8 @@ use rustix::io::Errno;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+/// Segments of one file or device (256 TiB in segments of 256 MiB). At the limit: refused.
+const SEGMENTS_MAX: u64 = 1 << 20;
 /// Pause between tries to open or lock what another process still holds.
 const OPEN_PAUSE: Duration = Duration::from_millis(20);
 /// Such tries. At the limit: refused, naming the other process as the cause.
@@ -48,6 +50,11 @@ impl SegmentFile {
             .map_err(|errno| unusable(path, format!("its size cannot be read: {errno}")))?;
         let capacity = if block_device { device_capacity } else { file_capacity };
         let capacity_bytes = capacity(path, capacity_bytes, segment_bytes, size_bytes)?;
+        let segments = capacity_bytes / segment_bytes;
+        if segments > SEGMENTS_MAX {
+            let what = format!("{segments} segments exceed {SEGMENTS_MAX}; make segments larger");
+            return Err(unusable(path, what));
+        }
         Ok(Self { fd, capacity_bytes, direct, block_device, path: path.into(), segment_bytes })
     }
 
@@ -272,6 +279,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("segments");
         assert!(refusal(&path, SEGMENT + 4096).contains("1052672 bytes is no whole number"));
+        assert!(refusal(&path, SEGMENT << 21).contains("2097152 segments exceed"));
         std::fs::write(&path, vec![1; 5000]).unwrap();
         assert!(refusal(&path, 4 * SEGMENT).contains("wrongly sized: 5000 bytes"));
         std::fs::write(&path, vec![1; 3 << 20]).unwrap();

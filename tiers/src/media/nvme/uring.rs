@@ -25,10 +25,14 @@ const FILE: Fixed = Fixed(0);
 const WAKE: u64 = u64::MAX;
 /// How long the kernel thread polls an empty queue before it sleeps, in milliseconds.
 const SQPOLL_IDLE_MS: u32 = 50;
+/// How long the probe for polling may take, in milliseconds. At the limit: there is no polling.
+const PROBE_MS: u64 = 1000;
 /// Bytes of one operation; the rest of a larger transfer follows it. The kernel would cut at 2 GiB - 4 KiB.
 const OPERATION_BYTES_MAX: usize = 1 << 30;
 /// Times in a row that the kernel may take no submission for want of memory before the engine counts as broken.
 const REFUSALS_MAX: u32 = 1000;
+/// Pause after such a refusal, where the caller lets us wait.
+const REFUSAL_PAUSE: Duration = Duration::from_millis(1);
 
 /// See the file's head.
 pub(super) struct Uring {
@@ -37,6 +41,7 @@ pub(super) struct Uring {
     free: Vec<u32>,
     eventfd: Arc<EventFd>,
     iopoll: bool,
+    operation_bytes: usize,
     refusals: u32,
     broken: Option<MediumError>,
 }
@@ -52,6 +57,10 @@ impl Uring {
         let sqpoll = flag(options.sqpoll, "SQPOLL", || build(1, true, false).map(drop), &mut text);
         let ring = build(depth + 1, sqpoll, iopoll)?;
         ring.submitter().register_files(&[file.fd.as_raw_fd()]).map_err(refused)?;
+        Ok((Self::around(ring, depth, iopoll)?, text))
+    }
+
+    fn around(ring: IoUring, depth: usize, iopoll: bool) -> Result<Self, String> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let eventfd = rustix::event::eventfd(0, flags).map_err(refused)?;
         let mut uring = Self {
@@ -60,11 +69,12 @@ impl Uring {
             free: (0..depth as u32).rev().collect(),
             eventfd: Arc::new(EventFd(eventfd)),
             iopoll,
+            operation_bytes: OPERATION_BYTES_MAX,
             refusals: 0,
             broken: None,
         };
         uring.watch_eventfd();
-        Ok((uring, text))
+        Ok(uring)
     }
 
     fn under_way(&self) -> usize {
@@ -95,7 +105,7 @@ impl Uring {
         let buffer = &transfer.io.buffer;
         // SAFETY: the medium checked that the buffer lies within its mapping, and `moved` is at most its length.
         let address = unsafe { buffer.mapping.as_ptr().add(buffer.offset + transfer.moved) };
-        let bytes = transfer.left().min(OPERATION_BYTES_MAX) as u32;
+        let bytes = transfer.left().min(self.operation_bytes) as u32;
         let position = transfer.position + transfer.moved as u64;
         let entry = match transfer.io.direction {
             Direction::Read => opcode::Read::new(FILE, address, bytes).offset(position).build(),
@@ -134,14 +144,15 @@ impl Uring {
         }
     }
 
-    /// Submits what is queued and, given a time, waits for a completion.
-    fn enter(&mut self, wait: Option<Duration>) -> Result<(), MediumError> {
+    /// Submits what is queued and, given a time, waits for a completion; whether it was woken without one.
+    fn enter(&mut self, wait: Option<Duration>) -> Result<bool, MediumError> {
         let entered = match wait {
-            None if self.ring.submission().is_empty() && !self.iopoll => return Ok(()),
+            None if self.ring.submission().is_empty() && !self.iopoll => return Ok(false),
             None => self.ring.submit(),
             Some(wait) if self.iopoll && self.under_way() == 0 => {
-                self.eventfd.wait(wait);
-                return Ok(());
+                let woken = self.eventfd.is_ready(wait);
+                self.eventfd.clear();
+                return Ok(woken);
             }
             Some(_) if self.iopoll => self.ring.submit_and_wait(1),
             Some(wait) => {
@@ -151,7 +162,10 @@ impl Uring {
         };
         match entered.map_err(|error| Errno::from_io_error(&error)) {
             Ok(_) | Err(Some(Errno::TIME | Errno::INTR)) => self.refusals = 0,
-            Err(Some(Errno::AGAIN | Errno::BUSY)) if self.refusals < REFUSALS_MAX => self.refusals += 1,
+            Err(Some(Errno::AGAIN | Errno::BUSY)) if self.refusals < REFUSALS_MAX => {
+                self.refusals += 1;
+                self.eventfd.is_ready(wait.unwrap_or_default().min(REFUSAL_PAUSE));
+            }
             Err(errno) => {
                 let errno = errno.map_or_else(|| "unknown error".into(), |errno| errno.to_string());
                 let broken = MediumError::Unusable(format!("io_uring_enter: {errno}; restart to reopen"));
@@ -159,7 +173,7 @@ impl Uring {
                 return Err(broken);
             }
         }
-        Ok(())
+        Ok(false)
     }
 }
 
@@ -194,30 +208,41 @@ fn build(entries: usize, sqpoll: bool, iopoll: bool) -> Result<IoUring, String> 
     }
 }
 
-/// One real transfer of a page with the device polled: a read, or, as a new file has nothing to read, a write undone after.
+/// One real read of a page with the device polled. A new file gets a page to read for as long as that takes: to read nothing
+/// succeeds everywhere, and so may a write that grows the file.
 fn probe_iopoll(file: &SegmentFile) -> Result<(), String> {
     let mut ring = build(1, false, true)?;
     let page = Mapping::anonymous(PART_ALIGN as usize).map_err(refused)?;
     let fd = Fd(file.fd.as_raw_fd());
-    let entry = if file.is_empty() {
-        opcode::Write::new(fd, page.as_ptr(), PART_ALIGN).build()
-    } else {
-        opcode::Read::new(fd, page.as_ptr(), PART_ALIGN).build()
-    };
-    // SAFETY: the page outlives the ring's only operation, which the next line waits for; if that fails, the page is leaked.
+    if file.is_empty() {
+        page.write_file(0, page.len(), &file.fd, 0).map_err(refused)?;
+    }
+    let entry = opcode::Read::new(fd, page.as_ptr(), PART_ALIGN).build();
+    // SAFETY: the page outlives the ring's only operation, which is waited for; if that takes too long, the page is leaked.
     unsafe { ring.submission().push(&entry) }.expect("an empty ring has room");
-    let waited = ring.submit_and_wait(1);
-    let result = ring.completion().next().map(|completion| completion.result());
+    let completed = poll_completion(&mut ring);
     file.undo_probe();
-    let Some(result) = result else {
+    let Some(result) = completed else {
         std::mem::forget(page);
-        return Err(format!("{waited:?}"));
+        return Err(format!("nothing read within {PROBE_MS} ms"));
     };
     match moved(result) {
         Ok(bytes) if bytes == page.len() => Ok(()),
         Ok(bytes) => Err(format!("short: {bytes} of {PART_ALIGN} bytes")),
         Err(errno) => Err(errno.to_string()),
     }
+}
+
+/// The result of a polled ring's only operation. Polling in the kernel ends early whenever something else wants the core.
+fn poll_completion(ring: &mut IoUring) -> Option<i32> {
+    let deadline = Instant::now() + Duration::from_millis(PROBE_MS);
+    while Instant::now() < deadline {
+        ring.submit_and_wait(1).ok()?;
+        if let Some(completion) = ring.completion().next() {
+            return Some(completion.result());
+        }
+    }
+    None
 }
 
 /// What a completion's result says.
@@ -243,8 +268,8 @@ impl Mover for Uring {
         let mut wait = wait.filter(|_| !self.drain(done));
         let deadline = wait.map(|wait| Instant::now() + wait);
         loop {
-            self.enter(wait)?;
-            if self.drain(done) {
+            let woken = self.enter(wait)?;
+            if self.drain(done) || woken {
                 return Ok(());
             }
             // Interrupted or, while the kernel lacks memory, refused: what is left of the time is waited again.
@@ -266,12 +291,11 @@ impl EventFd {
         let _ = rustix::io::read(&self.0, &mut [0; 8]);
     }
 
-    fn wait(&self, wait: Duration) {
+    /// Waits for a wake, which stays pending.
+    fn is_ready(&self, wait: Duration) -> bool {
         let timeout = rustix::event::Timespec::try_from(wait).ok();
         let mut fds = [PollFd::new(&self.0, PollFlags::IN)];
-        if rustix::event::poll(&mut fds, timeout.as_ref()).is_ok_and(|ready| ready > 0) {
-            self.clear();
-        }
+        rustix::event::poll(&mut fds, timeout.as_ref()).is_ok_and(|ready| ready > 0)
     }
 }
 
@@ -297,5 +321,74 @@ impl Drop for Uring {
         }
         // A device opened exclusively is free again only when the ring has let go of it; closing a ring does so later.
         let _ = self.ring.submitter().unregister_files();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Engine, NvmeMedium};
+    use super::*;
+    use crate::media::{Buffer, Io, Medium};
+
+    /// One transfer through a medium whose ring moves a page at a time.
+    fn run(medium: &mut NvmeMedium, direction: Direction, mapping: &Arc<Mapping>) {
+        let buffer = Buffer { mapping: mapping.clone(), offset: 0, bytes: mapping.len() };
+        medium.submit(Io { token: 1, direction, segment: 1, offset: 0, buffer }).unwrap();
+        let mut done = Vec::new();
+        while done.is_empty() {
+            medium.reap(Some(Duration::from_secs(30)), &mut done).unwrap();
+        }
+        assert_eq!(done[0].result, Ok(()));
+    }
+
+    #[test]
+    fn a_transfer_of_many_operations_moves_every_page_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let options = NvmeOptions {
+            path: folder.path().join("segments"),
+            capacity_bytes: 2 << 20,
+            segment_bytes: 1 << 20,
+            queue_depth: 2,
+            engine: Engine::Psync,
+            sqpoll: false,
+            iopoll: false,
+        };
+        let mut medium = NvmeMedium::open(options.clone()).unwrap();
+        let mut uring = match Uring::new(&options, &medium.file) {
+            Ok((uring, _)) => uring,
+            Err(reason) => return println!("SKIPPED: {reason}"),
+        };
+        uring.operation_bytes = PART_ALIGN as usize;
+        medium.mover = Box::new(uring);
+        medium.open_segment(1, 1 << 20).unwrap();
+        let [source, target] =
+            [(); 2].map(|()| Arc::new(Mapping::anonymous(16 * PART_ALIGN as usize).unwrap()));
+        for page in 0..16_u8 {
+            source.copy_in(usize::from(page) * PART_ALIGN as usize, &[page + 1; PART_ALIGN as usize]);
+        }
+        run(&mut medium, Direction::Write, &source);
+        run(&mut medium, Direction::Read, &target);
+        assert_eq!(target.crc32(0, target.len()), source.crc32(0, source.len()));
+    }
+
+    /// Most devices cannot be polled, so that the conformance suite seldom comes here.
+    #[test]
+    fn a_wake_ends_the_wait_of_a_polled_ring_too() {
+        let ring = match build(2, false, true) {
+            Ok(ring) => ring,
+            Err(reason) => return println!("SKIPPED: {reason}"),
+        };
+        let mut uring = Uring::around(ring, 1, true).unwrap();
+        let long = Duration::from_secs(30);
+        let started = Instant::now();
+        for _ in 0..3 {
+            uring.waker().wake();
+            uring.reap(Some(long), &mut Vec::new()).unwrap();
+        }
+        let waker = uring.waker();
+        let thread = std::thread::spawn(move || waker.wake());
+        uring.reap(Some(long), &mut Vec::new()).unwrap();
+        thread.join().unwrap();
+        assert!(started.elapsed() < long, "a wake was lost");
     }
 }
