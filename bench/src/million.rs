@@ -7,6 +7,7 @@
 
 use crate::daemon::Daemon;
 use crate::failure::Failure;
+use crate::folder;
 use crate::report::{Case, Output, Reporter, median, parse_bytes, percentile};
 use crate::roofline::us_since;
 use kvd_client::{ConnectOptions, Match, Session, SpaceHandle, Tier};
@@ -57,9 +58,10 @@ pub(crate) struct Args {
     /// The daemon's NVMe tier.
     #[arg(long, default_value = "8GiB", value_parser = parse_bytes)]
     nvme: u64,
-    /// Where the daemon keeps its files; they are removed afterwards.
-    #[arg(long, default_value = ".")]
-    folder: PathBuf,
+    /// Where the daemon keeps its files, which are removed afterwards; by default the system's temporary folder. Give
+    /// one on the disk you mean where that is in memory.
+    #[arg(long)]
+    folder: Option<PathBuf>,
     /// Table or JSON lines.
     #[arg(long, value_enum, default_value_t)]
     output: Output,
@@ -67,7 +69,7 @@ pub(crate) struct Args {
 
 /// Runs the command.
 pub(crate) async fn run(args: Args) -> Result<(), Failure> {
-    let folder = tempfile::tempdir_in(&args.folder)?;
+    let folder = folder::temporary(args.folder.as_deref())?;
     let daemon = Daemon::start(folder.path(), args.blocks * BLOCK_BYTES + SPARE_BYTES, args.nvme)?;
     let mut reporter = Reporter::new(args.output);
     let chains = args.blocks / CHAIN_BLOCKS;
