@@ -268,7 +268,8 @@ impl Node {
             let elsewhere = entry.readable(other).is_some();
             let idle = entry.leases() == 0 || (tier == Tier::Nvme && elsewhere);
             let still = !entry.is(tier, Mark::Filling) && !entry.is(tier, Mark::Moving);
-            let leaf = catalog.is_leaf(handle, tier) && (elsewhere || catalog.is_leaf(handle, other));
+            // Within the tier only: a parent whose leaves went to NVMe before it must be able to follow them.
+            let leaf = catalog.is_leaf(handle, tier);
             let ready = !to_demote || elsewhere || entry.is(tier, Mark::Checksummed);
             idle && still && leaf && ready && !pins.contains_key(&handle)
         })

@@ -49,9 +49,8 @@ pub fn serve(config: &Config) -> Result<(), Error> {
     let inbox = Inbox::new(waker);
     let dram = Arc::new(DramSegments::new(dram_options(config)));
     let nvme = nvme_options(config).map(|options| open_nvme(options)).transpose()?;
-    let start = |medium| {
-        Mover::start(Box::new(medium), config.nvme.segment_bytes, dram.clone(), inbox.clone())
-    };
+    let start =
+        |medium| Mover::start(Box::new(medium), config.nvme.segment_bytes, dram.clone(), inbox.clone());
     let (mover, moving) = nvme.map(start).unzip();
     let listener =
         mio::net::UnixListener::from_std(bind(&config.listen.session_socket, "listen.session_socket")?);
