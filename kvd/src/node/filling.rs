@@ -161,6 +161,8 @@ impl Node {
     fn try_reserve(&mut self, wanted: &Wanted, last: bool) -> Result<Option<wire::ReserveReply>, Error> {
         let session = self.sessions.of(wanted.member)?;
         let mut budget = self.lease_budget(session)?;
+        // waiting is for demotions to end; where there are none, what goes is dropped now
+        let drop = last || !self.can_demote();
         let groups = self.spaces[usize::from(wanted.space)].pools.len() as u8;
         let mut states = Vec::with_capacity(wanted.chain.len());
         let mut items: Vec<Item> = Vec::new();
@@ -175,7 +177,7 @@ impl Node {
             }
             let place = Place { block: at as u32, id: *id, parent: before, depth: wanted.depth + at as u32 };
             let from = items.len();
-            let taken = self.take_block(wanted.space, groups, &place, last, budget, &mut items);
+            let taken = self.take_block(wanted.space, groups, &place, drop, budget, &mut items);
             if let Some(taken) = taken {
                 budget -= taken;
                 bytes += taken;

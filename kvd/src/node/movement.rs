@@ -135,14 +135,17 @@ impl Node {
         Some(to)
     }
 
+    /// Whether what leaves DRAM may go to NVMe now.
+    pub(super) fn can_demote(&self) -> bool {
+        self.config.nvme.is_some() && self.now_us >= self.movement.sick_until_us
+    }
+
     /// Orders a checksummed DRAM block to NVMe; `false`: the device is busy, sick or has no room.
     pub(super) fn demote(&mut self, handle: Handle) -> bool {
         let Some(nvme) = &self.config.nvme else { return false };
         let key = self.catalog.get(handle).key();
         let Some(pool) = self.pool_of_group(key.space, key.group, Tier::Nvme) else { return false };
-        if self.movement.demotions >= DEMOTIONS_PER_DEPTH * nvme.queue_depth
-            || self.now_us < self.movement.sick_until_us
-        {
+        if self.movement.demotions >= DEMOTIONS_PER_DEPTH * nvme.queue_depth || !self.can_demote() {
             return false;
         }
         let Some(to) = self.take_slot(pool, handle, true, true) else { return false };
