@@ -22,7 +22,7 @@ use std::time::Instant;
 /// The daemon's DRAM tier: small, so that the NVMe tier has work too.
 const DRAM_BYTES: u64 = 256 << 20;
 /// The daemon's NVMe tier.
-const NVME_BYTES: u64 = 2 << 30;
+const NVME_BYTES: u64 = 4 << 30;
 /// Bytes that stand for one block.
 const BLOCK_BYTES: u32 = 64 << 10;
 /// Engines at most.
