@@ -12,7 +12,7 @@ use kvd_tiers::catalog::{Handle, Mark};
 use kvd_tiers::eviction::{self, Eviction};
 use kvd_tiers::segment::{Geometry, SegmentId, SlotRef};
 use kvd_tiers::slots::SlotPool;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 /// Copies a search for a victim looks at. At the limit: no victim this time; what was looked at has moved out of the way.
 const SCAN_MAX: usize = 64;
@@ -51,6 +51,8 @@ struct TierSpace {
     segment_bytes: u64,
     taken_bytes: u64,
     next_segment: SegmentId,
+    /// Extents that could not be opened: places in a file, used again.
+    spare_segments: BTreeSet<SegmentId>,
     eviction: String,
     refused_until_us: u64,
 }
@@ -73,6 +75,7 @@ impl Memory {
             segment_bytes,
             taken_bytes: 0,
             next_segment: 0,
+            spare_segments: BTreeSet::new(),
             eviction: eviction.to_owned(),
             refused_until_us: 0,
         };
@@ -188,8 +191,8 @@ impl Node {
         }
         state.opening = true;
         space.taken_bytes += space.segment_bytes;
-        let segment = space.next_segment;
-        space.next_segment += 1;
+        let segment = space.spare_segments.pop_first().unwrap_or(space.next_segment);
+        space.next_segment = space.next_segment.max(segment + 1);
         let (tier, geometry, tenant) = (state.tier, state.geometry, self.tenants[state.tenant].clone());
         self.memory.segments.insert((at(tier), segment), Open { pool, populated_bytes: 0 });
         self.out.push(Effect::OpenSegment { tier, segment, geometry, tenant });
@@ -218,7 +221,7 @@ impl Node {
                 space.taken_bytes -= space.segment_bytes;
                 space.refused_until_us = self.now_us + REFUSED_US;
                 if tier == Tier::Nvme {
-                    space.next_segment = space.next_segment.min(segment); // extents are places in a file
+                    space.spare_segments.insert(segment);
                     self.counters.nvme_errors += 1;
                 }
                 self.note("error", || format!("a {tier:?} segment could not be opened: {why}"));
@@ -255,6 +258,22 @@ impl Node {
         }
         self.evict(victim, pool);
         self.memory.pools[pool].slots.allocate(owner)
+    }
+
+    /// Makes so many slots free, dropping copies that exist nowhere else only with `drop`; `false`: there are fewer, for
+    /// now.
+    pub(super) fn free_slots(&mut self, pool: usize, slots: u64, drop: bool) -> bool {
+        while self.memory.pools[pool].slots.free_slots() < slots {
+            if self.grow(pool) {
+                return false;
+            }
+            let tier = self.memory.pools[pool].tier;
+            match self.victim(pool, false) {
+                Some(victim) if drop || !self.is_last_copy(victim, tier) => self.evict(victim, pool),
+                _ => return false,
+            }
+        }
+        true
     }
 
     /// The copy that goes next, if any may go; `to_demote`: one that must be written to NVMe first.
