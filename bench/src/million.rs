@@ -81,11 +81,11 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let rss = insert.rss_bytes_per_block.map_or("unknown".to_owned(), |bytes| format!("{bytes:.0} bytes"));
     reporter.case(&insert)?;
     reporter.case(&match_at_full_speed(&user, chains).await?)?;
+    let pinned = chains - 1;
+    user.space.pin(&user.chain(pinned)?, PIN_TIME).await?;
     // fills what DRAM has left, then pushes a quarter of the chains down
     let all = dram_bytes / (CHAIN_BLOCKS * BLOCK_BYTES) + chains / 4;
     let refused = (all - chains) * CHAIN_BLOCKS - user.insert_all(chains..all).await?;
-    let pinned = chains - 1;
-    user.space.pin(&user.chain(pinned)?, PIN_TIME).await?;
     let quiet = probe(&user, pinned, "match_quiet").await?;
     let storm = Storm::start(daemon.socket().to_owned(), args.clients, chains);
     let stormy = probe(&user, pinned, "match_storm").await?;
