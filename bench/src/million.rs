@@ -15,6 +15,7 @@ use kvd_proto::{BlockId, Chain, IdScheme, Layout, Space, block_id};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 
@@ -87,7 +88,7 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let all = dram_bytes / (CHAIN_BLOCKS * BLOCK_BYTES) + chains / 4;
     let refused = (all - chains) * CHAIN_BLOCKS - user.insert_all(chains..all).await?;
     let quiet = probe(&user, pinned, "match_quiet").await?;
-    let storm = Storm::start(daemon.socket().to_owned(), args.clients, chains);
+    let storm = Storm::start(daemon.socket().to_owned(), args.clients, chains)?;
     let stormy = probe(&user, pinned, "match_storm").await?;
     let promoted = storm.stop()?;
     reporter.case(&quiet)?;
@@ -191,7 +192,9 @@ impl User {
             layout: Layout::opaque(BLOCK_BYTES as u32, 16)?,
             id_scheme: IdScheme::Named,
         };
-        let space = Session::open(ConnectOptions::new(socket)).await?.space(&space).await?;
+        // a hundred clients that make page tables for all payload at once would be a storm of their own
+        let options = ConnectOptions { populate: false, ..ConnectOptions::new(socket) };
+        let space = Session::open(options).await?.space(&space).await?;
         Ok(Self { space, calls: Arc::default() })
     }
 
@@ -243,17 +246,23 @@ struct Storm {
 }
 
 impl Storm {
-    fn start(socket: PathBuf, clients: u64, chains: u64) -> Self {
+    /// Returns when every client has its session.
+    fn start(socket: PathBuf, clients: u64, chains: u64) -> Result<Self, Failure> {
         let stop = Arc::new(AtomicBool::new(false));
         let told = Arc::clone(&stop);
+        let (ready, all_ready) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             let runtime = runtime.map_err(|error| error.to_string())?;
             let local = tokio::task::LocalSet::new();
-            let storm = local.run_until(storm(&socket, clients, chains, told));
+            let storm = local.run_until(storm(&socket, clients, chains, told, ready));
             runtime.block_on(storm).map_err(|error| error.to_string())
         });
-        Self { stop, thread }
+        let storm = Self { stop, thread };
+        match all_ready.recv() {
+            Ok(()) => Ok(storm),
+            Err(_) => Err(storm.stop().err().unwrap_or_else(|| "the storm ended before it began".into())),
+        }
     }
 
     /// Ends it: how many blocks came up from NVMe.
@@ -263,7 +272,13 @@ impl Storm {
     }
 }
 
-async fn storm(socket: &Path, clients: u64, chains: u64, stop: Arc<AtomicBool>) -> Result<u64, Failure> {
+async fn storm(
+    socket: &Path,
+    clients: u64,
+    chains: u64,
+    stop: Arc<AtomicBool>,
+    ready: Sender<()>,
+) -> Result<u64, Failure> {
     let mut tasks = JoinSet::new();
     for client in 0..clients {
         let user = User::open(socket).await?;
@@ -273,6 +288,8 @@ async fn storm(socket: &Path, clients: u64, chains: u64, stop: Arc<AtomicBool>) 
         let user = User::open(socket).await?;
         tasks.spawn_local(promote_loop(user, stormer, chains, Arc::clone(&stop)));
     }
+    // nobody listens any more only if the measuring side has failed
+    let _ = ready.send(());
     let promoted = tasks.join_all().await.into_iter().collect::<Result<Vec<u64>, _>>()?;
     Ok(promoted.iter().sum())
 }
