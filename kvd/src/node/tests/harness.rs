@@ -43,6 +43,7 @@ pub(super) struct Transfer {
 }
 
 /// What a lease lets its holder touch, as the holder understood it.
+#[derive(Clone)]
 pub(super) struct Promise {
     pub(super) member: MemberId,
     pub(super) session: u64,
@@ -467,6 +468,7 @@ impl World {
             connected: true,
         };
         self.clients.insert(member, client);
+        let before = self.promises.clone();
         // promises held by the member that comes back are its word; the others it gave up
         if let Some(old) = self.comes_back(pid, &request) {
             let alone = self.clients.values().filter(|client| client.token == request.join).count() == 1;
@@ -480,7 +482,10 @@ impl World {
         self.apply(Event::Open { member, request_id: member, pid, maps, token, request });
         match self.replies.remove(&(member, member)).expect("an answer") {
             Reply::SessionOpened(_) => Ok(member),
-            Reply::Error(error) => Err(error.into()),
+            Reply::Error(error) => {
+                self.promises = before;
+                Err(error.into())
+            }
             other => panic!("{other:?}"),
         }
     }
