@@ -264,6 +264,7 @@ fn run(seed: u64, steps: u64) -> (u64, wire::Counters) {
     if seed % 2 == 1 {
         config.dram_eviction = "s3fifo".to_owned();
     }
+    println!("seed {seed}"); // shown when it fails
     let mut storm = Storm::new(seed, config);
     for _ in 0..steps {
         storm.step();
