@@ -9,6 +9,7 @@ use crate::daemon::Daemon;
 use crate::engine::cache::{Cache, Served, named_space};
 use crate::engine::profile::ProfileName;
 use crate::failure::Failure;
+use crate::folder;
 use crate::replay::progress_bar;
 use crate::report::{Output, Reporter, bytes_text};
 use crate::trace::Row;
@@ -21,7 +22,7 @@ use std::time::Instant;
 /// The daemon's DRAM tier: small, so that the NVMe tier has work too.
 const DRAM_BYTES: u64 = 256 << 20;
 /// The daemon's NVMe tier.
-const NVME_BYTES: u64 = 2 << 30;
+const NVME_BYTES: u64 = 4 << 30;
 /// Bytes that stand for one block.
 const BLOCK_BYTES: u32 = 64 << 10;
 /// Engines at most.
@@ -46,9 +47,10 @@ pub(crate) struct Args {
     /// How fast the engines are.
     #[arg(long, value_enum, default_value = "llama-3-8b-h100")]
     profile: ProfileName,
-    /// Where the daemon keeps its files; they are removed afterwards.
-    #[arg(long, default_value = ".")]
-    folder: PathBuf,
+    /// Where the daemon keeps its files, which are removed afterwards; by default the system's temporary folder. Give
+    /// one on the disk you mean where that is in memory.
+    #[arg(long)]
+    folder: Option<PathBuf>,
     /// Leave the daemon running afterwards, to play with, until Ctrl-C.
     #[arg(long)]
     stay: bool,
@@ -61,7 +63,7 @@ pub(crate) struct Args {
 pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let shape = Shape { sessions: args.conversations, ..Shape::DEMO };
     let rows = workload::rows(&shape, args.seed);
-    let folder = tempfile::tempdir_in(&args.folder)?;
+    let folder = folder::temporary(args.folder.as_deref())?;
     let daemon = Daemon::start(folder.path(), DRAM_BYTES, NVME_BYTES)?;
     let reporter = Reporter::new(args.output);
     reporter.note(&format!(

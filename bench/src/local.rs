@@ -6,6 +6,7 @@
 
 use crate::daemon::Daemon;
 use crate::failure::Failure;
+use crate::folder;
 use crate::report::{Case, Output, Pairs, Reporter, bytes_text, median, parse_bytes, percentile};
 use crate::roofline::{COLD_BYTES, Span, copy_us, page_reads_us, us_since};
 use crate::usage::Usage;
@@ -51,9 +52,10 @@ pub(crate) struct Args {
     /// Only this block size.
     #[arg(long, value_parser = parse_bytes)]
     block_bytes: Option<u64>,
-    /// Where the daemon keeps its files; they are removed afterwards.
-    #[arg(long, default_value = ".")]
-    folder: PathBuf,
+    /// Where the daemon keeps its files, which are removed afterwards; by default the system's temporary folder. Give
+    /// one on the disk you mean where that is in memory.
+    #[arg(long)]
+    folder: Option<PathBuf>,
     /// Table or JSON lines.
     #[arg(long, value_enum, default_value_t)]
     output: Output,
@@ -68,7 +70,7 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let mut spans = (Span::resident(COLD_BYTES), Span::resident(COLD_BYTES));
     let wanted = |bytes: &usize| args.block_bytes.is_none_or(|only| only == *bytes as u64);
     for block_bytes in BLOCK_BYTES.into_iter().filter(wanted) {
-        let folder = tempfile::tempdir_in(&args.folder)?;
+        let folder = folder::temporary(args.folder.as_deref())?;
         let daemon = Daemon::start(folder.path(), args.dram, 0)?;
         let mut bench = Bench::open(daemon, block_bytes, spans).await?;
         reporter.case(&bench.cold_put().await?)?;

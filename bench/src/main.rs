@@ -9,6 +9,7 @@ mod daemon;
 mod demo;
 mod engine;
 mod failure;
+mod folder;
 mod local;
 mod million;
 mod nvme;

@@ -7,6 +7,7 @@
 
 use crate::daemon::Daemon;
 use crate::failure::Failure;
+use crate::folder;
 use crate::report::{Case, Output, Reporter, median, parse_bytes, percentile};
 use crate::roofline::us_since;
 use kvd_client::{ConnectOptions, Match, Session, SpaceHandle, Tier};
@@ -21,8 +22,10 @@ use tokio::task::JoinSet;
 const BLOCK_BYTES: u64 = 4096;
 /// Blocks of one chain.
 const CHAIN_BLOCKS: u64 = 256;
-/// DRAM beyond the blocks themselves: slots that are being filled or given back.
+/// DRAM beyond the blocks themselves at least: slots that are being filled, given back or kept free.
 const SPARE_BYTES: u64 = 64 << 20;
+/// DRAM comes in whole segments.
+const SEGMENT_BYTES: u64 = 256 << 20;
 /// Requests of ours under way while inserting and matching at full speed.
 const TASKS: u64 = 4;
 /// How long matching at full speed is measured.
@@ -57,9 +60,10 @@ pub(crate) struct Args {
     /// The daemon's NVMe tier.
     #[arg(long, default_value = "8GiB", value_parser = parse_bytes)]
     nvme: u64,
-    /// Where the daemon keeps its files; they are removed afterwards.
-    #[arg(long, default_value = ".")]
-    folder: PathBuf,
+    /// Where the daemon keeps its files, which are removed afterwards; by default the system's temporary folder. Give
+    /// one on the disk you mean where that is in memory.
+    #[arg(long)]
+    folder: Option<PathBuf>,
     /// Table or JSON lines.
     #[arg(long, value_enum, default_value_t)]
     output: Output,
@@ -67,8 +71,9 @@ pub(crate) struct Args {
 
 /// Runs the command.
 pub(crate) async fn run(args: Args) -> Result<(), Failure> {
-    let folder = tempfile::tempdir_in(&args.folder)?;
-    let daemon = Daemon::start(folder.path(), args.blocks * BLOCK_BYTES + SPARE_BYTES, args.nvme)?;
+    let folder = folder::temporary(args.folder.as_deref())?;
+    let dram_bytes = (args.blocks * BLOCK_BYTES + SPARE_BYTES).next_multiple_of(SEGMENT_BYTES);
+    let daemon = Daemon::start(folder.path(), dram_bytes, args.nvme)?;
     let mut reporter = Reporter::new(args.output);
     let chains = args.blocks / CHAIN_BLOCKS;
     let user = User::open(daemon.socket()).await?;
@@ -76,7 +81,9 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let rss = insert.rss_bytes_per_block.map_or("unknown".to_owned(), |bytes| format!("{bytes:.0} bytes"));
     reporter.case(&insert)?;
     reporter.case(&match_at_full_speed(&user, chains).await?)?;
-    user.insert_all(chains..chains + chains / 4).await?;
+    // fills what DRAM has left, then pushes a quarter of the chains down
+    let all = dram_bytes / (CHAIN_BLOCKS * BLOCK_BYTES) + chains / 4;
+    let refused = (all - chains) * CHAIN_BLOCKS - user.insert_all(chains..all).await?;
     let pinned = chains - 1;
     user.space.pin(&user.chain(pinned)?, PIN_TIME).await?;
     let quiet = probe(&user, pinned, "match_quiet").await?;
@@ -88,7 +95,10 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
         ratio: quiet.p99_us.zip(stormy.p99_us).map(|(quiet, storm)| quiet / storm),
         ..stormy
     })?;
-    reporter.note(&format!("{rss} of RSS a block; {promoted} blocks came up from NVMe during the storm"))?;
+    reporter.note(&format!(
+        "{rss} of RSS a block; {promoted} blocks came up from NVMe during the storm; \
+         {refused} blocks found no slot while the store was over-filled"
+    ))?;
     if promoted == 0 {
         return Err("the storm promoted nothing: the NVMe tier held none of its chains".into());
     }
@@ -100,9 +110,12 @@ async fn insert(daemon: &Daemon, user: &User, chains: u64) -> Result<Case, Failu
     user.insert_all(0..1).await?;
     let before = daemon.usage().rss_anon_bytes();
     let start = Instant::now();
-    user.insert_all(1..chains).await?;
+    let stored = user.insert_all(1..chains).await?;
     let us = us_since(start);
-    let blocks = ((chains - 1) * CHAIN_BLOCKS) as f64;
+    if stored != (chains - 1) * CHAIN_BLOCKS {
+        return Err(format!("{stored} of {} blocks were stored", (chains - 1) * CHAIN_BLOCKS).into());
+    }
+    let blocks = stored as f64;
     let growth =
         before.zip(daemon.usage().rss_anon_bytes()).map(|(before, after)| after.saturating_sub(before));
     Ok(Case {
@@ -196,32 +209,30 @@ impl User {
         self.calls.fetch_add(1, Ordering::Relaxed).to_le_bytes()
     }
 
-    /// Stores these chains, a few at a time.
-    async fn insert_all(&self, numbers: std::ops::Range<u64>) -> Result<(), Failure> {
+    /// Stores these chains, a few at a time; how many of their blocks found a slot.
+    async fn insert_all(&self, numbers: std::ops::Range<u64>) -> Result<u64, Failure> {
         let mut tasks = JoinSet::new();
         for task in 0..TASKS {
             let (user, numbers) = (self.clone(), numbers.clone());
             tasks.spawn_local(async move {
+                let mut stored = 0;
                 for number in numbers.skip(task as usize).step_by(TASKS as usize) {
-                    user.insert(number).await?;
+                    stored += user.insert(number).await?;
                 }
-                Ok::<_, Failure>(())
+                Ok::<_, Failure>(stored)
             });
         }
-        tasks.join_all().await.into_iter().collect()
+        let stored = tasks.join_all().await.into_iter().collect::<Result<Vec<u64>, _>>()?;
+        Ok(stored.iter().sum())
     }
 
-    async fn insert(&self, number: u64) -> Result<(), Failure> {
+    async fn insert(&self, number: u64) -> Result<u64, Failure> {
         let bytes = [number as u8; BLOCK_BYTES as usize];
         let root = block_id::root(&self.space.fingerprint(), b"", b"")?;
         let chain = self.chain(number)?;
         let fill = self.space.reserve(&self.request_key(), root, 0, &chain, RESERVE_WAIT).await?;
         fill.granted().into_iter().for_each(|block| fill.write(block, 0, &bytes));
-        let committed = fill.commit().await?;
-        if u64::from(committed) == CHAIN_BLOCKS {
-            return Ok(());
-        }
-        Err(format!("chain {number}: {committed} of {CHAIN_BLOCKS} blocks were stored").into())
+        Ok(u64::from(fill.commit().await?))
     }
 }
 

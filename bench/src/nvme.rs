@@ -5,6 +5,7 @@
 //! Invariant: a file that was there before is never touched without `--overwrite`.
 
 use crate::failure::Failure;
+use crate::folder;
 use crate::report::{Output, Pairs, Reporter, median, parse_bytes, percentile};
 use crate::roofline::{RawRing, Run, us_since};
 use crate::usage::Usage;
@@ -28,9 +29,9 @@ const PAIRS_MIN: u64 = 10;
 /// depth). `ratio` is the median over those pairs: 1 means the tier costs nothing. p50 and p99 are of one transfer.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Args {
-    /// File to make, measure on and remove; a folder gets a temporary one.
-    #[arg(long, default_value = ".")]
-    path: PathBuf,
+    /// File to make, measure on and remove; a folder gets a temporary one. By default in the system's temporary folder.
+    #[arg(long)]
+    path: Option<PathBuf>,
     /// Use the file or block device at --path although it exists. Its content is lost.
     #[arg(long)]
     overwrite: bool,
@@ -53,8 +54,13 @@ pub(crate) struct Args {
 
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
-    let folder = args.path.is_dir().then(|| tempfile::tempdir_in(&args.path)).transpose()?;
-    let path = folder.as_ref().map_or(args.path.clone(), |folder| folder.path().join("nvme"));
+    let file = args.path.as_deref().filter(|path| !path.is_dir());
+    let folder = file.is_none().then(|| folder::temporary(args.path.as_deref())).transpose()?;
+    let path = folder
+        .as_ref()
+        .map(|folder| folder.path().join("nvme"))
+        .or(args.path.clone())
+        .expect("one of the two");
     if path.exists() && !args.overwrite {
         return Err(format!("{} exists; give --overwrite to lose its content", path.display()).into());
     }
@@ -206,7 +212,7 @@ mod tests {
 
     fn args(path: PathBuf) -> Args {
         Args {
-            path,
+            path: Some(path),
             overwrite: false,
             depth: 2,
             file_bytes: 16 << 20,

@@ -8,6 +8,7 @@ use crate::daemon::Daemon;
 use crate::engine::cache::{Cache, named_space};
 use crate::engine::profile::ProfileName;
 use crate::failure::Failure;
+use crate::folder;
 use crate::report::{Output, Reporter, parse_bytes};
 use crate::trace::{self, ROWS_MAX};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -38,9 +39,10 @@ pub(crate) struct Args {
     /// The daemon's NVMe tier.
     #[arg(long, default_value = "8GiB", value_parser = parse_bytes)]
     nvme: u64,
-    /// Where the daemon keeps its files; they are removed afterwards.
-    #[arg(long, default_value = ".")]
-    folder: PathBuf,
+    /// Where the daemon keeps its files, which are removed afterwards; by default the system's temporary folder. Give
+    /// one on the disk you mean where that is in memory.
+    #[arg(long)]
+    folder: Option<PathBuf>,
     /// Requests at most.
     #[arg(long, default_value_t = ROWS_MAX)]
     limit: usize,
@@ -62,7 +64,7 @@ pub(crate) struct Args {
 pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let block_tokens = u64::from(args.block_tokens);
     let rows = trace::read_file(&args.trace, block_tokens, args.limit)?;
-    let folder = tempfile::tempdir_in(&args.folder)?;
+    let folder = folder::temporary(args.folder.as_deref())?;
     let daemon = Daemon::start(folder.path(), args.dram, args.nvme)?;
     let space = named_space("trace", u32::try_from(args.block_bytes)?, args.block_tokens)?;
     let mut cache = Cache::open(daemon.socket(), "replay", &space).await?;

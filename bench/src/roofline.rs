@@ -126,7 +126,7 @@ impl RawRing {
     fn wait(&mut self, memory: &Arc<Mapping>) -> io::Result<()> {
         match self.ring.submit_and_wait(1) {
             Err(error) if error.kind() != io::ErrorKind::Interrupted => {
-                std::mem::forget(Arc::clone(memory));
+                let _: &mut Arc<Mapping> = Box::leak(Box::new(Arc::clone(memory)));
                 Err(error)
             }
             _ => Ok(()),

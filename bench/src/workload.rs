@@ -32,14 +32,14 @@ pub(crate) struct Shape {
 impl Shape {
     /// The demo's: assistants with long instructions, people who write a few paragraphs.
     pub(crate) const DEMO: Self = Self {
-        sessions: 240,
+        sessions: 1000,
         turns_max: 8,
         system_prompts: 4,
         system_tokens: 2000,
         message_tokens_max: 800,
         answer_tokens_max: 500,
         session_gap_ms: 900.0,
-        pause_ms: 15_000.0,
+        pause_ms: 30_000.0,
         block_tokens: 128,
     };
 }

@@ -321,6 +321,7 @@ impl Inner {
 
     fn map_segments(&self, announced: &[wire::Segment], fds: Vec<OwnedFd>) {
         let mut fds = fds.into_iter();
+        let mut new = Vec::new();
         for segment in announced {
             let (Some(table), Some(payload)) = (fds.next(), fds.next()) else { return };
             if self.segment(segment.segment).is_some() {
@@ -333,9 +334,11 @@ impl Inner {
                 .write()
                 .unwrap_or_else(PoisonError::into_inner)
                 .insert(segment.segment, mapped.clone());
-            if self.options.populate {
-                std::thread::spawn(move || mapped.populate());
-            }
+            new.push(mapped);
+        }
+        if self.options.populate && !new.is_empty() {
+            // after all are mapped: making page tables holds the lock that mapping needs
+            std::thread::spawn(move || new.iter().for_each(|segment| segment.populate()));
         }
     }
 

@@ -1,6 +1,7 @@
 //! One call: events in, effects out, then what keeps the house in order.
 
 use super::event::{Effect, Event, MemberId, Question};
+use super::search::Then;
 use super::{EVENTS_PER_CALL_MAX, Node};
 use kvd_proto::wire::client_frame::Body as Ask;
 use kvd_proto::wire::node_frame::Body as Reply;
@@ -21,6 +22,7 @@ impl Node {
         self.announce_ready();
         self.make_room();
         self.serve_waiting();
+        self.search_some();
         self.purge_some();
         std::mem::swap(&mut self.out, effects);
     }
@@ -75,7 +77,7 @@ impl Node {
             Ask::Exists(request) => self.exists(member, &request).map(Reply::Exists),
             Ask::Pin(request) => self.pin_chain(member, &request).map(Reply::Pin),
             Ask::Prefetch(request) => self.prefetch(member, &request).map(Reply::Prefetch),
-            Ask::CloseSession(_) => Ok(self.close_member(member)),
+            Ask::CloseSession(_) => return self.close_member(member, request_id),
         };
         match reply {
             Ok(reply) if request_id != 0 => self.send(member, request_id, reply),
@@ -100,8 +102,10 @@ impl Node {
             Question::Status => self.status(),
             Question::Tiers => self.tiers(),
             Question::Spaces => self.list_spaces(),
-            Question::Blocks(prefix) => self.describe_blocks(&prefix),
-            Question::Pin { id_prefix, ttl_ms } => self.pin_by_prefix(&id_prefix, ttl_ms),
+            Question::Blocks(prefix) => return self.start_search(ticket, prefix, Then::Describe),
+            Question::Pin { id_prefix, ttl_ms } => {
+                return self.start_search(ticket, id_prefix, Then::Pin { ttl_ms });
+            }
             Question::Purge(what) => return self.start_purge(ticket, what),
         };
         self.out.push(Effect::Answer { ticket, answer });

@@ -6,7 +6,7 @@
 
 use super::Node;
 use super::event::{Effect, MemberId};
-use super::lease::{Item, ItemState, NewLease, PartSet, RequestKind, unknown_lease};
+use super::lease::{Item, ItemState, LeaseId, NewLease, PartSet, RequestKind, unknown_lease};
 use super::matching::{check_key, runs};
 use kvd_proto::limits::RESERVE_WAIT_MS_MAX;
 use kvd_proto::slot_header::SlotHeader;
@@ -15,11 +15,14 @@ use kvd_proto::{BlockId, Chain, Code, Error};
 use kvd_tiers::catalog::{Handle, Key, Mark, NewEntry};
 use kvd_tiers::segment::SlotRef;
 use std::collections::VecDeque;
+use std::ops::Range;
 
 /// Reservations that wait for space. At the limit: the next one does not wait.
 const WAITING_MAX: usize = 1024;
 /// Waiting reservations tried in one call.
 const SERVED_PER_CALL_MAX: usize = 16;
+/// How soon one that waits is tried again when fewer slots are free than it needs: some copies may go by now.
+const RETRY_US: u64 = 50_000;
 /// Even who would not wait, waits this long for the first segment of a size class.
 const FIRST_SEGMENT_US: u64 = 2_000_000;
 
@@ -39,6 +42,16 @@ struct Wanted {
     chain: Vec<BlockId>,
     asked_us: u64,
     until_us: u64,
+    tried_us: u64,
+    /// Slots it was short of when it was last tried.
+    needs: u64,
+}
+
+/// What a try came to.
+enum Tried {
+    Answer(wire::ReserveReply),
+    /// Not enough slots: so many are needed.
+    Short(u64),
 }
 
 impl Node {
@@ -49,7 +62,7 @@ impl Node {
         request_id: u64,
         request: &wire::ReserveRequest,
     ) -> Result<Option<wire::ReserveReply>, Error> {
-        let wanted = self.check_reserve(member, request_id, request)?;
+        let mut wanted = self.check_reserve(member, request_id, request)?;
         let session = self.sessions.of(member)?;
         let known = self.same_question(
             session,
@@ -65,11 +78,25 @@ impl Node {
         self.counters.reserve_requests += 1;
         let may_wait = wanted.until_us > self.now_us || self.any_opening(wanted.space);
         let last = !may_wait || self.waiting.queue.len() >= WAITING_MAX;
-        if let Some(reply) = self.try_reserve(&wanted, last)? {
-            return Ok(Some(reply));
+        if last || !self.others_wait(wanted.space) {
+            match self.try_reserve(&wanted, last)? {
+                Tried::Answer(reply) => return Ok(Some(reply)),
+                Tried::Short(needs) => wanted.needs = needs,
+            }
         }
         self.waiting.queue.push_back(wanted);
         Ok(None)
+    }
+
+    /// Whether somebody waits already for slots of the space's pools.
+    fn others_wait(&self, space: u16) -> bool {
+        let pools = self.dram_pools(space);
+        let shares = |wanted: &Wanted| self.dram_pools(wanted.space).iter().any(|pool| pools.contains(pool));
+        self.waiting.queue.iter().any(shares)
+    }
+
+    fn dram_pools(&self, space: u16) -> Vec<usize> {
+        self.spaces[usize::from(space)].pools.iter().map(|(dram, _)| *dram).collect()
     }
 
     fn check_reserve(
@@ -105,6 +132,8 @@ impl Node {
             chain: chain.ids().to_vec(),
             asked_us: self.now_us,
             until_us: self.now_us + wait_us,
+            tried_us: self.now_us,
+            needs: 0,
         })
     }
 
@@ -137,62 +166,116 @@ impl Node {
         self.spaces[usize::from(space)].pools.iter().any(|(dram, _)| self.opening(*dram))
     }
 
-    /// Waiting reservations, oldest first, now that slots may have become free.
+    /// Waiting reservations, oldest first, now that slots may have become free. Who waits holds up nobody but those who
+    /// came later for the same pools, and those only until their own time is over.
     pub(super) fn serve_waiting(&mut self) {
-        for _ in 0..SERVED_PER_CALL_MAX.min(self.waiting.queue.len()) {
-            let wanted = self.waiting.queue.pop_front().expect("counted");
+        let (mut taken, mut at, mut tried) = (Vec::new(), 0, 0);
+        while at < self.waiting.queue.len() && tried < SERVED_PER_CALL_MAX {
+            let wanted = &self.waiting.queue[at];
             if self.sessions.of(wanted.member).is_err() {
-                continue; // its member is gone
+                self.waiting.queue.remove(at); // its member is gone
+                continue;
             }
+            let pools = self.dram_pools(wanted.space);
             let opening = self.any_opening(wanted.space) && self.now_us < wanted.asked_us + FIRST_SEGMENT_US;
             let last = self.now_us >= wanted.until_us && !opening;
+            let behind = pools.iter().any(|pool| taken.contains(pool));
+            if !last && (behind || !self.worth_trying(wanted, &pools)) {
+                taken.extend(pools);
+                at += 1;
+                continue;
+            }
+            tried += 1;
+            let mut wanted = self.waiting.queue.remove(at).expect("within the queue");
             match self.try_reserve(&wanted, last) {
-                Ok(None) => {
-                    self.waiting.queue.push_front(wanted); // those behind it wait their turn
-                    return;
+                Ok(Tried::Answer(reply)) => {
+                    self.send(wanted.member, wanted.request_id, Reply::Reserve(reply));
                 }
-                Ok(Some(reply)) => self.send(wanted.member, wanted.request_id, Reply::Reserve(reply)),
+                Ok(Tried::Short(needs)) => {
+                    (wanted.needs, wanted.tried_us) = (needs, self.now_us);
+                    self.waiting.queue.insert(at, wanted);
+                    taken.extend(pools);
+                    at += 1;
+                }
                 Err(error) => self.refuse(wanted.member, wanted.request_id, error),
             }
         }
     }
 
-    /// `last`: answers with what can be had now, dropping copies that exist nowhere else; otherwise all or `None`.
-    fn try_reserve(&mut self, wanted: &Wanted, last: bool) -> Result<Option<wire::ReserveReply>, Error> {
+    /// A try looks at the whole chain: not each time one slot of many becomes free.
+    fn worth_trying(&self, wanted: &Wanted, pools: &[usize]) -> bool {
+        let free: u64 = pools.iter().map(|pool| self.memory.pools[*pool].slots.free_slots()).sum();
+        free >= wanted.needs || self.now_us >= wanted.tried_us + RETRY_US
+    }
+
+    /// `last`: answers with what can be had now, dropping copies that exist nowhere else; otherwise all or nothing.
+    fn try_reserve(&mut self, wanted: &Wanted, last: bool) -> Result<Tried, Error> {
         let session = self.sessions.of(wanted.member)?;
-        let mut budget = self.lease_budget(session)?;
+        let (space, chain) = (wanted.space, &wanted.chain);
+        if let Some(known) =
+            self.same_question(session, RequestKind::Reserve, &wanted.key, space, chain, wanted.depth)
+        {
+            return Ok(Tried::Answer(self.reserve_reply(known))); // another member waited for it too
+        }
+        let budget = self.lease_budget(session)?;
         // waiting is for demotions to end; where there are none, what goes is dropped now
         let drop = last || !self.can_demote();
+        if !last && let Some(needs) = self.short_of(wanted, drop, budget) {
+            return Ok(Tried::Short(needs));
+        }
+        let (states, items, bytes) = self.take_blocks(wanted, drop, budget);
+        self.count_states(&states);
+        Ok(Tried::Answer(self.grant(wanted, session, states, items, bytes)))
+    }
+
+    /// Frees slots for all that is missing of the chain, as far as the budget goes, dropping what exists nowhere else only
+    /// with `drop`; `Some`: how many are needed, if that was not enough. More than there are is waited for in vain, until the
+    /// wait is over.
+    fn short_of(&mut self, wanted: &Wanted, drop: bool, budget: u64) -> Option<u64> {
+        let groups = self.spaces[usize::from(wanted.space)].pools.len() as u8;
+        let blocks = usize::try_from(budget / self.block_bytes(wanted.space)).unwrap_or(usize::MAX);
+        let granted = |id: &&BlockId| self.reserve_state(wanted.space, groups, **id) == ReserveState::Granted;
+        let mut needs = vec![0; self.memory.pools.len()];
+        for id in wanted.chain.iter().filter(granted).take(blocks) {
+            for (group, (pool, _)) in self.spaces[usize::from(wanted.space)].pools.iter().enumerate() {
+                let key = Key { space: wanted.space, group: group as u8, id: *id };
+                needs[*pool] += u64::from(self.catalog.find(&key).is_none());
+            }
+        }
+        let mut enough = true;
+        for (pool, slots) in needs.iter().enumerate().filter(|(_, slots)| **slots > 0) {
+            enough &= self.free_slots(pool, *slots, drop);
+        }
+        (!enough).then(|| needs.iter().sum())
+    }
+
+    /// What can be had of the chain; after the first block for which there is no room, no other is taken.
+    fn take_blocks(&mut self, wanted: &Wanted, drop: bool, budget: u64) -> (Vec<u8>, Vec<Item>, u64) {
         let groups = self.spaces[usize::from(wanted.space)].pools.len() as u8;
         let mut states = Vec::with_capacity(wanted.chain.len());
-        let mut items: Vec<Item> = Vec::new();
-        let mut bytes = 0;
+        let (mut items, mut bytes, mut full) = (Vec::new(), 0, false);
         let mut parent = wanted.parent;
         for (at, id) in wanted.chain.iter().enumerate() {
             let before = std::mem::replace(&mut parent, *id);
-            let state = self.reserve_state(wanted.space, groups, *id);
-            if state != ReserveState::Granted {
-                states.push(state as u8);
-                continue;
+            let mut state = self.reserve_state(wanted.space, groups, *id);
+            if state == ReserveState::Granted && !full {
+                let place =
+                    Place { block: at as u32, id: *id, parent: before, depth: wanted.depth + at as u32 };
+                let from = items.len();
+                match self.take_block(wanted.space, groups, &place, drop, budget - bytes, &mut items) {
+                    Some(taken) => bytes += taken,
+                    None => full = true,
+                }
+                if full {
+                    items.drain(from..).for_each(|item| self.drop_filling(&item));
+                }
             }
-            let place = Place { block: at as u32, id: *id, parent: before, depth: wanted.depth + at as u32 };
-            let from = items.len();
-            let taken = self.take_block(wanted.space, groups, &place, drop, budget, &mut items);
-            if let Some(taken) = taken {
-                budget -= taken;
-                bytes += taken;
-                states.push(ReserveState::Granted as u8);
-            } else if last || self.lease_budget(session)? == budget && budget < self.block_bytes(wanted.space)
-            {
-                items.split_off(from).iter().for_each(|item| self.drop_filling(item));
-                states.push(ReserveState::NoSpace as u8);
-            } else {
-                items.iter().rev().for_each(|item| self.drop_filling(item));
-                return Ok(None);
+            if state == ReserveState::Granted && full {
+                state = ReserveState::NoSpace;
             }
+            states.push(state as u8);
         }
-        self.count_states(&states);
-        Ok(Some(self.grant(wanted, session, states, items, bytes)))
+        (states, items, bytes)
     }
 
     fn block_bytes(&self, space: u16) -> u64 {
@@ -289,6 +372,7 @@ impl Node {
     pub(super) fn quarantine_filling(&mut self, space: u16, item: &mut Item) {
         let pool = self.pool_of_group(space, item.group, Tier::Dram).expect("DRAM has a pool");
         self.catalog.get_mut(item.handle).release();
+        self.unpin(item.handle);
         let slot = self.catalog.clear_copy(item.handle, Tier::Dram);
         assert_eq!(slot, item.slot, "a filling block stays in its slot");
         self.memory.pools[pool].slots.quarantine(slot);
@@ -340,25 +424,34 @@ impl Node {
         let id = request.lease;
         let mut whole = Vec::new();
         for (at, parts) in filled {
-            let lease = self.leases.get_mut(id).expect("an open lease");
-            let item = &mut lease.items[at];
+            let count = self.part_count(space, self.leases.get(id).expect("open").items[at].group);
+            let item = &mut self.leases.get_mut(id).expect("an open lease").items[at];
             item.state = ItemState::Filling(parts);
-            if parts.len() == self.part_count(space, self.leases.get(id).expect("open").items[at].group) {
-                let item = &mut self.leases.get_mut(id).expect("an open lease").items[at];
+            if parts.len() == count {
                 item.state = ItemState::Committed;
-                whole.push((item.handle, item.slot, item.group));
+                whole.push((item.handle, item.slot, item.block));
             }
         }
         // tail first, as chains are touched
         for (handle, slot, _) in whole.iter().rev() {
             self.publish(*handle, *slot);
         }
-        let committed = whole.iter().filter(|(.., group)| *group == 0).count();
+        let committed = whole.iter().filter(|(.., block)| self.now_present(id, *block)).count();
         self.counters.committed_blocks += committed as u64;
         if committed > 0 {
             self.note("commit", || format!("{committed} blocks by lease {id}"));
         }
         Ok(wire::CommitReply { committed: committed as u32 })
+    }
+
+    /// Whether that was the last group of the block that was missing; whoever asks for it again hears PRESENT.
+    fn now_present(&mut self, lease: LeaseId, block: u32) -> bool {
+        let lease = self.leases.get_mut(lease).expect("an open lease");
+        let groups = self.spaces[usize::from(lease.space)].pools.len() as u8;
+        let done = |place: usize| lease.items[place].state == ItemState::Committed;
+        let whole = (0..groups).all(|group| lease.places(group, block..block + 1).all(done));
+        let state = &mut lease.states[block as usize];
+        whole && std::mem::replace(state, ReserveState::Present as u8) == ReserveState::Granted as u8
     }
 
     fn part_count(&self, space: u16, group: u8) -> u32 {
@@ -368,70 +461,33 @@ impl Node {
     /// What the commit would leave each of the lease's items with; nothing is changed if any of it is wrong.
     fn check_commit(&self, request: &wire::CommitRequest) -> Result<Vec<(usize, PartSet)>, Error> {
         let lease = self.leases.get(request.lease).ok_or_else(|| unknown_lease(request.lease))?;
-        let blocks = self.named_blocks(lease.chain.len(), &request.blocks)?;
-        let layout = &self.spaces[usize::from(lease.space)].space.layout;
-        let first_part =
-            |group: usize| -> u32 { layout.groups()[..group].iter().map(kvd_proto::Group::part_count).sum() };
-        let parts_in_all = first_part(layout.groups().len());
-        if let Some(part) = request.parts.iter().find(|part| **part >= parts_in_all) {
-            let message = format!("part {part} of a layout with {parts_in_all}");
-            return Err(Error::invalid("parts", message, "number parts through all groups, from 0"));
-        }
+        let blocks = named_blocks(lease.chain.len() as u32, &request.blocks)?;
+        let groups = self.spaces[usize::from(lease.space)].space.layout.groups();
+        let everything = request.parts.is_empty();
         let mut filled = Vec::new();
-        let mut open = 0;
-        for (at, item) in lease.items.iter().enumerate() {
-            if blocks.as_ref().is_some_and(|blocks| !blocks[item.block as usize]) {
-                continue;
+        for (group, (first_part, named)) in named_parts(groups, &request.parts)?.into_iter().enumerate() {
+            let named = if everything { PartSet::all(groups[group].part_count()) } else { named };
+            if named.len() == 0 {
+                continue; // the request is about other groups
             }
-            let ItemState::Filling(mut parts) = item.state else {
-                if request.parts.is_empty() && blocks.is_none() {
-                    continue; // "everything": what is committed already is passed over
+            for at in blocks.iter().flat_map(|blocks| lease.places(group as u8, blocks.clone())) {
+                let item = &lease.items[at];
+                let ItemState::Filling(parts) = item.state else {
+                    if everything && request.blocks.is_empty() {
+                        continue; // what is committed already is passed over
+                    }
+                    return Err(already_committed(request.lease, item.block));
+                };
+                if let Some(twice) = parts.common(named).filter(|_| !everything) {
+                    return Err(filled_twice(first_part + twice, item.block));
                 }
-                return Err(already_committed(request.lease, item.block));
-            };
-            open += 1;
-            let group = usize::from(item.group);
-            let (first, count) = (first_part(group), layout.groups()[group].part_count());
-            let all = 0..count;
-            let named = request.parts.iter().filter(|part| **part >= first).map(|part| part - first);
-            let new: Vec<u32> = if request.parts.is_empty() {
-                all.filter(|part| !parts.has(*part as u16)).collect()
-            } else {
-                named.filter(|part| *part < count).collect()
-            };
-            for part in new {
-                if !parts.add(part as u16) {
-                    return Err(Error::new(
-                        Code::PartFilledTwice,
-                        "parts",
-                        format!("part {} of block {} is filled already", part + first, item.block),
-                        "commit each part once, by the rank that owns it",
-                    ));
-                }
+                filled.push((at, parts.union(named)));
             }
-            filled.push((at, parts));
         }
-        if open == 0 {
-            return Err(already_committed(request.lease, lease.items.first().map_or(0, |item| item.block)));
+        if filled.is_empty() {
+            return Err(already_committed(request.lease, blocks.first().map_or(0, |blocks| blocks.start)));
         }
         Ok(filled)
-    }
-
-    /// By block of the chain, whether it is named; `None`: no block is, so all are meant.
-    fn named_blocks(&self, chain: usize, ranges: &[wire::BlockRange]) -> Result<Option<Vec<bool>>, Error> {
-        if ranges.is_empty() {
-            return Ok(None);
-        }
-        let mut named = vec![false; chain];
-        for range in ranges {
-            let end = u64::from(range.first) + u64::from(range.count);
-            if end > chain as u64 {
-                let message = format!("blocks {}..{end} of a chain of {chain}", range.first);
-                return Err(Error::invalid("blocks", message, "name blocks of the reserved chain"));
-            }
-            named[range.first as usize..end as usize].fill(true);
-        }
-        Ok(Some(named))
     }
 
     fn publish(&mut self, handle: Handle, slot: SlotRef) {
@@ -497,11 +553,66 @@ struct Place {
     depth: u32,
 }
 
+/// The named blocks as ranges in order, apart; all of them where none is named.
+fn named_blocks(chain: u32, ranges: &[wire::BlockRange]) -> Result<Vec<Range<u32>>, Error> {
+    if ranges.is_empty() {
+        return Ok(vec![0..chain]);
+    }
+    let mut named = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        let end = range.first.checked_add(range.count).filter(|end| *end <= chain);
+        let end = end.ok_or_else(|| {
+            let message = format!("{} blocks from {} of a chain of {chain}", range.count, range.first);
+            Error::invalid("blocks", message, "name blocks of the reserved chain")
+        })?;
+        named.push(range.first..end);
+    }
+    named.sort_by_key(|range| range.start);
+    named.dedup_by(|next, last| {
+        let joins = next.start <= last.end;
+        if joins {
+            last.end = last.end.max(next.end);
+        }
+        joins
+    });
+    Ok(named)
+}
+
+/// By group: the number of its first part, and which of its parts are named.
+fn named_parts(groups: &[kvd_proto::Group], parts: &[u32]) -> Result<Vec<(u32, PartSet)>, Error> {
+    let (mut named, mut in_all) = (Vec::with_capacity(groups.len()), 0);
+    for group in groups {
+        named.push((in_all, PartSet::default()));
+        in_all += group.part_count();
+    }
+    for part in parts {
+        if *part >= in_all {
+            let message = format!("part {part} of a layout with {in_all}");
+            return Err(Error::invalid("parts", message, "number parts through all groups, from 0"));
+        }
+        let (first_part, set) = named.iter_mut().rfind(|(first, _)| first <= part).expect("the first is 0");
+        if !set.add((part - *first_part) as u16) {
+            let message = format!("part {part} is named twice");
+            return Err(Error::new(Code::PartFilledTwice, "parts", message, "name each part once"));
+        }
+    }
+    Ok(named)
+}
+
+fn filled_twice(part: u32, block: u32) -> Error {
+    Error::new(
+        Code::PartFilledTwice,
+        "parts",
+        format!("part {part} of block {block} is filled already"),
+        "commit each part once, by the rank that owns it",
+    )
+}
+
 fn already_committed(lease: u64, block: u32) -> Error {
     Error::new(
         Code::AlreadyCommitted,
         "lease",
-        format!("block {block} of lease {lease} is committed already"),
+        format!("block {block} is committed already, or was not granted by lease {lease}"),
         "commit each block once",
     )
 }

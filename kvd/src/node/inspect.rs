@@ -1,20 +1,16 @@
 //! What a person is told: status, tiers, spaces, blocks.
 //!
-//! Invariant: looking changes nothing. A prefix search over all entries is cut at a stated number of answers.
+//! Invariant: looking changes nothing.
 
 use super::Node;
 use super::event::Answer;
-use kvd_proto::Error;
 use kvd_proto::wire::{self, Tier};
 use kvd_tiers::catalog::{Handle, Mark, TIERS};
-
-/// Blocks one prefix may name. At the limit: refused, a longer prefix names fewer.
-const BLOCKS_MAX: usize = 256;
 
 impl Node {
     /// Whether work is left that needs no new event.
     pub fn busy(&self) -> bool {
-        self.purging()
+        self.purging() || self.searching()
     }
 
     pub(super) fn status(&self) -> Answer {
@@ -57,28 +53,9 @@ impl Node {
         Answer::Spaces(wire::ListSpacesReply { spaces: self.spaces.iter().enumerate().map(status).collect() })
     }
 
-    pub(super) fn describe_blocks(&self, id_prefix: &[u8]) -> Answer {
-        match self.by_prefix(id_prefix) {
-            Ok(handles) => Answer::Blocks(wire::DescribeBlockReply {
-                blocks: handles.into_iter().map(|handle| self.block_status(handle)).collect(),
-            }),
-            Err(error) => Answer::Refused(error),
-        }
-    }
-
-    /// Entries whose id starts so, at most `BLOCKS_MAX`.
-    pub(super) fn by_prefix(&self, id_prefix: &[u8]) -> Result<Vec<Handle>, Error> {
-        if id_prefix.is_empty() || id_prefix.len() > 16 {
-            let message = format!("{} bytes", id_prefix.len());
-            return Err(Error::invalid("id_prefix", message, "give 1 to 16 bytes of the block's id"));
-        }
-        let all = self.catalog.iter().filter(|(_, entry)| entry.key().id.0.starts_with(id_prefix));
-        let found: Vec<_> = all.map(|(handle, _)| handle).take(BLOCKS_MAX + 1).collect();
-        if found.len() > BLOCKS_MAX {
-            let message = format!("more than {BLOCKS_MAX} blocks start so");
-            return Err(Error::limit("id_prefix", message, "give more of the block's id"));
-        }
-        Ok(found)
+    pub(super) fn describe_blocks(&self, blocks: Vec<Handle>) -> Answer {
+        let blocks = blocks.into_iter().map(|handle| self.block_status(handle)).collect();
+        Answer::Blocks(wire::DescribeBlockReply { blocks })
     }
 
     fn block_status(&self, handle: Handle) -> wire::BlockStatus {

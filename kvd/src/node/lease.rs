@@ -11,12 +11,15 @@ use kvd_proto::wire::{self, Tier};
 use kvd_proto::{BlockId, Code, Error};
 use kvd_tiers::catalog::Handle;
 use kvd_tiers::segment::SlotRef;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Range;
 
 pub(super) type LeaseId = u64;
 
 /// Leases of one session at a time. At the limit: `Limit`.
 const LEASES_PER_SESSION_MAX: usize = 8192;
+/// Leases ended in one call; the others end in the next.
+const ENDED_PER_CALL_MAX: usize = 1024;
 /// A load may go this long without progress, or twice its prediction if that is longer (law 3; the recompute side of
 /// the rule needs a worker's profile, which this node does not have yet).
 const STALL_US_MIN: u64 = 2_000_000;
@@ -59,6 +62,13 @@ pub(super) enum ItemState {
 pub(super) struct PartSet([u64; 4]);
 
 impl PartSet {
+    /// Parts `0..count`.
+    pub(super) fn all(count: u32) -> Self {
+        let mut all = Self::default();
+        (0..count).for_each(|part| _ = all.add(part as u16));
+        all
+    }
+
     /// Adds a part; `false`: it was there.
     pub(super) fn add(&mut self, part: u16) -> bool {
         let (word, bit) = (usize::from(part) / 64, 1 << (part % 64));
@@ -67,8 +77,14 @@ impl PartSet {
         new
     }
 
-    pub(super) fn has(self, part: u16) -> bool {
-        self.0[usize::from(part) / 64] & (1 << (part % 64)) != 0
+    pub(super) fn union(self, other: Self) -> Self {
+        Self(std::array::from_fn(|word| self.0[word] | other.0[word]))
+    }
+
+    /// The first part that both have.
+    pub(super) fn common(self, other: Self) -> Option<u32> {
+        let word = (0..self.0.len()).find(|word| self.0[*word] & other.0[*word] != 0)?;
+        Some(word as u32 * 64 + (self.0[word] & other.0[word]).trailing_zeros())
     }
 
     pub(super) fn len(self) -> u32 {
@@ -88,7 +104,7 @@ pub(super) struct Lease {
     /// A reservation's answer by block.
     pub(super) states: Vec<u8>,
     pub(super) items: Vec<Item>,
-    bytes: u64,
+    pub(super) bytes: u64,
     pub(super) ends_us: u64,
     pub(super) ended: bool,
     pub(super) predicted_us: u64,
@@ -98,15 +114,24 @@ pub(super) struct Lease {
     pub(super) stalls_us: u64,
 }
 
+impl Lease {
+    /// Where a group's items of these blocks are; items are ordered by group and block.
+    pub(super) fn places(&self, group: u8, blocks: Range<u32>) -> Range<usize> {
+        let before =
+            |block: u32| self.items.partition_point(|item| (item.group, item.block) < (group, block));
+        before(blocks.start)..before(blocks.end)
+    }
+}
+
 /// All leases of the node.
 pub(super) struct Leases {
-    leases: HashMap<LeaseId, Lease>,
+    pub(super) leases: HashMap<LeaseId, Lease>,
     by_end: BTreeSet<(u64, LeaseId)>,
     loading: BTreeSet<LeaseId>,
     last: LeaseId,
     bytes: u64,
     /// Items that became ready or failed in this call, to be told together.
-    news: HashMap<LeaseId, wire::Ready>,
+    news: BTreeMap<LeaseId, wire::Ready>,
 }
 
 /// What a new lease holds.
@@ -133,7 +158,7 @@ impl Leases {
             loading: BTreeSet::new(),
             last: (epoch & 0x7FFF_FFFF) << 32,
             bytes: 0,
-            news: HashMap::new(),
+            news: BTreeMap::new(),
         }
     }
 
@@ -165,9 +190,9 @@ impl Leases {
 }
 
 impl Node {
-    pub(super) fn leases_of(&self, session: SessionId, member: MemberId) -> impl Iterator<Item = LeaseId> {
+    pub(super) fn leases_of(&self, session: SessionId, member: MemberId) -> Vec<LeaseId> {
         let of_member = |lease: &&LeaseId| self.leases.leases[*lease].member == member;
-        self.sessions.get(session).leases.iter().filter(of_member).copied().collect::<Vec<_>>().into_iter()
+        self.sessions.get(session).leases.iter().filter(of_member).copied().collect()
     }
 
     /// Bytes the session may still lease, or why not one lease more.
@@ -298,8 +323,8 @@ impl Node {
     /// The lease's time is over, or a rank that filled by it is gone: no new reads, no commits; memory stays as it is.
     pub(super) fn end_lease(&mut self, id: LeaseId) {
         let maps = self.leases.get(id).is_some_and(|lease| self.sessions.maps(lease.session));
-        if !maps {
-            self.release_lease(id); // nothing outside this daemon can touch the slots
+        if !maps && !self.leases.is_fill(id) {
+            self.release_lease(id); // whoever maps nothing reads private copies, verified
             return;
         }
         let lease = self.leases.leases.get_mut(&id).expect("an open lease");
@@ -320,10 +345,10 @@ impl Node {
     }
 
     pub(super) fn end_leases(&mut self) {
-        while let Some(&(ends_us, id)) = self.leases.by_end.first() {
-            if ends_us > self.now_us {
-                break;
-            }
+        for _ in 0..ENDED_PER_CALL_MAX {
+            let Some(&(_, id)) = self.leases.by_end.first().filter(|first| first.0 <= self.now_us) else {
+                return;
+            };
             self.end_lease(id);
         }
     }
@@ -346,6 +371,7 @@ impl Node {
                 .collect();
             for (block, handle) in given_up {
                 self.catalog.get_mut(handle).release();
+                self.movement.stalled(handle, self.now_us);
                 self.leases.tell(id, block, false);
             }
             self.note("stall", || format!("lease {id}: loading made no progress, given up"));
@@ -375,9 +401,10 @@ impl Node {
         lease.loading -= 1;
         lease.stalls_us = if lease.loading > 0 { stalls_us.expect("it is there") } else { u64::MAX };
         // a block is ready when all its groups are
-        let of_block = |item: &&Item| item.block == block;
-        let whole = group_count == 1
-            || lease.items.iter().filter(of_block).all(|item| item.state == ItemState::Ready);
+        let whole = (0..group_count).all(|group| {
+            let places = lease.places(group as u8, block..block + 1);
+            lease.items[places].iter().all(|item| item.state == ItemState::Ready)
+        });
         if lease.loading == 0 {
             self.leases.loading.remove(&id);
         }

@@ -13,6 +13,9 @@ use kvd_proto::{Chain, Error};
 use kvd_tiers::catalog::{Handle, Mark};
 use kvd_tiers::segment::SlotRef;
 
+/// Pins that run out in one call; the others do in the next.
+const UNPINNED_PER_CALL_MAX: usize = 4096;
+
 impl Node {
     pub(super) fn match_prefix(
         &mut self,
@@ -217,13 +220,9 @@ impl Node {
         Ok(wire::PinReply { blocks: stored as u32 })
     }
 
-    pub(super) fn pin_by_prefix(&mut self, id_prefix: &[u8], ttl_ms: u32) -> Answer {
-        let handles = match self.by_prefix(id_prefix) {
-            Ok(handles) => handles,
-            Err(error) => return Answer::Refused(error),
-        };
-        let blocks = handles.len() as u32;
-        match handles.into_iter().try_for_each(|handle| self.set_pin(handle, ttl_ms)) {
+    pub(super) fn pin_blocks(&mut self, found: Vec<Handle>, ttl_ms: u32) -> Answer {
+        let blocks = found.len() as u32;
+        match found.into_iter().try_for_each(|handle| self.set_pin(handle, ttl_ms)) {
             Ok(()) => Answer::Pin(wire::PinBlockReply { blocks }),
             Err(error) => Answer::Refused(error),
         }
@@ -236,21 +235,23 @@ impl Node {
         }
         let bytes = self.slot_bytes_of(handle);
         let most = self.config.dram_bytes / super::PINNED_SHARE;
-        if !self.pins.contains_key(&handle) {
-            if self.pinned_bytes + bytes > most {
-                let message = format!("{} bytes are pinned", self.pinned_bytes);
-                return Err(Error::limit("pin", message, format!("unpin some: at most {most} bytes")));
-            }
-            self.pinned_bytes += bytes;
+        let more = if self.pins.contains_key(&handle) { 0 } else { bytes };
+        if self.pinned_bytes + more > most {
+            let message = format!("no more than {most} bytes of this node are pinned at a time");
+            return Err(Error::limit("pin", message, "unpin some, or let them run out"));
         }
+        self.unpin(handle);
+        self.pinned_bytes += bytes;
         let until_s = self.now_s().saturating_add(ttl_ms.div_ceil(1000));
         self.pins.insert(handle, until_s);
+        self.pin_ends.insert((until_s, handle));
         self.catalog.get_mut(handle).pinned_until_s = until_s;
         Ok(())
     }
 
     pub(super) fn unpin(&mut self, handle: Handle) {
-        if self.pins.remove(&handle).is_some() {
+        if let Some(until_s) = self.pins.remove(&handle) {
+            self.pin_ends.remove(&(until_s, handle));
             self.pinned_bytes -= self.slot_bytes_of(handle);
             self.catalog.get_mut(handle).pinned_until_s = 0;
         }
@@ -258,9 +259,12 @@ impl Node {
 
     pub(super) fn unpin_expired(&mut self) {
         let now_s = self.now_s();
-        let expired: Vec<_> =
-            self.pins.iter().filter(|(_, until_s)| **until_s <= now_s).map(|(handle, _)| *handle).collect();
-        expired.into_iter().for_each(|handle| self.unpin(handle));
+        for _ in 0..UNPINNED_PER_CALL_MAX {
+            let Some((_, handle)) = self.pin_ends.first().copied().filter(|pin| pin.0 <= now_s) else {
+                return;
+            };
+            self.unpin(handle);
+        }
     }
 
     pub(super) fn slot_bytes_of(&self, handle: Handle) -> u64 {
@@ -272,7 +276,7 @@ impl Node {
     pub(super) fn promote(&mut self, handle: Handle) -> Option<SlotRef> {
         let entry = self.catalog.get(handle);
         if entry.is(Tier::Nvme, Mark::Moving) {
-            return entry.copy(Tier::Dram);
+            return entry.copy(Tier::Dram).filter(|_| self.movement.comes(handle));
         }
         self.start_promotion(handle)
     }

@@ -279,6 +279,22 @@ impl Node {
         self.memory.pools[pool].slots.allocate(owner)
     }
 
+    /// Makes so many slots free, dropping copies that exist nowhere else only with `drop`; `false`: there are fewer, for
+    /// now.
+    pub(super) fn free_slots(&mut self, pool: usize, slots: u64, drop: bool) -> bool {
+        while self.memory.pools[pool].slots.free_slots() < slots {
+            if self.grow(pool) {
+                return false;
+            }
+            let tier = self.memory.pools[pool].tier;
+            match self.victim(pool, false) {
+                Some(victim) if drop || !self.is_last_copy(victim, tier) => self.evict(victim, pool),
+                _ => return false,
+            }
+        }
+        true
+    }
+
     /// The copy that goes next, if any may go; `to_demote`: one that must be written to NVMe first.
     fn victim(&mut self, pool: usize, to_demote: bool) -> Option<Handle> {
         let (catalog, pins) = (&self.catalog, &self.pins);

@@ -18,6 +18,7 @@ mod memory;
 mod movement;
 mod purge;
 mod recovery;
+mod search;
 mod session;
 
 #[cfg(test)]
@@ -29,7 +30,7 @@ use event::Effect;
 use kvd_proto::space::{Fingerprint, Space};
 use kvd_proto::wire::Counters;
 use kvd_tiers::catalog::{Catalog, Handle};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 /// Events one call takes. The shell cuts longer batches.
 pub const EVENTS_PER_CALL_MAX: usize = 1024;
@@ -87,8 +88,10 @@ pub struct Node {
     movement: movement::Movement,
     waiting: filling::Waiting,
     pins: HashMap<Handle, u32>,
+    pin_ends: BTreeSet<(u32, Handle)>,
     pinned_bytes: u64,
     purges: purge::Purges,
+    searches: search::Searches,
     recovered: Recovered,
     counters: Counters,
 }
@@ -118,8 +121,10 @@ impl Node {
             movement: movement::Movement::default(),
             waiting: filling::Waiting::default(),
             pins: HashMap::new(),
+            pin_ends: BTreeSet::new(),
             pinned_bytes: 0,
             purges: purge::Purges::default(),
+            searches: search::Searches::default(),
             recovered: Recovered::default(),
             counters: Counters::default(),
             config,

@@ -18,7 +18,7 @@ use std::collections::HashMap;
 const PROMOTIONS_MAX: usize = 4096;
 /// Demotions under way, as a multiple of the queue that keeps the device busy. At the limit: no new one starts.
 const DEMOTIONS_PER_DEPTH: usize = 2;
-/// Errors in a row after which nothing is written for `SICK_US`.
+/// Errors in a row after which nothing is written for `SICK_US`; so long nothing is read after a load has stalled.
 const ERRORS_MAX: u32 = 8;
 const SICK_US: u64 = 10_000_000;
 
@@ -27,7 +27,7 @@ const NVME_PRIOR: (f64, f64) = (100.0, 2000.0);
 const DRAM_PRIOR: (f64, f64) = (1.0, 8000.0);
 
 pub(super) struct Movement {
-    moves: HashMap<u64, Move>,
+    pub(super) moves: HashMap<u64, Move>,
     /// The promotion that brings a block.
     by_handle: HashMap<Handle, u64>,
     last: u64,
@@ -39,12 +39,15 @@ pub(super) struct Movement {
     dram_reads: Estimate,
     errors_in_row: u32,
     sick_until_us: u64,
+    stalled_until_us: u64,
 }
 
-struct Move {
-    handle: Handle,
-    promotion: bool,
+pub(super) struct Move {
+    pub(super) handle: Handle,
+    pub(super) promotion: bool,
     bytes: u64,
+    /// Given up by those who waited: nobody else waits for it.
+    stalled: bool,
     /// Leases whose item (by place) waits for it.
     waiting: Vec<(LeaseId, u32)>,
 }
@@ -63,6 +66,7 @@ impl Default for Movement {
             dram_reads: Estimate::new(DRAM_PRIOR.0, DRAM_PRIOR.1),
             errors_in_row: 0,
             sick_until_us: 0,
+            stalled_until_us: 0,
         }
     }
 }
@@ -90,6 +94,18 @@ impl Movement {
         self.dram_reads.observe(bytes, elapsed_us, 1);
     }
 
+    /// Whoever asks next neither waits for this block nor orders another: the device does not answer (law 3).
+    pub(super) fn stalled(&mut self, handle: Handle, now_us: u64) {
+        let token = self.by_handle.get(&handle).expect("a loading item has its promotion");
+        self.moves.get_mut(token).expect("under way").stalled = true;
+        self.stalled_until_us = now_us + SICK_US;
+    }
+
+    /// Whether the block's bytes are coming and may be waited for.
+    pub(super) fn comes(&self, handle: Handle) -> bool {
+        self.by_handle.get(&handle).is_some_and(|token| !self.moves[token].stalled)
+    }
+
     fn wait(&mut self, handle: Handle, lease: LeaseId, at: u32) {
         let token = self.by_handle.get(&handle).expect("a loading item has its promotion");
         self.moves.get_mut(token).expect("under way").waiting.push((lease, at));
@@ -97,7 +113,7 @@ impl Movement {
 
     fn start(&mut self, handle: Handle, promotion: bool, bytes: u64) -> u64 {
         self.last += 1;
-        self.moves.insert(self.last, Move { handle, promotion, bytes, waiting: Vec::new() });
+        self.moves.insert(self.last, Move { handle, promotion, bytes, stalled: false, waiting: Vec::new() });
         if promotion {
             self.promotions += 1;
             self.reading_bytes += bytes;
@@ -111,7 +127,7 @@ impl Movement {
 impl Node {
     /// Orders the block's bytes from NVMe into a DRAM slot; `None`: no slot, or too much is under way.
     pub(super) fn start_promotion(&mut self, handle: Handle) -> Option<SlotRef> {
-        if self.movement.promotions >= PROMOTIONS_MAX {
+        if self.movement.promotions >= PROMOTIONS_MAX || self.now_us < self.movement.stalled_until_us {
             return None;
         }
         let from = self.catalog.get(handle).readable(Tier::Nvme)?;
@@ -198,6 +214,9 @@ impl Node {
                 estimate.observe(ended.bytes, elapsed_us, in_flight);
                 *bytes += ended.bytes;
                 self.movement.errors_in_row = 0;
+                if ended.promotion {
+                    self.movement.stalled_until_us = 0; // it answers
+                }
             }
             Err(MoveError::Checksum) => self.counters.checksum_errors += 1,
             Err(MoveError::Device(why)) => {

@@ -4,6 +4,7 @@
 
 use super::Node;
 use super::event::{Answer, Effect};
+use super::search::Then;
 use kvd_proto::wire::{self, Tier, purge_request::What};
 use kvd_proto::{BlockId, Error};
 use kvd_tiers::catalog::{Handle, Mark};
@@ -11,7 +12,7 @@ use std::collections::{HashSet, VecDeque};
 
 /// Entries looked at in one call.
 const ENTRIES_PER_CALL_MAX: usize = 4096;
-/// Purges waiting. At the limit: refused.
+/// Purges waiting, those that a search of as many names later not counted. At the limit: refused.
 const PURGES_MAX: usize = 16;
 
 #[derive(Default)]
@@ -50,12 +51,13 @@ impl Which {
 impl Node {
     pub(super) fn start_purge(&mut self, ticket: u64, what: What) {
         match self.purge(ticket, what) {
-            Ok(purge) => self.purges.queue.push_back(purge),
+            Ok(purge) => self.purges.queue.extend(purge),
             Err(error) => self.out.push(Effect::Answer { ticket, answer: Answer::Refused(error) }),
         }
     }
 
-    fn purge(&self, ticket: u64, what: What) -> Result<Purge, Error> {
+    /// `None`: a search names the blocks first.
+    fn purge(&mut self, ticket: u64, what: What) -> Result<Option<Purge>, Error> {
         if self.purges.queue.len() >= PURGES_MAX {
             return Err(Error::limit("purge", format!("{PURGES_MAX} are waiting"), "wait for one to end"));
         }
@@ -70,12 +72,17 @@ impl Node {
                 return Err(Error::invalid("space", message, "see `kvctl spaces`"));
             }
             What::IdPrefix(prefix) => {
-                let named = self.by_prefix(&prefix)?;
-                let ids = named.iter().map(|handle| self.catalog.get(*handle).key().id).collect();
-                Which::Below { ids, grew: false }
+                self.start_search(ticket, prefix.to_vec(), Then::Purge);
+                return Ok(None);
             }
         };
-        Ok(Purge { ticket, what, next: 0, done: wire::PurgeReply::default() })
+        Ok(Some(Purge { ticket, what, next: 0, done: wire::PurgeReply::default() }))
+    }
+
+    /// Of blocks that a search has named, and what is below them.
+    pub(super) fn start_purge_below(&mut self, ticket: u64, ids: HashSet<BlockId>) {
+        let what = Which::Below { ids, grew: false };
+        self.purges.queue.push_back(Purge { ticket, what, next: 0, done: wire::PurgeReply::default() });
     }
 
     /// The next slice of the oldest purge.
@@ -109,7 +116,7 @@ impl Node {
         let again = next.is_none() && purge.what.take_grew();
         match next {
             Some(next) => purge.next = next,
-            None if again => purge.next = 0,
+            None if again => (purge.next, purge.done.kept) = (0, 0), // the next pass meets them again
             None => {
                 let answer = Answer::Purge(purge.done);
                 self.note("purge", || format!("{answer:?}"));

@@ -16,9 +16,12 @@ pub(super) type SessionId = u64;
 /// A session whose members map nothing is closed after this long without a request.
 const IDLE_US_MAX: u64 = 600_000_000;
 
+/// Tenants of one daemon. At the limit: a session of a new one is refused.
+pub(super) const TENANTS_MAX: usize = 4096;
+
 #[derive(Default)]
 pub(super) struct Sessions {
-    sessions: BTreeMap<SessionId, Session>,
+    pub(super) sessions: BTreeMap<SessionId, Session>,
     members: BTreeMap<MemberId, Member>,
     by_token: HashMap<[u8; 16], SessionId>,
     last: SessionId,
@@ -110,6 +113,9 @@ impl Node {
             return Err(Error::limit("limits.members_max", message, "close some or raise the limit"));
         }
         let tenant = if request.tenant.is_empty() { "default" } else { &request.tenant };
+        if !self.tenants.iter().any(|known| known == tenant) {
+            self.check_new_tenant(&request)?;
+        }
         let tenant = self.tenant(tenant);
         let session = if request.join.is_empty() {
             self.new_session(tenant, token, &request)?
@@ -117,14 +123,25 @@ impl Node {
             self.joined_session(tenant, &request)?
         };
         let name = if request.member.is_empty() { "main".to_owned() } else { request.member };
-        self.replace_member(session, &name, pid, &request.held);
         let seen_us = self.now_us;
         let new = Member { session, name: name.clone(), pid, maps, connected: true, seen_us };
         self.sessions.members.insert(member, new);
         self.sessions.get_mut(session).members.insert(member);
+        self.replace_member(member, &request.held);
         let engine = self.sessions.get(session).engine.clone();
         self.note("session", || format!("{engine} ({name}, pid {pid}) opened session {session}"));
         self.welcome(member, request_id, session);
+        Ok(())
+    }
+
+    fn check_new_tenant(&self, request: &wire::OpenSessionRequest) -> Result<(), Error> {
+        if !request.join.is_empty() {
+            return Err(unknown_session()); // a tenant nobody has heard of has no session
+        }
+        if self.tenants.len() >= TENANTS_MAX {
+            let message = format!("{TENANTS_MAX} tenants have been here");
+            return Err(Error::limit("tenant", message, "restart the node to forget old ones"));
+        }
         Ok(())
     }
 
@@ -162,17 +179,30 @@ impl Node {
         session.filter(|session| self.sessions.get(*session).tenant == tenant).ok_or_else(unknown_session)
     }
 
-    /// A member that comes back after a lost socket takes its old self's place; what it no longer holds is released.
-    fn replace_member(&mut self, session: SessionId, name: &str, pid: u32, held: &[LeaseId]) {
+    /// A member that comes back after a lost socket takes its old self's place, its leases with it; those it no longer
+    /// holds go. A process without a number is never known again: it may be another one.
+    fn replace_member(&mut self, member: MemberId, held: &[LeaseId]) {
+        let new = &self.sessions.members[&member];
+        let session = new.session;
         let same = |member: &&MemberId| {
             let old = &self.sessions.members[*member];
-            !old.connected && old.name == name && old.pid == pid
+            !old.connected && old.name == new.name && old.pid == new.pid && old.pid != 0
         };
         let Some(old) = self.sessions.get(session).members.iter().find(same).copied() else { return };
-        let given_up: Vec<_> = self.leases_of(session, old).filter(|lease| !held.contains(lease)).collect();
-        given_up.into_iter().for_each(|lease| self.release_lease(lease));
         self.sessions.members.remove(&old);
         self.sessions.get_mut(session).members.remove(&old);
+        let alone = self.sessions.get(session).members.len() == 1;
+        let held: BTreeSet<_> = held.iter().collect();
+        for lease in self.leases_of(session, old) {
+            self.leases.get_mut(lease).expect("a session's lease").member = member;
+            if held.contains(&lease) {
+                continue;
+            } else if alone || !self.leases.is_fill(lease) {
+                self.release_lease(lease); // its word
+            } else {
+                self.end_lease(lease); // other ranks may be writing their parts: quarantine
+            }
+        }
         self.out.push(Effect::Close { member: old });
     }
 
@@ -299,30 +329,27 @@ impl Node {
         self.end_member(member, "process gone");
     }
 
-    pub(super) fn close_member(&mut self, member: MemberId) -> Reply {
+    /// The reply leaves before the connection is forgotten.
+    pub(super) fn close_member(&mut self, member: MemberId, request_id: u64) {
+        if request_id != 0 {
+            self.send(member, request_id, Reply::SessionClosed(wire::SessionClosed {}));
+        }
         self.end_member(member, "closed");
-        Reply::SessionClosed(wire::SessionClosed {})
     }
 
-    /// The member touches nothing any more. Its leases go; what others of its session may still be writing stays.
+    /// The member touches nothing any more. Its open fills are aborted; what others of its session may be reading by its
+    /// leases, or writing, stays theirs until they release it, or all are gone.
     fn end_member(&mut self, member: MemberId, why: &str) {
         let Some(gone) = self.sessions.members.remove(&member) else { return };
         let session = gone.session;
         self.sessions.get_mut(session).members.remove(&member);
-        let leases: Vec<_> = if self.sessions.get(session).members.is_empty() {
-            self.sessions.get(session).leases.iter().copied().collect()
+        if !self.sessions.get(session).members.is_empty() {
+            let mut fills = self.leases_of(session, member);
+            fills.retain(|lease| self.leases.is_fill(*lease));
+            fills.into_iter().for_each(|lease| self.end_lease(lease));
         } else {
-            self.leases_of(session, member).collect()
-        };
-        let alone = self.sessions.get(session).members.is_empty();
-        for lease in leases {
-            if alone || !self.leases.is_fill(lease) {
-                self.release_lease(lease);
-            } else {
-                self.end_lease(lease); // other ranks may be writing their parts: quarantine
-            }
-        }
-        if alone {
+            let leases: Vec<_> = self.sessions.get(session).leases.iter().copied().collect();
+            leases.into_iter().for_each(|lease| self.release_lease(lease));
             let ended = self.sessions.sessions.remove(&session).expect("it was there");
             assert!(ended.leases.is_empty() && ended.leased_bytes == 0, "a session ends without leases");
             self.sessions.by_token.remove(&ended.token);

@@ -1,0 +1,15 @@
+//! What the node must do, sentence by sentence, and what must hold whatever happens to it.
+//!
+//! Owns: `harness` (a world that plays the shell), `checks` (what must hold after every call), examples by noun, and a
+//! seeded `simulation`.
+//! Invariant: no test looks at the clock, a file or a socket.
+
+mod checks;
+mod filling;
+mod harness;
+mod leases;
+mod matching;
+mod movement;
+mod purge;
+mod sessions;
+mod simulation;
