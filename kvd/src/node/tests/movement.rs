@@ -1,7 +1,7 @@
 //! DRAM to NVMe and back: what moves, what fails, what comes late.
 
 use super::super::event::MoveError;
-use super::harness::{SEGMENT_SLOTS, World, id, ids, packed, with_nvme};
+use super::harness::{SEGMENT_SLOTS, World, id, ids, match_of, packed, with_nvme};
 use kvd_proto::wire::client_frame::Body as Ask;
 use kvd_proto::wire::node_frame::Body as Reply;
 use kvd_proto::wire::{self, Tier};
@@ -53,6 +53,18 @@ fn blocks_go_to_nvme_before_they_go_and_come_back_verified() {
     world.release(member, reply.lease);
     // asked again: from DRAM, ready at once
     assert!(world.matched(member, space, &ids(1..3)).runs.iter().all(|run| run.ready));
+}
+
+/// A scheduler matches, its ranks ask the same question to find the slots: only the scheduler heard that they were ready.
+#[test]
+fn every_member_that_asked_hears_that_a_load_has_ended() {
+    let (mut world, scheduler, space) = world();
+    let rank = world.join(scheduler, "rank-0");
+    let asked = [scheduler, rank].map(|member| world.ask(member, match_of(space, "request", &ids(1..3))));
+    assert_eq!(asked[0], asked[1], "one lease");
+    world.settle();
+    let told: std::collections::BTreeSet<_> = world.ready.iter().map(|(member, _)| *member).collect();
+    assert_eq!(told, [scheduler, rank].into());
 }
 
 #[test]
