@@ -302,7 +302,7 @@ fn the_same_seed_gives_the_same_effects() {
 }
 
 #[test]
-#[ignore = "slow: 40 seeds of 20,000 steps, about a minute in release"]
+#[ignore = "slow: 40 seeds of 20,000 steps, four minutes in a debug build"]
 fn for_a_long_time() {
     for seed in 100..140 {
         run(seed, 20_000);
