@@ -195,6 +195,18 @@ pub(super) static KEYS: &[Key] = &[
         default: half_of_dram,
     },
     Key {
+        name: "recompute.token_ns",
+        kind: Kind::Count,
+        help: "What prefilling one token costs the engine, in nanoseconds, without attention. Turns a block's depth into what it is worth (`kvctl block`).",
+        default: |_, _| fixed(25_700, "Llama-3-8B on an H100: 2 x 6.98e9 FLOPs at 55 % of 989e12 a second"),
+    },
+    Key {
+        name: "recompute.pair_ps",
+        kind: Kind::Count,
+        help: "What one query-key pair of attention costs the engine, in picoseconds, all layers together.",
+        default: |_, _| fixed(1_060, "Llama-3-8B on an H100: 524,288 FLOPs at 50 % of 989e12 a second"),
+    },
+    Key {
         name: "limits.sessions_max",
         kind: Kind::Count,
         help: "Engine instances connected at once. Beyond it opening a session is refused.",

@@ -50,6 +50,8 @@ pub struct Config {
     pub nvme: Nvme,
     /// What one session may hold.
     pub leases: Leases,
+    /// What it costs to compute a block again.
+    pub recompute: Recompute,
     /// How many of each there may be.
     pub limits: Limits,
 }
@@ -119,6 +121,16 @@ pub struct Leases {
     pub ttl_ms: u32,
     /// Bytes one session may lease at once.
     pub bytes_max_per_session: u64,
+}
+
+/// What it costs to compute a block again, until engines report it themselves.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recompute {
+    /// Nanoseconds a token: everything that is linear in tokens.
+    pub token_ns: u32,
+    /// Picoseconds a query-key pair: attention.
+    pub pair_ps: u32,
 }
 
 /// How many of each there may be.

@@ -556,7 +556,7 @@ struct Place {
 /// The named blocks as ranges in order, apart; all of them where none is named.
 fn named_blocks(chain: u32, ranges: &[wire::BlockRange]) -> Result<Vec<Range<u32>>, Error> {
     if ranges.is_empty() {
-        return Ok(vec![0..chain]);
+        return Ok(std::iter::once(0..chain).collect());
     }
     let mut named = Vec::with_capacity(ranges.len());
     for range in ranges {

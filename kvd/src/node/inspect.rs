@@ -4,6 +4,7 @@
 
 use super::Node;
 use super::event::Answer;
+use kvd_proto::cost;
 use kvd_proto::wire::{self, Tier};
 use kvd_tiers::catalog::{Handle, Mark, TIERS};
 
@@ -62,6 +63,10 @@ impl Node {
         let entry = self.catalog.get(handle);
         let key = entry.key();
         let registered = &self.spaces[usize::from(key.space)];
+        let context = u64::from(entry.depth()) * u64::from(registered.space.layout.block_tokens());
+        let recompute_us = self.config.profile.recompute_us(entry.tokens().into(), context);
+        let age_s = self.now_s().saturating_sub(entry.first_use_s()).max(1);
+        let reuses_per_s = f64::from(entry.uses().saturating_sub(1)) / f64::from(age_s);
         let copies = TIERS.iter().filter_map(|tier| {
             let slot = entry.copy(*tier)?;
             let pool = self.pool_of(handle, *tier);
@@ -72,6 +77,7 @@ impl Node {
                 generation: self.memory.pools[pool].slots.generation(slot),
                 checksummed: entry.is(*tier, Mark::Checksummed),
                 fetch_us: self.movement.fetch_us(*tier, self.slot_bytes_of(handle)),
+                worth: self.worth(handle, *tier, reuses_per_s, recompute_us),
             })
         });
         let copies: Vec<_> = copies.collect();
@@ -90,6 +96,18 @@ impl Node {
             idle_ms: u64::from(self.now_s().saturating_sub(entry.last_use_s())) * 1000,
             uses: entry.uses().into(),
             children: self.catalog.children(handle, fastest),
+            recompute_us: recompute_us as u64,
+            reuses_per_s,
         }
+    }
+
+    /// Worth of one copy: what it saves over the next cheapest way to get the block if this copy were gone.
+    fn worth(&self, handle: Handle, tier: Tier, reuses_per_s: f64, recompute_us: f64) -> f64 {
+        let bytes = self.slot_bytes_of(handle);
+        let entry = self.catalog.get(handle);
+        let others = TIERS.iter().filter(|other| **other != tier && entry.readable(**other).is_some());
+        let fetch = |tier: &Tier| self.movement.fetch_us(*tier, bytes) as f64;
+        let next_us = others.map(fetch).fold(recompute_us, f64::min);
+        cost::worth(reuses_per_s, next_us, fetch(&tier), bytes)
     }
 }

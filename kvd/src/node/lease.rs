@@ -95,6 +95,8 @@ impl PartSet {
 pub(super) struct Lease {
     pub(super) session: SessionId,
     pub(super) member: MemberId,
+    /// Members that were given it: who asks the same question waits for the same loads.
+    pub(super) askers: BTreeSet<MemberId>,
     pub(super) kind: RequestKind,
     key: Vec<u8>,
     pub(super) space: u16,
@@ -225,6 +227,7 @@ impl Node {
         let lease = Lease {
             session: new.session,
             member: new.member,
+            askers: BTreeSet::from([new.member]),
             kind: new.kind,
             key: new.key,
             space: new.space,
@@ -382,9 +385,10 @@ impl Node {
     pub(super) fn announce_ready(&mut self) {
         for (id, mut ready) in std::mem::take(&mut self.leases.news) {
             let Some(lease) = self.leases.get(id) else { continue };
-            let member = lease.member;
             ready.lease = id;
-            self.send(member, 0, wire::node_frame::Body::Ready(ready));
+            for member in lease.askers.clone() {
+                self.send(member, 0, wire::node_frame::Body::Ready(ready.clone()));
+            }
         }
     }
 

@@ -27,6 +27,7 @@ mod tests;
 pub use recovery::Recovered;
 
 use event::Effect;
+use kvd_proto::cost::PrefillProfile;
 use kvd_proto::space::{Fingerprint, Space};
 use kvd_proto::wire::Counters;
 use kvd_tiers::catalog::{Catalog, Handle};
@@ -58,6 +59,8 @@ pub struct NodeConfig {
     pub sessions_max: usize,
     /// Connections at a time.
     pub members_max: usize,
+    /// What recomputing costs, where no engine has said better.
+    pub profile: PrefillProfile,
 }
 
 /// The NVMe tier.

@@ -197,7 +197,8 @@ impl Node {
             self.leases.get_mut(lease).expect("a session's lease").member = member;
             if held.contains(&lease) {
                 continue;
-            } else if alone || !self.leases.is_fill(lease) {
+            }
+            if alone || !self.leases.is_fill(lease) {
                 self.release_lease(lease); // its word
             } else {
                 self.end_lease(lease); // other ranks may be writing their parts: quarantine

@@ -20,6 +20,7 @@ use crate::config::{Config, Engine, Wish};
 use crate::node::{Node, NodeConfig, NvmeConfig};
 use dram::DramSegments;
 use inbox::{Inbox, Input};
+use kvd_proto::cost::PrefillProfile;
 use kvd_proto::{Code, Error};
 use kvd_tiers::media::Medium as _;
 use kvd_tiers::media::dram::DramOptions;
@@ -305,5 +306,10 @@ fn node_config(config: &Config) -> NodeConfig {
         lease_bytes_max: config.leases.bytes_max_per_session,
         sessions_max: config.limits.sessions_max as usize,
         members_max: config.limits.members_max as usize,
+        profile: PrefillProfile {
+            base_us: 0.0, // a block is never the only thing a prefill computes
+            token_us: config.recompute.token_ns as f64 / 1e3,
+            pair_us: config.recompute.pair_ps as f64 / 1e6,
+        },
     }
 }

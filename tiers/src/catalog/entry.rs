@@ -7,6 +7,7 @@ use crate::eviction::Handle;
 use crate::segment::SlotRef;
 use kvd_proto::BlockId;
 use kvd_proto::wire::Tier;
+use std::num::NonZeroU32;
 
 pub(super) const NO_HANDLE: Handle = u32::MAX;
 const NO_SLOT: SlotRef = SlotRef { segment: u32::MAX, slot: u32::MAX };
@@ -66,9 +67,11 @@ pub struct Entry {
     /// Entries whose `parent_handle` this is, copies or not.
     pub(super) links: u32,
     depth: u32,
-    tokens: u32,
+    /// Never zero, so that a vacant place in the slab takes no byte more.
+    tokens: NonZeroU32,
     /// Seconds of the caller's clock; 0: not pinned.
     pub pinned_until_s: u32,
+    first_use_s: u32,
     last_use_s: u32,
     uses: u16,
     pub(super) parent: BlockId,
@@ -93,8 +96,9 @@ impl Entry {
             parent_handle,
             links: 0,
             depth: new.depth,
-            tokens: new.tokens,
+            tokens: NonZeroU32::new(new.tokens).expect("a block has tokens"),
             pinned_until_s: 0,
+            first_use_s: 0,
             last_use_s: 0,
             uses: 0,
             parent: new.parent,
@@ -123,7 +127,7 @@ impl Entry {
 
     /// Tokens in it.
     pub fn tokens(&self) -> u32 {
-        self.tokens
+        self.tokens.get()
     }
 
     /// Where its copy in a tier is.
@@ -177,8 +181,16 @@ impl Entry {
 
     /// A request used it; `now_s` never goes back.
     pub fn touch(&mut self, now_s: u32) {
+        if self.uses == 0 {
+            self.first_use_s = now_s;
+        }
         self.last_use_s = self.last_use_s.max(now_s);
         self.uses = self.uses.saturating_add(1);
+    }
+
+    /// When a request first used it (a put is a use); 0: none has.
+    pub fn first_use_s(&self) -> u32 {
+        self.first_use_s
     }
 
     /// When a request last used it; 0: none has.

@@ -210,7 +210,9 @@ fn block_table(block: &wire::BlockStatus) -> String {
     let copies = block.copies.iter().map(|copy| {
         let state = if copy.checksummed { "" } else { ", checksum not computed yet" };
         let place = format!("segment {}, slot {}", copy.segment, copy.slot);
-        format!("{} ({place}; {} to fetch{state})", tier(copy.tier), duration_us(copy.fetch_us))
+        // worth is saved time: per second and byte it is too small a number to read
+        let worth = format!("worth {:.3} us/s a MiB", copy.worth * f64::from(1 << 20));
+        format!("{} ({place}; {} to fetch; {worth}{state})", tier(copy.tier), duration_us(copy.fetch_us))
     });
     let copies: Vec<_> = copies.collect();
     pairs(&[
@@ -220,6 +222,7 @@ fn block_table(block: &wire::BlockStatus) -> String {
         ("depth", format!("{} blocks before it, {} tokens in it", block.depth, block.tokens)),
         ("copies", if copies.is_empty() { "none".into() } else { copies.join("; ") }),
         ("used", format!("{} times, last {} ago", block.uses, duration_ms(block.idle_ms))),
+        ("recompute", format!("{} by the configured profile", duration_us(block.recompute_us))),
         (
             "kept by",
             format!(
@@ -235,12 +238,13 @@ fn block_table(block: &wire::BlockStatus) -> String {
 fn block_object(block: &wire::BlockStatus) -> Value {
     let copies = block.copies.iter().map(|copy| {
         json!({ "tier": tier(copy.tier), "segment": copy.segment, "slot": copy.slot, "generation": copy.generation,
-                "checksummed": copy.checksummed, "fetch_us": copy.fetch_us })
+                "checksummed": copy.checksummed, "fetch_us": copy.fetch_us, "worth": copy.worth })
     });
     json!({
         "id": hex(&block.id), "parent": hex(&block.parent), "group": block.group, "space": block.space,
         "tenant": block.tenant, "depth": block.depth, "tokens": block.tokens, "copies": copies.collect::<Vec<_>>(),
         "leases": block.leases, "pinned": block.pinned, "idle_ms": block.idle_ms, "uses": block.uses,
+        "recompute_us": block.recompute_us, "reuses_per_s": block.reuses_per_s,
         "children": block.children,
     })
 }
@@ -284,8 +288,15 @@ mod tests {
     use super::*;
 
     fn block() -> wire::BlockStatus {
-        let copy =
-            wire::CopyStatus { tier: 2, segment: 1, slot: 9, generation: 4, checksummed: true, fetch_us: 12 };
+        let copy = wire::CopyStatus {
+            tier: 2,
+            segment: 1,
+            slot: 9,
+            generation: 4,
+            checksummed: true,
+            fetch_us: 12,
+            worth: 1e-6,
+        };
         wire::BlockStatus {
             id: vec![0xab; 16].into(),
             parent: vec![0; 16].into(),
@@ -293,6 +304,8 @@ mod tests {
             tokens: 16,
             copies: vec![copy, wire::CopyStatus { tier: 3, checksummed: false, fetch_us: 1300, ..copy }],
             idle_ms: 1500,
+            recompute_us: 640,
+            reuses_per_s: 0.5,
             uses: 3,
             pinned: true,
             ..Default::default()
@@ -302,10 +315,13 @@ mod tests {
     #[test]
     fn a_block_says_where_it_is() {
         let shown = wire::DescribeBlockReply { blocks: vec![block()] }.table();
-        assert!(shown.starts_with(&format!("block    {}, group 0\n", "ab".repeat(16))), "{shown}");
-        assert!(shown.contains("dram (segment 1, slot 9; 12 us to fetch); nvme ("), "{shown}");
-        assert!(shown.contains("1.3 ms to fetch, checksum not computed yet"), "{shown}");
-        assert!(shown.contains("kept by  0 leases, 0 children, a pin\n"), "{shown}");
+        assert!(shown.starts_with(&format!("block      {}, group 0\n", "ab".repeat(16))), "{shown}");
+        assert!(
+            shown.contains("dram (segment 1, slot 9; 12 us to fetch; worth 1.049 us/s a MiB); nvme ("),
+            "{shown}"
+        );
+        assert!(shown.contains("worth 1.049 us/s a MiB, checksum not computed yet"), "{shown}");
+        assert!(shown.contains("kept by    0 leases, 0 children, a pin\n"), "{shown}");
     }
 
     #[test]

@@ -43,6 +43,7 @@ pub(super) struct Transfer {
 }
 
 /// What a lease lets its holder touch, as the holder understood it.
+#[derive(Clone)]
 pub(super) struct Promise {
     pub(super) member: MemberId,
     pub(super) session: u64,
@@ -100,6 +101,7 @@ pub(super) fn config() -> NodeConfig {
         lease_bytes_max: 64 * BLOCK_BYTES,
         sessions_max: 8,
         members_max: 16,
+        profile: kvd_proto::cost::PrefillProfile { base_us: 0.0, token_us: 25.0, pair_us: 0.001 },
     }
 }
 
@@ -467,6 +469,7 @@ impl World {
             connected: true,
         };
         self.clients.insert(member, client);
+        let before = self.promises.clone();
         // promises held by the member that comes back are its word; the others it gave up
         if let Some(old) = self.comes_back(pid, &request) {
             let alone = self.clients.values().filter(|client| client.token == request.join).count() == 1;
@@ -480,7 +483,10 @@ impl World {
         self.apply(Event::Open { member, request_id: member, pid, maps, token, request });
         match self.replies.remove(&(member, member)).expect("an answer") {
             Reply::SessionOpened(_) => Ok(member),
-            Reply::Error(error) => Err(error.into()),
+            Reply::Error(error) => {
+                self.promises = before;
+                Err(error.into())
+            }
             other => panic!("{other:?}"),
         }
     }
@@ -659,12 +665,29 @@ impl World {
         }
     }
 
-    /// Reserve, fill, commit, release.
-    pub(super) fn put(&mut self, member: MemberId, space: u32, chain: &[BlockId]) {
-        let reply = self.reserve(member, reserve_of(space, "", chain, 0));
+    /// Reserve, fill, commit, release, in one go.
+    pub(super) fn put_at_once(&mut self, member: MemberId, request: wire::ReserveRequest) {
+        let reply = self.reserve(member, request);
         assert!(reply.states.iter().all(|state| *state == 0), "{:?}", reply.states);
-        assert_eq!(self.commit(member, reply.lease) as usize, chain.len());
+        assert_eq!(self.commit(member, reply.lease) as usize, reply.states.len());
         self.release(member, reply.lease);
+    }
+
+    /// Block by block, so that memory grows, or what is oldest goes, in between.
+    pub(super) fn put(&mut self, member: MemberId, space: u32, chain: &[BlockId]) {
+        for (depth, id) in chain.iter().enumerate() {
+            let parent = if depth == 0 { BlockId::default() } else { chain[depth - 1] };
+            self.put_at_once(member, reserve_after(space, parent, depth as u32, &[*id]));
+        }
+    }
+
+    /// As `put`; what should move has moved before the next block.
+    pub(super) fn put_slowly(&mut self, member: MemberId, space: u32, chain: &[BlockId]) {
+        for (depth, id) in chain.iter().enumerate() {
+            let parent = if depth == 0 { BlockId::default() } else { chain[depth - 1] };
+            self.put_at_once(member, reserve_after(space, parent, depth as u32, &[*id]));
+            self.settle();
+        }
     }
 
     /// What a person is told at once.

@@ -264,6 +264,7 @@ fn run(seed: u64, steps: u64) -> (u64, wire::Counters) {
     if seed % 2 == 1 {
         config.dram_eviction = "s3fifo".to_owned();
     }
+    println!("seed {seed}"); // shown when it fails
     let mut storm = Storm::new(seed, config);
     for _ in 0..steps {
         storm.step();
@@ -301,7 +302,7 @@ fn the_same_seed_gives_the_same_effects() {
 }
 
 #[test]
-#[ignore = "slow: 40 seeds of 20,000 steps, about a minute in release"]
+#[ignore = "slow: 40 seeds of 20,000 steps, four minutes in a debug build"]
 fn for_a_long_time() {
     for seed in 100..140 {
         run(seed, 20_000);
