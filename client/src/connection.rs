@@ -147,7 +147,8 @@ impl Connection {
         while sent < shared.outbox.len() {
             match self.stream.try_write(&shared.outbox[sent..]) {
                 Ok(bytes) => sent += bytes,
-                Err(_) => break, // full, or gone: the reading side tells which
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(_) => sent = shared.outbox.len(), // gone: the reading side says so
             }
         }
         shared.outbox.drain(..sent);
@@ -169,10 +170,10 @@ impl Connection {
             if ready.is_writable() {
                 self.flush_locked(&mut self.lock());
             }
-            if ready.is_readable() || ready.is_read_closed() {
-                if let Err(why) = self.read(&mut inbox) {
-                    return why;
-                }
+            if (ready.is_readable() || ready.is_read_closed())
+                && let Err(why) = self.read(&mut inbox)
+            {
+                return why;
             }
         }
     }

@@ -240,7 +240,7 @@ impl Layout {
             head_ranges: 1,
             state_bytes: 0,
         };
-        if block_tokens == 0 || bytes % block_tokens != 0 {
+        if block_tokens == 0 || !bytes.is_multiple_of(block_tokens) {
             return Err(Error::invalid(
                 "block_tokens",
                 format!("{block_tokens} does not divide {bytes} bytes"),

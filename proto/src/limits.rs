@@ -44,6 +44,6 @@ pub const SPACES_MAX: usize = 4096;
 const _: () = {
     assert!(CHAIN_BLOCKS_MAX * 16 + 1024 <= FRAME_BYTES_MAX, "a full chain fits a frame");
     assert!(PARTS_MAX <= u16::MAX as usize);
-    assert!(SLOT_BYTES_MAX % PART_ALIGN == 0);
-    assert!(FRAME_FDS_MAX % 2 == 0, "segments travel as pairs of descriptors");
+    assert!(SLOT_BYTES_MAX.is_multiple_of(PART_ALIGN));
+    assert!(FRAME_FDS_MAX.is_multiple_of(2), "segments travel as pairs of descriptors");
 };

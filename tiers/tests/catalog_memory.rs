@@ -50,7 +50,7 @@ fn a_million_blocks_fit_their_budget() {
             let number = (u64::from(step) * stride % u64::from(BLOCKS)) as u32;
             let slot = SlotRef { segment: number / SLOTS, slot: number % SLOTS };
             behind.tell(Change::Set { slot, record: record(number, round) });
-            if step as usize % (QUEUE_MAX / 2) == 0 {
+            if (step as usize).is_multiple_of(QUEUE_MAX / 2) {
                 behind.sync();
             }
         }

@@ -169,6 +169,8 @@ impl Node {
         let entry = self.catalog.get_mut(handle);
         entry.mark(Tier::Nvme, Mark::Filling);
         entry.mark(Tier::Dram, Mark::Moving);
+        self.catalog.leave(handle, Tier::Dram);
+        let entry = self.catalog.get(handle);
         let from = entry.copy(Tier::Dram).expect("a DRAM copy is demoted");
         let token = self.movement.start(handle, false, self.slot_bytes_of(handle));
         let dram = self.pool_of(handle, Tier::Dram);
@@ -257,6 +259,7 @@ impl Node {
         let (dram, nvme) = (self.pool_of(handle, Tier::Dram), self.pool_of(handle, Tier::Nvme));
         self.memory.pools[dram].leaving -= 1;
         self.catalog.get_mut(handle).unmark(Tier::Dram, Mark::Moving);
+        self.catalog.stay(handle, Tier::Dram);
         if result.is_err() {
             self.forget_slot(handle, Tier::Nvme, nvme);
             return;

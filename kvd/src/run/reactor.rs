@@ -328,11 +328,11 @@ impl Reactor {
         elapsed_us: u64,
         checksums: &[u32],
     ) {
-        if let Some((slot, generation, mut header)) = self.promotions.remove(&token) {
-            if result.is_ok() {
-                header.part_checksums.copy_from_slice(checksums);
-                self.dram.publish(slot, generation, &header);
-            }
+        if let Some((slot, generation, mut header)) = self.promotions.remove(&token)
+            && result.is_ok()
+        {
+            header.part_checksums.copy_from_slice(checksums);
+            self.dram.publish(slot, generation, &header);
         }
         self.events.push(Event::Moved { token, result, elapsed_us });
     }

@@ -131,7 +131,7 @@ impl Held {
                 fill.granted().iter().for_each(|block| fill.write(*block, 0, &[0xEE; BLOCK_BYTES]));
             }
             "fill-parts" => {
-                self.fill_parts(&words.iter().map(|word| word.parse().unwrap()).collect::<Vec<_>>())
+                self.fill_parts(&words.iter().map(|word| word.parse().unwrap()).collect::<Vec<_>>());
             }
             "commit-parts" => {
                 let parts: Vec<u32> = words.iter().map(|word| word.parse().unwrap()).collect();

@@ -36,6 +36,8 @@ pub enum Mark {
     Checksummed = 2,
     /// Its bytes are being read for a copy elsewhere (DRAM to NVMe, NVMe to DRAM).
     Moving = 4,
+    /// It goes as soon as it has moved; its parent does not wait for that to be a leaf. Set by `Catalog::leave`.
+    Leaving = 8,
 }
 
 /// What a new entry is.

@@ -114,8 +114,33 @@ impl Catalog {
         }
     }
 
+    /// A copy is on its way out: its parent need not wait for it, so that a chain leaves as fast as a device takes it and
+    /// not block after block.
+    pub fn leave(&mut self, handle: Handle, tier: Tier) {
+        let entry = self.get_mut(handle);
+        entry.mark(tier, Mark::Leaving);
+        let parent = entry.parent_handle;
+        if parent != NO_HANDLE {
+            let children = &mut self.get_mut(parent).children[at(tier)];
+            *children = children.checked_sub(1).expect("a child is counted once");
+        }
+    }
+
+    /// A copy that was on its way out stays after all, or goes now.
+    pub fn stay(&mut self, handle: Handle, tier: Tier) {
+        let entry = self.get_mut(handle);
+        entry.unmark(tier, Mark::Leaving);
+        let parent = entry.parent_handle;
+        if parent != NO_HANDLE {
+            self.get_mut(parent).children[at(tier)] += 1;
+        }
+    }
+
     /// A copy is gone. With the last copy goes the entry, its handle with it; asserts that no lease is on it then.
     pub fn clear_copy(&mut self, handle: Handle, tier: Tier) -> SlotRef {
+        if self.get(handle).is(tier, Mark::Leaving) {
+            self.stay(handle, tier);
+        }
         let entry = self.get_mut(handle);
         let slot = entry.take_copy(tier);
         let (parent, space, stays) = (entry.parent_handle, entry.space, entry.has_copy());
@@ -133,7 +158,7 @@ impl Catalog {
         slot
     }
 
-    /// Entries that have this one as their parent and a copy in the tier.
+    /// Entries that have this one as their parent and a copy in the tier that is not on its way out.
     pub fn children(&self, handle: Handle, tier: Tier) -> u32 {
         self.get(handle).children[at(tier)]
     }

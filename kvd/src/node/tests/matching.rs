@@ -107,7 +107,7 @@ fn a_match_touches_and_does_not_pin() {
     let (mut world, member, space) = world();
     world.put_at_once(member, reserve_of(space, "", &ids(1..5), 0));
     (1..4).for_each(|prompt| {
-        world.put_at_once(member, reserve_of(space, "", &ids(prompt * 10..prompt * 10 + 4), 0))
+        world.put_at_once(member, reserve_of(space, "", &ids(prompt * 10..prompt * 10 + 4), 0));
     });
     let lease = world.matched(member, space, &ids(1..5)).lease;
     world.release(member, lease);
@@ -115,7 +115,7 @@ fn a_match_touches_and_does_not_pin() {
     assert_eq!(world.exists(member, space, &ids(1..5)).blocks, 4, "just used");
     assert_eq!(world.exists(member, space, &ids(10..14)).blocks, 0, "the oldest");
     (6..9).for_each(|prompt| {
-        world.put_at_once(member, reserve_of(space, "", &ids(prompt * 10..prompt * 10 + 4), 0))
+        world.put_at_once(member, reserve_of(space, "", &ids(prompt * 10..prompt * 10 + 4), 0));
     });
     assert_eq!(world.exists(member, space, &ids(1..5)).blocks, 0);
 }
@@ -164,7 +164,7 @@ fn a_pin_keeps_until_it_runs_out() {
     world.pass_ms(4000);
     assert_eq!((world.node.pins.len(), world.node.pinned_bytes), (0, 0));
     (6..10).for_each(|prompt| {
-        world.put_at_once(member, reserve_of(space, "", &ids(prompt * 10..prompt * 10 + 4), 0))
+        world.put_at_once(member, reserve_of(space, "", &ids(prompt * 10..prompt * 10 + 4), 0));
     });
     assert_eq!(world.exists(member, space, &ids(1..5)).blocks, 0);
 }

@@ -1,7 +1,7 @@
 //! DRAM to NVMe and back: what moves, what fails, what comes late.
 
 use super::super::event::MoveError;
-use super::harness::{SEGMENT_SLOTS, World, id, ids, match_of, packed, with_nvme};
+use super::harness::{SEGMENT_SLOTS, World, id, ids, match_of, packed, reserve_after, reserve_of, with_nvme};
 use kvd_proto::wire::client_frame::Body as Ask;
 use kvd_proto::wire::node_frame::Body as Reply;
 use kvd_proto::wire::{self, Tier};
@@ -250,4 +250,18 @@ fn a_long_chain_costs_its_length() {
     }
     assert_eq!(request(super::harness::match_of(0, "", &chain)), 2);
     assert_eq!(world.counters.committed_blocks, 16_384);
+}
+
+/// Only the last block of a chain is a leaf; the others waited for it to be written and gone, one after the other, and
+/// were moved to the young end of the order meanwhile: a node full of one long prompt wrote one block at a time.
+#[test]
+fn a_chain_leaves_as_fast_as_the_device_takes_it() {
+    let mut world = World::new(with_nvme(6));
+    let member = world.open("a");
+    let space = world.space(member);
+    world.put_at_once(member, reserve_of(space, "", &ids(1..9), 0));
+    world.put_at_once(member, reserve_after(space, id(8), 8, &ids(9..17)));
+    while world.checksum_next() {}
+    let demotions = world.moves.values().filter(|moved| !moved.promotion).count();
+    assert_eq!(demotions, 2, "a pool of sixteen keeps two slots free");
 }

@@ -185,7 +185,7 @@ impl Storm {
         match self.random.below(4) {
             0 => self.world.kill(member),
             1 if client.connected => {
-                _ = self.world.begin(member, Ask::CloseSession(wire::CloseSessionRequest { session: 0 }))
+                _ = self.world.begin(member, Ask::CloseSession(wire::CloseSessionRequest { session: 0 }));
             }
             2 if !client.connected => self.come_back(member),
             _ if client.connected => self.world.lose_socket(member),
