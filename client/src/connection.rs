@@ -147,7 +147,10 @@ impl Connection {
         while sent < shared.outbox.len() {
             match self.stream.try_write(&shared.outbox[sent..]) {
                 Ok(bytes) => sent += bytes,
-                Err(_) => break, // full, or gone: the reading side tells which
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                // Gone, and the reading side will tell. Kept, the bytes would have the driver try for ever: a dead socket
+                // is always writable, and the runtime never comes to say that it was closed.
+                Err(_) => sent = shared.outbox.len(),
             }
         }
         shared.outbox.drain(..sent);
