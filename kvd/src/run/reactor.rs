@@ -373,7 +373,10 @@ impl Reactor {
             Effect::Close { member } => self.close(member),
             Effect::OpenSegment { tier, segment, geometry, .. } => self.open_segment(tier, segment, geometry),
             Effect::Publish { slot, generation, header } => self.dram.publish(slot, generation, &header),
-            Effect::Retire { slot, generation } => self.dram.retire(slot, generation),
+            Effect::Retire { slot, generation } => {
+                self.callers.retired(slot); // before anybody else can be given the slot
+                self.dram.retire(slot, generation);
+            }
             Effect::Checksum { slot, generation } => {
                 let segment = self.dram.get(slot.segment);
                 let order = ChecksumOrder { segment, slot, generation };
