@@ -1,0 +1,194 @@
+//! A daemon process of a test's own, in a folder of its own.
+
+use crate::wait::{DEADLINE, until, within};
+use kvd_client::grpc::Client;
+use kvd_proto::wire::admin_client::AdminClient;
+use kvd_proto::wire::{self, StatusReply, Tier, TierStatus};
+use rustix::process::{Pid, Signal, kill_process};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use tempfile::TempDir;
+use tokio::sync::OnceCell;
+use tonic::transport::Channel;
+
+pub(crate) const MIB: u64 = 1 << 20;
+
+/// What a test's daemon has.
+#[derive(Clone)]
+pub(crate) struct Setup {
+    pub(crate) dram_bytes: u64,
+    pub(crate) segment_bytes: u64,
+    /// 0: no NVMe tier.
+    pub(crate) nvme_bytes: u64,
+    pub(crate) nvme_path: Option<PathBuf>,
+    pub(crate) ttl_ms: u32,
+    pub(crate) members_max: u32,
+    pub(crate) metrics_address: String,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            dram_bytes: 16 * MIB,
+            segment_bytes: 4 * MIB,
+            nvme_bytes: 0,
+            nvme_path: None,
+            ttl_ms: 30_000,
+            members_max: 64,
+            metrics_address: String::new(),
+        }
+    }
+}
+
+impl Setup {
+    /// As a `kvd.toml` in `folder`; no TCP but what the setup names.
+    pub(crate) fn write(&self, folder: &Path) -> PathBuf {
+        let in_folder = folder.join("nvme.kvd");
+        let nvme_path = match self.nvme_bytes {
+            0 => Path::new(""),
+            _ => self.nvme_path.as_deref().unwrap_or(&in_folder),
+        };
+        let nvme_bytes = if self.nvme_bytes == 0 { self.segment_bytes } else { self.nvme_bytes };
+        let text = format!(
+            "data_dir = \"{}\"\n\
+             [listen]\ngrpc_address = \"\"\nmetrics_address = {:?}\n\
+             [dram]\ncapacity_bytes = {}\nsegment_bytes = {}\n\
+             [nvme]\npath = \"{}\"\ncapacity_bytes = {nvme_bytes}\nsegment_bytes = {}\n\
+             [leases]\nttl_ms = {}\nbytes_max_per_session = {}\n\
+             [limits]\nsessions_max = {}\nmembers_max = {}\n",
+            folder.display(),
+            self.metrics_address,
+            self.dram_bytes,
+            self.segment_bytes,
+            nvme_path.display(),
+            self.segment_bytes,
+            self.ttl_ms,
+            self.dram_bytes,
+            self.members_max,
+            self.members_max,
+        );
+        let path = folder.join("kvd.toml");
+        std::fs::write(&path, text).unwrap();
+        path
+    }
+}
+
+/// `kvd <command> --config <config>`, to its end.
+pub(crate) fn run(command: &str, config: &Path) -> Output {
+    let mut kvd = Command::new(env!("CARGO_BIN_EXE_kvd"));
+    kvd.arg(command).arg("--config").arg(config).stdin(Stdio::null()).output().unwrap()
+}
+
+pub(crate) struct Daemon {
+    child: Child,
+    config: PathBuf,
+    folder: TempDir,
+    channel: OnceCell<Channel>,
+}
+
+impl Daemon {
+    pub(crate) async fn start(setup: &Setup) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let config = setup.write(folder.path());
+        let mut daemon = Self { child: serve(&config), config, folder, channel: OnceCell::new() };
+        daemon.answers().await;
+        daemon
+    }
+
+    async fn answers(&mut self) {
+        let socket = self.socket();
+        until("the daemon's socket", DEADLINE, async || {
+            assert_eq!(self.child.try_wait().unwrap(), None, "the daemon ended");
+            std::os::unix::net::UnixStream::connect(&socket).ok()
+        })
+        .await;
+    }
+
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.folder().join("kvd.sock")
+    }
+
+    pub(crate) fn grpc_socket(&self) -> String {
+        self.folder().join("grpc.sock").to_str().unwrap().to_owned()
+    }
+
+    /// Kills it (-9) and waits for its end.
+    pub(crate) fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        self.channel = OnceCell::new();
+    }
+
+    /// Another process in the same folder.
+    pub(crate) async fn start_again(&mut self) {
+        self.child = serve(&self.config);
+        self.answers().await;
+    }
+
+    /// Asks it to stop (SIGTERM) and waits for its end.
+    pub(crate) async fn stop(&mut self) -> ExitStatus {
+        kill_process(Pid::from_child(&self.child), Signal::TERM).unwrap();
+        until("the daemon's end", DEADLINE, async || self.child.try_wait().unwrap()).await
+    }
+
+    /// Whether it still runs; every test asks at its end.
+    pub(crate) async fn is_well(&mut self) {
+        self.status().await;
+        assert_eq!(self.child.try_wait().unwrap(), None, "the daemon ended");
+    }
+
+    pub(crate) async fn client(&self) -> Client {
+        within("gRPC", Client::connect(&self.grpc_socket())).await.unwrap()
+    }
+
+    pub(crate) async fn admin(&self) -> AdminClient<Channel> {
+        let channel = self.channel.get_or_init(async || self.client().await.channel()).await;
+        AdminClient::new(channel.clone())
+    }
+
+    pub(crate) async fn status(&self) -> StatusReply {
+        let mut admin = self.admin().await;
+        within("status", admin.status(wire::StatusRequest {})).await.unwrap().into_inner()
+    }
+
+    pub(crate) async fn tier(&self, tier: Tier) -> TierStatus {
+        let mut admin = self.admin().await;
+        let tiers = within("tiers", admin.list_tiers(wire::ListTiersRequest {})).await.unwrap().into_inner();
+        tiers.tiers.into_iter().find(|status| status.tier() == tier).unwrap()
+    }
+
+    /// What happens from now on.
+    pub(crate) async fn events(&self) -> tonic::Streaming<wire::NodeEvent> {
+        let mut admin = self.admin().await;
+        within("events", admin.events(wire::EventsRequest {})).await.unwrap().into_inner()
+    }
+
+    /// Waits until DRAM has this many bytes free: what must go to NVMe first has gone.
+    pub(crate) async fn has_room(&self, bytes: u64) {
+        until("room in DRAM", DEADLINE, async || {
+            let dram = self.dram().await;
+            (dram.capacity_bytes - dram.used_bytes >= bytes).then_some(())
+        })
+        .await;
+    }
+
+    pub(crate) async fn dram(&self) -> TierStatus {
+        self.tier(Tier::Dram).await
+    }
+}
+
+fn serve(config: &Path) -> Child {
+    let mut kvd = Command::new(env!("CARGO_BIN_EXE_kvd"));
+    kvd.arg("serve").arg("--config").arg(config).stdin(Stdio::null()).spawn().unwrap()
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill(); // gone already is fine
+        let _ = self.child.wait();
+    }
+}

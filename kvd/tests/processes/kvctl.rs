@@ -1,0 +1,152 @@
+//! `kvctl` end to end: the built command against a daemon, tables and JSON.
+
+use crate::daemon::{Daemon, Setup};
+use crate::engine::Engine;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::LazyLock;
+
+/// The command beside the daemon's; built, once, if it is not there.
+static KVCTL: LazyLock<PathBuf> = LazyLock::new(|| {
+    let path = Path::new(env!("CARGO_BIN_EXE_kvd")).with_file_name("kvctl");
+    if !path.exists() {
+        let mut cargo = Command::new(env!("CARGO"));
+        cargo.args(["build", "--quiet", "-p", "kvd-client", "--bin", "kvctl"]);
+        cargo.arg("--target-dir").arg(path.parent().unwrap().parent().unwrap());
+        if !cfg!(debug_assertions) {
+            cargo.arg("--release");
+        }
+        assert!(cargo.status().unwrap().success(), "kvctl cannot be built");
+    }
+    path
+});
+
+struct Kvctl {
+    path: PathBuf,
+    socket: String,
+}
+
+impl Kvctl {
+    async fn of(daemon: &Daemon) -> Self {
+        let path = tokio::task::spawn_blocking(|| KVCTL.clone()).await.unwrap();
+        Self { path, socket: daemon.grpc_socket() }
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(&self.path);
+        command.arg("--socket").arg(&self.socket).args(arguments).stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    /// A table for people.
+    fn table(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(!text.trim().is_empty() && !text.contains('{'), "{arguments:?}: {text}");
+        text
+    }
+
+    /// One object a line.
+    fn json(&self, arguments: &[&str]) -> Vec<Value> {
+        let output = self.run(&[arguments, &["--output", "json"]].concat());
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        objects(&output)
+    }
+
+    fn refused(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}");
+        String::from_utf8(output.stderr).unwrap()
+    }
+}
+
+fn objects(output: &Output) -> Vec<Value> {
+    let lines = std::str::from_utf8(&output.stdout).unwrap().lines();
+    lines
+        .map(|line| serde_json::from_str::<Value>(line).unwrap())
+        .inspect(|value| assert!(value.is_object()))
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn every_command_works_on_a_live_node() {
+    let mut daemon = Daemon::start(&Setup::default()).await;
+    let engine = Engine::open(&daemon.socket()).await;
+    engine.put(&[1, 2, 3]).await;
+    let kvctl = Kvctl::of(&daemon).await;
+    let id = engine.chain(&[1, 2, 3]).ids()[0].to_string();
+
+    kvctl.table(&["status"]);
+    let status = kvctl.json(&["status"]).remove(0);
+    assert_eq!((status["blocks"].as_u64(), status["sessions"].as_u64()), (Some(3), Some(1)), "{status}");
+    assert!(kvctl.table(&["tiers"]).to_lowercase().contains("dram"));
+    let tier = kvctl.json(&["tiers"]).remove(0);
+    assert_eq!(tier["used_bytes"].as_u64(), Some(3 * 65_536), "{tier}");
+    assert!(kvctl.table(&["spaces"]).contains("small"));
+    let space = kvctl.json(&["spaces"]).remove(0);
+    assert_eq!(
+        (space["definition"]["model"].as_str(), space["blocks"].as_u64()),
+        (Some("small"), Some(3)),
+        "{space}"
+    );
+    kvctl.table(&["block", &id]);
+    let block = kvctl.json(&["block", &id[..8]]).remove(0);
+    assert_eq!((block["id"].as_str(), block["pinned"].as_bool()), (Some(&id[..]), Some(false)), "{block}");
+
+    kvctl.table(&["pin", &id, "--ttl", "10m"]);
+    assert_eq!(kvctl.json(&["block", &id])[0]["pinned"].as_bool(), Some(true));
+    kvctl.json(&["unpin", &id]);
+    assert_eq!(kvctl.json(&["block", &id])[0]["pinned"].as_bool(), Some(false));
+
+    kvctl.json(&["purge", "--block", &id, "--yes"]);
+    assert_eq!(engine.get(&[1, 2, 3]).await, 0, "the block and those below it");
+    engine.put(&[1, 2, 3]).await;
+    kvctl.table(&["purge", "--everything", "--yes"]);
+    assert_eq!(daemon.status().await.blocks, 0);
+    daemon.is_well().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn events_arrive_as_they_happen() {
+    let mut daemon = Daemon::start(&Setup::default()).await;
+    let engine = Engine::open(&daemon.socket()).await;
+    let kvctl = Kvctl::of(&daemon).await;
+    for output in ["json", "table"] {
+        let mut watching = kvctl.command(&["events", "--count", "2", "--output", output]);
+        let mut watching = watching.stdout(Stdio::piped()).spawn().unwrap();
+        // until it has seen two: it may not listen yet
+        crate::wait::until("its end", crate::wait::DEADLINE, async || {
+            Engine::open(&daemon.socket()).await;
+            engine.put(&[1]).await;
+            watching.try_wait().unwrap()
+        })
+        .await;
+        let output_of = watching.wait_with_output().unwrap();
+        assert!(output_of.status.success());
+        if output == "json" {
+            let events = objects(&output_of);
+            assert!(events.len() == 2 && events.iter().all(|event| event["kind"].is_string()), "{events:?}");
+        } else {
+            assert_eq!(String::from_utf8(output_of.stdout).unwrap().lines().count(), 2);
+        }
+    }
+    daemon.is_well().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn mistakes_are_told_in_a_sentence() {
+    let mut daemon = Daemon::start(&Setup::default()).await;
+    let kvctl = Kvctl::of(&daemon).await;
+    assert!(kvctl.refused(&["block", "abcd"]).contains("abcd"));
+    assert!(kvctl.refused(&["pin", "abcd"]).contains("abcd"));
+    assert!(kvctl.refused(&["purge", "--everything"]).contains("--yes"));
+    let away = Kvctl { socket: "/no/such/grpc.sock".into(), ..kvctl };
+    assert!(away.refused(&["status"]).contains("/no/such/grpc.sock"));
+    daemon.is_well().await;
+}

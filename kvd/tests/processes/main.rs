@@ -1,0 +1,24 @@
+//! The daemon as its users meet it: real processes, real sockets, real signals.
+//!
+//! Owns the promises about faults: who dies, stops, lies or runs out of space costs misses and clear errors, never wrong
+//! bytes, a hang or somebody else's blocks. Every wait has a deadline and a condition; nothing sleeps and hopes.
+//! Leaves to others: what the node decides (its own tests), devices (tiers), the commands' numbers (bench).
+
+mod content;
+mod daemon;
+mod engine;
+mod fake_node;
+mod full_device;
+mod grpc;
+mod killed;
+mod kvctl;
+mod lost_socket;
+mod metrics;
+mod raw;
+mod refusals;
+mod restart;
+mod round_trip;
+mod stopped;
+mod victim;
+mod wait;
+mod wire_abuse;
