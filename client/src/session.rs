@@ -381,8 +381,12 @@ async fn connect(inner: &Arc<Inner>) -> Result<Driver, Error> {
     let (connection, drive) = Connection::open(&inner.options.socket, unasked(inner, early.clone())).await?;
     let driver = tokio::spawn(drive);
     match introduce(inner, &connection, &early).await {
-        Ok(()) => {
-            locked(&inner.link).connection = Some(connection);
+        Ok(held) => {
+            locked(&inner.link).connection = Some(connection.clone());
+            // given back while there was nobody to tell
+            for lease in held.into_iter().filter(|lease| !locked(&inner.progress).contains_key(lease)) {
+                connection.tell(Ask::Release(wire::ReleaseRequest { lease }));
+            }
             Ok(driver)
         }
         Err(error) => {
@@ -403,11 +407,13 @@ fn unasked(inner: &Arc<Inner>, early: Early) -> Unasked {
     })
 }
 
-async fn introduce(inner: &Arc<Inner>, connection: &Connection, early: &Early) -> Result<(), Error> {
+/// Returns the leases that the node was told we still use.
+async fn introduce(inner: &Arc<Inner>, connection: &Connection, early: &Early) -> Result<Vec<u64>, Error> {
+    let held: Vec<u64> = locked(&inner.progress).keys().copied().collect();
     let join = locked(&inner.link).token.clone();
-    let opened = match open_session(inner, connection, join).await {
+    let opened = match open_session(inner, connection, join, held.clone()).await {
         Err(error) if error.code == Code::UnknownSession && inner.options.join.is_empty() => {
-            open_session(inner, connection, Vec::new()).await
+            open_session(inner, connection, Vec::new(), Vec::new()).await
         }
         opened => opened,
     };
@@ -432,7 +438,7 @@ async fn introduce(inner: &Arc<Inner>, connection: &Connection, early: &Early) -
         let id = register(connection, &definition, &space.fingerprint()).await?;
         locked(&inner.spaces)[index].id = id;
     }
-    Ok(())
+    Ok(held)
 }
 
 async fn register(
@@ -459,6 +465,7 @@ async fn open_session(
     inner: &Inner,
     connection: &Connection,
     join: Vec<u8>,
+    held: Vec<u64>,
 ) -> Result<(wire::SessionOpened, Vec<OwnedFd>), Error> {
     let request = wire::OpenSessionRequest {
         version_major: PROTOCOL_MAJOR,
@@ -467,7 +474,7 @@ async fn open_session(
         engine: inner.options.engine.clone(),
         member: inner.options.member.clone(),
         join: join.into(),
-        held: locked(&inner.progress).keys().copied().collect(),
+        held,
     };
     match connection.call(Ask::OpenSession(request)).await? {
         (Answer::SessionOpened(opened), fds) => Ok((opened, fds)),
