@@ -5,6 +5,7 @@ use kvd_client::grpc::Client;
 use kvd_proto::wire::admin_client::AdminClient;
 use kvd_proto::wire::{self, StatusReply, Tier, TierStatus};
 use rustix::process::{Pid, Signal, kill_process};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use tempfile::TempDir;
@@ -96,10 +97,10 @@ impl Daemon {
     }
 
     async fn answers(&mut self) {
-        let socket = self.socket();
-        until("the daemon's socket", DEADLINE, async || {
+        let sockets = [self.socket(), self.grpc_socket().into()];
+        until("the daemon's sockets", DEADLINE, async || {
             assert_eq!(self.child.try_wait().unwrap(), None, "the daemon ended");
-            std::os::unix::net::UnixStream::connect(&socket).ok()
+            sockets.iter().all(|socket| UnixStream::connect(socket).is_ok()).then_some(())
         })
         .await;
     }
