@@ -148,7 +148,9 @@ impl Connection {
             match self.stream.try_write(&shared.outbox[sent..]) {
                 Ok(bytes) => sent += bytes,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(_) => sent = shared.outbox.len(), // gone: the reading side says so
+                // Gone, and the reading side will tell. Kept, the bytes would have the driver try for ever: a dead socket
+                // is always writable, and the runtime never comes to say that it was closed.
+                Err(_) => sent = shared.outbox.len(),
             }
         }
         shared.outbox.drain(..sent);
@@ -170,10 +172,10 @@ impl Connection {
             if ready.is_writable() {
                 self.flush_locked(&mut self.lock());
             }
-            if (ready.is_readable() || ready.is_read_closed())
-                && let Err(why) = self.read(&mut inbox)
-            {
-                return why;
+            if ready.is_readable() || ready.is_read_closed() {
+                if let Err(why) = self.read(&mut inbox) {
+                    return why;
+                }
             }
         }
     }

@@ -4,7 +4,7 @@
 //! Invariants: after a daemon restart (another node epoch) every lease from before is void: reading it is a miss; spaces
 //! are registered again before any new request uses them; while the node is away every call fails at once.
 
-use crate::connection::{Connection, lost};
+use crate::connection::{Connection, Unasked, lost};
 use crate::fill::Fill;
 use crate::lease::{Match, Progress};
 use crate::transport::shm::SharedSegment;
@@ -127,9 +127,13 @@ impl Session {
             ));
         }
         let definition = space.to_wire();
-        let id = self.inner.register(&definition, &space.fingerprint()).await?;
+        let (incarnation, connection) = self.inner.connection()?;
+        let id = register(&connection, &definition, &space.fingerprint()).await?;
         let index = {
             let mut spaces = locked(&self.inner.spaces);
+            if self.inner.incarnation() != incarnation {
+                return Err(lost("the node was restarted")); // its number is another space's by now
+            }
             spaces.push(Registered { definition, id });
             spaces.len() - 1
         };
@@ -182,14 +186,16 @@ impl SpaceHandle {
     ) -> Result<Match, Error> {
         let inner = &self.session.inner;
         let asked = std::time::Instant::now();
+        let incarnation = inner.incarnation(); // before the number that it gives meaning
         let request = wire::MatchRequest {
             space: self.id(),
             request_key: request_key.to_vec().into(),
             chain: chain.to_packed().into(),
             skip_blocks,
         };
-        let incarnation = inner.incarnation();
-        let Answer::Match(reply) = inner.call(Ask::Match(request)).await? else { return Err(unexpected()) };
+        let Answer::Match(reply) = inner.call_of(incarnation, Ask::Match(request)).await? else {
+            return Err(unexpected());
+        };
         Match::new(self, chain, skip_blocks, reply, incarnation, asked)
     }
 
@@ -203,6 +209,7 @@ impl SpaceHandle {
         wait: Duration,
     ) -> Result<Fill, Error> {
         let inner = &self.session.inner;
+        let incarnation = inner.incarnation();
         let request = wire::ReserveRequest {
             space: self.id(),
             request_key: request_key.to_vec().into(),
@@ -212,8 +219,7 @@ impl SpaceHandle {
             tail_tokens: 0,
             wait_ms: wait.as_millis().try_into().unwrap_or(u32::MAX),
         };
-        let incarnation = inner.incarnation();
-        let Answer::Reserve(reply) = inner.call(Ask::Reserve(request)).await? else {
+        let Answer::Reserve(reply) = inner.call_of(incarnation, Ask::Reserve(request)).await? else {
             return Err(unexpected());
         };
         Fill::new(self, reply, incarnation)
@@ -221,8 +227,10 @@ impl SpaceHandle {
 
     /// The tiers of the longest stored prefix, one a block. Pins and touches nothing.
     pub async fn exists(&self, chain: &Chain) -> Result<Vec<wire::Tier>, Error> {
+        let incarnation = self.session.inner.incarnation();
         let request = wire::ExistsRequest { space: self.id(), chain: chain.to_packed().into(), session: 0 };
-        let Answer::Exists(reply) = self.session.inner.call(Ask::Exists(request)).await? else {
+        let Answer::Exists(reply) = self.session.inner.call_of(incarnation, Ask::Exists(request)).await?
+        else {
             return Err(unexpected());
         };
         let tier = |tier: &u8| wire::Tier::try_from(i32::from(*tier)).unwrap_or(wire::Tier::Unspecified);
@@ -231,10 +239,11 @@ impl SpaceHandle {
 
     /// Keeps the stored prefix from being evicted for `ttl`; zero unpins. Returns how many blocks.
     pub async fn pin(&self, chain: &Chain, ttl: Duration) -> Result<u32, Error> {
+        let incarnation = self.session.inner.incarnation();
         let ttl_ms = ttl.as_millis().try_into().unwrap_or(u32::MAX);
         let request =
             wire::PinRequest { space: self.id(), chain: chain.to_packed().into(), ttl_ms, session: 0 };
-        match self.session.inner.call(Ask::Pin(request)).await? {
+        match self.session.inner.call_of(incarnation, Ask::Pin(request)).await? {
             Answer::Pin(reply) => Ok(reply.blocks),
             _ => Err(unexpected()),
         }
@@ -242,8 +251,9 @@ impl SpaceHandle {
 
     /// Starts to bring the stored prefix into DRAM; returns how many blocks started to move.
     pub async fn prefetch(&self, chain: &Chain) -> Result<u32, Error> {
+        let incarnation = self.session.inner.incarnation();
         let request = wire::PrefetchRequest { space: self.id(), chain: chain.to_packed().into(), session: 0 };
-        match self.session.inner.call(Ask::Prefetch(request)).await? {
+        match self.session.inner.call_of(incarnation, Ask::Prefetch(request)).await? {
             Answer::Prefetch(reply) => Ok(reply.started),
             _ => Err(unexpected()),
         }
@@ -264,9 +274,22 @@ impl Inner {
     }
 
     pub(crate) async fn call(&self, ask: Ask) -> Result<Answer, Error> {
-        let connection = locked(&self.link).connection.clone();
-        let connection = connection.ok_or_else(|| lost("the node is away"))?;
+        Ok(self.connection()?.1.call(ask).await?.0)
+    }
+
+    /// As `call`, of the daemon of that incarnation only: numbers of spaces mean something else to the next.
+    async fn call_of(&self, incarnation: u64, ask: Ask) -> Result<Answer, Error> {
+        let (now, connection) = self.connection()?;
+        if now != incarnation {
+            return Err(lost("the node was restarted"));
+        }
         Ok(connection.call(ask).await?.0)
+    }
+
+    fn connection(&self) -> Result<(u64, Arc<Connection>), Error> {
+        let link = locked(&self.link);
+        let connection = link.connection.clone().ok_or_else(|| lost("the node is away"))?;
+        Ok((self.incarnation(), connection))
     }
 
     /// Ends a lease without waiting; what cannot be sent now is said when the session comes back.
@@ -290,22 +313,6 @@ impl Inner {
     /// The lease's progress; made by whoever comes first, the reply or the first `Ready`.
     pub(crate) fn progress(&self, lease: u64) -> Arc<Progress> {
         locked(&self.progress).entry(lease).or_default().clone()
-    }
-
-    async fn register(&self, definition: &wire::Space, expected: &Fingerprint) -> Result<u32, Error> {
-        let request = wire::RegisterSpaceRequest { session: 0, space: Some(definition.clone()) };
-        let Answer::SpaceRegistered(reply) = self.call(Ask::RegisterSpace(request)).await? else {
-            return Err(unexpected());
-        };
-        if reply.fingerprint[..] != expected.0 {
-            return Err(Error::new(
-                Code::UnsupportedVersion,
-                "fingerprint",
-                "node and client compute different fingerprints for one space",
-                "install the same version of both",
-            ));
-        }
-        Ok(reply.space)
     }
 
     fn unasked(&self, body: Answer, fds: Vec<OwnedFd>) {
@@ -368,48 +375,100 @@ impl Drop for Inner {
 
 type Driver = tokio::task::JoinHandle<()>;
 
-/// One try: connect, open or join, register every space again.
+/// Segments announced before the session was opened to its end: which daemon's they are is not known yet. `None`: it is.
+type Early = Arc<Mutex<Option<Vec<(wire::Segment, Vec<OwnedFd>)>>>>;
+
+/// One try: connect, open or join, register every space again; only then can anything be asked.
 async fn connect(inner: &Arc<Inner>) -> Result<Driver, Error> {
-    let weak = Arc::downgrade(inner);
-    let unasked = Box::new(move |body, fds| {
-        if let Some(inner) = weak.upgrade() {
-            inner.unasked(body, fds);
-        }
-    });
-    let (connection, drive) = Connection::open(&inner.options.socket, unasked).await?;
+    let early: Early = Arc::new(Mutex::new(Some(Vec::new())));
+    let (connection, drive) = Connection::open(&inner.options.socket, unasked(inner, early.clone())).await?;
     let driver = tokio::spawn(drive);
+    match introduce(inner, &connection, &early).await {
+        Ok(held) => {
+            locked(&inner.link).connection = Some(connection.clone());
+            // given back while there was nobody to tell
+            for lease in held.into_iter().filter(|lease| !locked(&inner.progress).contains_key(lease)) {
+                connection.tell(Ask::Release(wire::ReleaseRequest { lease }));
+            }
+            Ok(driver)
+        }
+        Err(error) => {
+            connection.shut_down();
+            Err(error)
+        }
+    }
+}
+
+fn unasked(inner: &Arc<Inner>, early: Early) -> Unasked {
+    let weak = Arc::downgrade(inner);
+    Box::new(move |body, fds| {
+        let Some(inner) = weak.upgrade() else { return };
+        match (body, locked(&early).as_mut()) {
+            (Answer::Segment(segment), Some(early)) => early.push((segment, fds)),
+            (body, _) => inner.unasked(body, fds),
+        }
+    })
+}
+
+/// Returns the leases that the node was told we still use.
+async fn introduce(inner: &Arc<Inner>, connection: &Connection, early: &Early) -> Result<Vec<u64>, Error> {
+    let held: Vec<u64> = locked(&inner.progress).keys().copied().collect();
     let join = locked(&inner.link).token.clone();
-    let opened = match open_session(inner, &connection, join).await {
+    let opened = match open_session(inner, connection, join, held.clone()).await {
         Err(error) if error.code == Code::UnknownSession && inner.options.join.is_empty() => {
-            open_session(inner, &connection, Vec::new()).await
+            open_session(inner, connection, Vec::new(), Vec::new()).await
         }
         opened => opened,
     };
-    let (opened, fds) = opened.inspect_err(|_| connection.shut_down())?;
+    let (opened, fds) = opened?;
     let known = locked(&inner.link).node_epoch;
     if known != 0 && known != opened.node_epoch {
         inner.new_epoch();
     }
     inner.map_segments(&opened.segments, fds);
+    let announced = locked(early).take().unwrap_or_default();
+    for (segment, fds) in announced {
+        inner.map_segments(&[segment], fds);
+    }
     {
         let mut link = locked(&inner.link);
-        link.connection = Some(connection);
         link.token = opened.token.to_vec();
         link.node_epoch = opened.node_epoch;
     }
     let definitions: Vec<_> = locked(&inner.spaces).iter().map(|space| space.definition.clone()).collect();
     for (index, definition) in definitions.into_iter().enumerate() {
         let space = kvd_proto::Space::from_wire(inner.tenant(), &definition)?;
-        let id = inner.register(&definition, &space.fingerprint()).await?;
+        let id = register(connection, &definition, &space.fingerprint()).await?;
         locked(&inner.spaces)[index].id = id;
     }
-    Ok(driver)
+    Ok(held)
+}
+
+async fn register(
+    connection: &Connection,
+    definition: &wire::Space,
+    expected: &Fingerprint,
+) -> Result<u32, Error> {
+    let request = wire::RegisterSpaceRequest { session: 0, space: Some(definition.clone()) };
+    let (Answer::SpaceRegistered(reply), _) = connection.call(Ask::RegisterSpace(request)).await? else {
+        return Err(unexpected());
+    };
+    if reply.fingerprint[..] != expected.0 {
+        return Err(Error::new(
+            Code::UnsupportedVersion,
+            "fingerprint",
+            "node and client compute different fingerprints for one space",
+            "install the same version of both",
+        ));
+    }
+    Ok(reply.space)
 }
 
 async fn open_session(
     inner: &Inner,
     connection: &Connection,
     join: Vec<u8>,
+    held: Vec<u64>,
 ) -> Result<(wire::SessionOpened, Vec<OwnedFd>), Error> {
     let request = wire::OpenSessionRequest {
         version_major: PROTOCOL_MAJOR,
@@ -418,7 +477,7 @@ async fn open_session(
         engine: inner.options.engine.clone(),
         member: inner.options.member.clone(),
         join: join.into(),
-        held: locked(&inner.progress).keys().copied().collect(),
+        held,
     };
     match connection.call(Ask::OpenSession(request)).await? {
         (Answer::SessionOpened(opened), fds) => Ok((opened, fds)),

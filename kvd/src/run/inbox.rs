@@ -3,11 +3,20 @@
 //! Invariant: the queue is bounded by what feeds it (one completion for each order under way, one request for each
 //! waiting caller); the node's thread drains it whole at every wake-up.
 
+use super::grpc::Grant;
 use crate::node::event::{Answer, Event, MoveError, Question};
 use kvd_proto::wire;
 use kvd_tiers::segment::{SegmentId, SlotRef};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{mpsc, oneshot};
+
+/// What a gRPC caller is told.
+pub(crate) struct Told {
+    /// The node's answer.
+    pub(crate) frame: wire::NodeFrame,
+    /// With a reservation: whether its slots may still be written.
+    pub(crate) grant: Option<Arc<Grant>>,
+}
 
 /// From any thread to the node's.
 pub(crate) enum Input {
@@ -22,7 +31,7 @@ pub(crate) enum Input {
     /// A gRPC caller opens a session: a member without a socket.
     Join { request: wire::OpenSessionRequest, answer: oneshot::Sender<(u64, wire::NodeFrame)> },
     /// A gRPC caller's request.
-    Call { member: u64, body: wire::client_frame::Body, answer: oneshot::Sender<wire::NodeFrame> },
+    Call { member: u64, body: wire::client_frame::Body, answer: oneshot::Sender<Told> },
     /// A gRPC caller waits for a lease's `Ready` frames.
     Follow { lease: u64, frames: mpsc::UnboundedSender<wire::Ready> },
     /// A person's question.

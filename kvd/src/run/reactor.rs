@@ -66,6 +66,8 @@ pub(super) struct Reactor {
     /// Sockets with unread bytes that edge-triggered polling will not mention again.
     unread: BTreeSet<MemberId>,
     unsent: BTreeSet<MemberId>,
+    /// Asked to open a session in this round; whoever was not let in is no member.
+    opening: Vec<MemberId>,
     callers: Callers,
     watchers: Watchers,
     questions: HashMap<u64, oneshot::Sender<Answer>>,
@@ -85,7 +87,12 @@ struct Peer {
     socket: Option<Socket>,
     process: Option<OwnedFd>,
     pid: u32,
+    /// The node knows it, or is being asked to: its process is watched until the node lets it go.
     opened: bool,
+    /// The node has opened its session.
+    welcomed: bool,
+    /// The node has let it go; only its last answer is still to be sent.
+    let_go: bool,
 }
 
 impl Reactor {
@@ -107,6 +114,7 @@ impl Reactor {
             connections_max: parts.connections_max,
             unread: BTreeSet::new(),
             unsent: BTreeSet::new(),
+            opening: Vec::new(),
             callers: Callers::default(),
             watchers: Watchers::default(),
             questions: HashMap::new(),
@@ -169,6 +177,10 @@ impl Reactor {
                 if event.is_readable() || event.is_read_closed() || event.is_error() {
                     self.unread.insert(member);
                 }
+                let socket = self.members.get_mut(&member).and_then(|peer| peer.socket.as_mut());
+                if let Some(socket) = socket.filter(|_| event.is_read_closed()) {
+                    socket.ended = true; // said once, perhaps together with the last bytes
+                }
             }
         }
     }
@@ -200,7 +212,8 @@ impl Reactor {
             tracing::warn!(pid = pid.as_raw_nonzero().get(), "no pidfd for this client");
         }
         let pid = pid.as_raw_nonzero().get() as u32;
-        let peer = Peer { socket: Some(Socket::new(stream)), process: process.ok(), pid, opened: false };
+        let (socket, process) = (Some(Socket::new(stream)), process.ok());
+        let peer = Peer { socket, process, pid, opened: false, welcomed: false, let_go: false };
         self.members.insert(member, peer);
         self.unread.insert(member);
         Ok(())
@@ -249,10 +262,12 @@ impl Reactor {
             self.send(member, crate::node::event::frame(request_id, node_frame::Body::Error(error.into())));
             return;
         };
-        let peer = self.members.get_mut(&member).expect("it was just read");
+        // cut off in the middle of what was read: it did not read its answers
+        let Some(peer) = self.members.get_mut(&member) else { return };
         self.events.push(match body {
             client_frame::Body::OpenSession(request) if !peer.opened => {
                 peer.opened = true;
+                self.opening.push(member);
                 Event::Open { member, request_id, pid: peer.pid, maps: true, token: random(), request }
             }
             body => Event::Request { member, request_id, body },
@@ -277,7 +292,7 @@ impl Reactor {
             let _ = self.poll.registry().deregister(&mut socket.stream);
             self.events.push(Event::SocketLost { member });
         }
-        if !peer.opened {
+        if !peer.opened || peer.let_go {
             let peer = self.members.remove(&member).expect("it is there");
             self.let_go(peer);
         }
@@ -364,8 +379,21 @@ impl Reactor {
             }
         }
         self.events = events;
+        self.forget_refused();
         if let Some(mover) = &self.mover {
             mover.order(&mut self.orders);
+        }
+    }
+
+    /// Peers that asked for a session and got none: they may ask again, or go like anybody who never asked.
+    fn forget_refused(&mut self) {
+        for member in std::mem::take(&mut self.opening) {
+            let Some(peer) = self.members.get_mut(&member).filter(|peer| !peer.welcomed) else { continue };
+            peer.opened = false;
+            if peer.socket.is_none() {
+                let peer = self.members.remove(&member).expect("it is there");
+                self.let_go(peer);
+            }
         }
     }
 
@@ -377,7 +405,10 @@ impl Reactor {
                 self.open_segment(tier, segment, geometry, tenant);
             }
             Effect::Publish { slot, generation, header } => self.dram.publish(slot, generation, &header),
-            Effect::Retire { slot, generation } => self.dram.retire(slot, generation),
+            Effect::Retire { slot, generation } => {
+                self.callers.retired(slot); // before anybody else can be given the slot
+                self.dram.retire(slot, generation);
+            }
             Effect::Checksum { slot, generation } => {
                 let segment = self.dram.get(slot.segment);
                 let order = ChecksumOrder { segment, slot, generation };
@@ -423,9 +454,9 @@ impl Reactor {
             return;
         }
         let fds = self.descriptors(&frame);
-        let Some(socket) = self.members.get_mut(&member).and_then(|peer| peer.socket.as_mut()) else {
-            return;
-        };
+        let Some(peer) = self.members.get_mut(&member) else { return };
+        peer.welcomed |= matches!(frame.body, Some(node_frame::Body::SessionOpened(_)));
+        let Some(socket) = peer.socket.as_mut() else { return };
         let keeps_up = fds.map(|fds| socket.push(&frame, fds));
         self.unsent.insert(member);
         match keeps_up {
@@ -460,6 +491,7 @@ impl Reactor {
         match peer.socket.as_mut() {
             Some(socket) => {
                 socket.closing = true;
+                peer.let_go = true;
                 self.unsent.insert(member);
             }
             None => {
@@ -471,23 +503,17 @@ impl Reactor {
 
     fn send_all(&mut self) {
         for member in std::mem::take(&mut self.unsent) {
-            let Some(socket) = self.members.get_mut(&member).and_then(|peer| peer.socket.as_mut()) else {
-                continue;
-            };
-            let sent = socket.flush();
-            let closing = socket.closing;
+            let Some(peer) = self.members.get_mut(&member) else { continue };
+            let Some(socket) = peer.socket.as_mut() else { continue };
+            let (sent, closing) = (socket.flush(), socket.closing);
             match sent {
                 Ok(all) if !(all && closing) => {}
-                Ok(_) => {
+                Ok(_) if peer.let_go => {
                     let peer = self.members.remove(&member).expect("it is there");
-                    let opened = peer.opened;
                     self.let_go(peer);
-                    if opened {
-                        // after a frame that is none: the node may still know the member
-                        self.events.push(Event::SocketLost { member });
-                    }
                 }
-                Err(_) => self.socket_lost(member),
+                // after a frame that is none too: the process may still be filling what it leased
+                _ => self.socket_lost(member),
             }
         }
     }

@@ -23,6 +23,8 @@ pub(super) struct Socket {
     inbox: Vec<u8>,
     outbox: VecDeque<Chunk>,
     outbox_bytes: usize,
+    /// The peer writes no more: what is read ends.
+    pub(super) ended: bool,
     /// To be dropped when everything is sent.
     pub(super) closing: bool,
 }
@@ -46,7 +48,14 @@ pub(super) enum Left {
 
 impl Socket {
     pub(super) fn new(stream: mio::net::UnixStream) -> Self {
-        Self { stream, inbox: Vec::new(), outbox: VecDeque::new(), outbox_bytes: 0, closing: false }
+        Self {
+            stream,
+            inbox: Vec::new(),
+            outbox: VecDeque::new(),
+            outbox_bytes: 0,
+            ended: false,
+            closing: false,
+        }
     }
 
     /// Reads what is there, up to the round's share, and appends whole frames.
@@ -60,10 +69,10 @@ impl Socket {
                 Ok(bytes) => {
                     taken += bytes;
                     self.inbox.extend_from_slice(&buffer[..bytes]);
-                    if bytes == buffer.len() {
+                    if bytes == buffer.len() || self.ended {
                         continue;
                     }
-                    left = Left::Nothing; // a short read: the next byte wakes us
+                    left = Left::Nothing; // a short read: the next byte, or the end, wakes us
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => left = Left::Nothing,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,

@@ -5,6 +5,7 @@ use kvd_client::grpc::Client;
 use kvd_proto::wire::admin_client::AdminClient;
 use kvd_proto::wire::{self, StatusReply, Tier, TierStatus};
 use rustix::process::{Pid, Signal, kill_process};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use tempfile::TempDir;
@@ -50,15 +51,17 @@ impl Setup {
         };
         let nvme_bytes = if self.nvme_bytes == 0 { self.segment_bytes } else { self.nvme_bytes };
         let text = format!(
-            "data_dir = {folder:?}\n\
+            "data_dir = \"{}\"\n\
              [listen]\ngrpc_address = \"\"\nmetrics_address = {:?}\n\
              [dram]\ncapacity_bytes = {}\nsegment_bytes = {}\n\
-             [nvme]\npath = {nvme_path:?}\ncapacity_bytes = {nvme_bytes}\nsegment_bytes = {}\n\
+             [nvme]\npath = \"{}\"\ncapacity_bytes = {nvme_bytes}\nsegment_bytes = {}\n\
              [leases]\nttl_ms = {}\nbytes_max_per_session = {}\n\
              [limits]\nsessions_max = {}\nmembers_max = {}\n",
+            folder.display(),
             self.metrics_address,
             self.dram_bytes,
             self.segment_bytes,
+            nvme_path.display(),
             self.segment_bytes,
             self.ttl_ms,
             self.dram_bytes,
@@ -94,10 +97,10 @@ impl Daemon {
     }
 
     async fn answers(&mut self) {
-        let socket = self.socket();
-        until("the daemon's socket", DEADLINE, async || {
+        let sockets = [self.socket(), self.grpc_socket().into()];
+        until("the daemon's sockets", DEADLINE, async || {
             assert_eq!(self.child.try_wait().unwrap(), None, "the daemon ended");
-            std::os::unix::net::UnixStream::connect(&socket).ok()
+            sockets.iter().all(|socket| UnixStream::connect(socket).is_ok()).then_some(())
         })
         .await;
     }
@@ -163,6 +166,15 @@ impl Daemon {
     pub(crate) async fn events(&self) -> tonic::Streaming<wire::NodeEvent> {
         let mut admin = self.admin().await;
         within("events", admin.events(wire::EventsRequest {})).await.unwrap().into_inner()
+    }
+
+    /// Waits until DRAM has this many bytes free: what must go to NVMe first has gone.
+    pub(crate) async fn has_room(&self, bytes: u64) {
+        until("room in DRAM", DEADLINE, async || {
+            let dram = self.dram().await;
+            (dram.capacity_bytes - dram.used_bytes >= bytes).then_some(())
+        })
+        .await;
     }
 
     pub(crate) async fn dram(&self) -> TierStatus {

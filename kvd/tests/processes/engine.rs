@@ -57,7 +57,8 @@ impl Engine {
     }
 
     pub(crate) async fn reserve(&self, key: &[u8], names: &[u64]) -> Result<Fill, Error> {
-        let (chain, wait) = (self.chain(names), Duration::from_secs(2));
+        // without NVMe, room is only made by dropping, which a reservation that would rather wait does last
+        let (chain, wait) = (self.chain(names), Duration::from_millis(20));
         let root = root(&self.space.fingerprint());
         within("reserve", self.space.reserve(key, root, 0, &chain, wait)).await
     }

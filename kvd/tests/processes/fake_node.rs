@@ -5,6 +5,7 @@ use crate::wait::{DEADLINE, until, within};
 use kvd_proto::wire::{self, ClientFrame, NodeFrame, client_frame::Body as Ask, node_frame::Body};
 use kvd_proto::{Code, frame};
 use prost::Message as _;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd as _, OwnedFd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
@@ -22,6 +23,9 @@ struct Peer {
 
 impl Peer {
     fn accept(listener: &UnixListener) -> Self {
+        let mut waiting = [PollFd::new(listener, PollFlags::IN)];
+        let deadline = Timespec::try_from(DEADLINE).unwrap();
+        assert_eq!(poll(&mut waiting, Some(&deadline)).unwrap(), 1, "nobody came");
         let (stream, _) = listener.accept().unwrap();
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
         Self { stream }
@@ -176,7 +180,7 @@ async fn a_segment_announced_right_after_the_welcome_is_the_new_daemons() {
         }
     })
     .await;
-    fill.write(0, 0, &[9; BLOCK_BYTES]);
+    fill.write(0, 0, &vec![9; BLOCK_BYTES]);
     let mut first = [0; 8];
     rustix::io::pread(&watched, &mut first, 0).unwrap();
     assert_eq!(first, [9; 8], "the new daemon's memory");

@@ -5,9 +5,10 @@ use crate::engine::Engine;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::LazyLock;
 
-/// The command beside the daemon's; built if it is not there.
-fn kvctl() -> PathBuf {
+/// The command beside the daemon's; built, once, if it is not there.
+static KVCTL: LazyLock<PathBuf> = LazyLock::new(|| {
     let path = Path::new(env!("CARGO_BIN_EXE_kvd")).with_file_name("kvctl");
     if !path.exists() {
         let mut cargo = Command::new(env!("CARGO"));
@@ -19,7 +20,7 @@ fn kvctl() -> PathBuf {
         assert!(cargo.status().unwrap().success(), "kvctl cannot be built");
     }
     path
-}
+});
 
 struct Kvctl {
     path: PathBuf,
@@ -28,7 +29,7 @@ struct Kvctl {
 
 impl Kvctl {
     async fn of(daemon: &Daemon) -> Self {
-        let path = tokio::task::spawn_blocking(kvctl).await.unwrap();
+        let path = tokio::task::spawn_blocking(|| KVCTL.clone()).await.unwrap();
         Self { path, socket: daemon.grpc_socket() }
     }
 
@@ -89,7 +90,11 @@ async fn every_command_works_on_a_live_node() {
     assert_eq!(tier["used_bytes"].as_u64(), Some(3 * 65_536), "{tier}");
     assert!(kvctl.table(&["spaces"]).contains("small"));
     let space = kvctl.json(&["spaces"]).remove(0);
-    assert_eq!((space["model"].as_str(), space["blocks"].as_u64()), (Some("small"), Some(3)), "{space}");
+    assert_eq!(
+        (space["definition"]["model"].as_str(), space["blocks"].as_u64()),
+        (Some("small"), Some(3)),
+        "{space}"
+    );
     kvctl.table(&["block", &id]);
     let block = kvctl.json(&["block", &id[..8]]).remove(0);
     assert_eq!((block["id"].as_str(), block["pinned"].as_bool()), (Some(&id[..]), Some(false)), "{block}");

@@ -83,11 +83,24 @@ async fn the_library_comes_back_by_itself_with_what_it_holds() {
     assert_eq!(victim.tell("read"), "whole 4", "a lease from before the loss still reads");
     let names: Vec<u64> = (0..8).collect();
     assert_eq!(engine.get(&names).await, 8);
-    // what it gives back while the socket is away is released when it comes back
-    assert!(cut(victim.pid(), &daemon.socket()));
-    victim.tell("release");
-    until("no leases", DEADLINE, async || (daemon.status().await.leases == 0).then_some(())).await;
     victim.kill();
     until("its end", FREED_WITHIN, async || (daemon.status().await.members == 1).then_some(())).await;
+    daemon.is_well().await;
+}
+
+#[tokio::test]
+async fn what_it_gives_back_without_a_socket_is_released_when_it_comes_back() {
+    let mut daemon = Daemon::start(&Setup::default()).await;
+    let mut victim = Victim::start(&daemon.socket());
+    victim.tell("put 0..4");
+    victim.tell("match 0..4");
+    victim.tell("reserve 10..14");
+    assert_eq!(daemon.status().await.leases, 2);
+    if !cut(victim.pid(), &daemon.socket()) {
+        println!("{NO_CUT}");
+        return;
+    }
+    victim.tell("release");
+    until("no leases", DEADLINE, async || (daemon.status().await.leases == 0).then_some(())).await;
     daemon.is_well().await;
 }

@@ -101,7 +101,8 @@ pub(crate) fn open_request() -> wire::OpenSessionRequest {
 
 /// A process's ends of connections to `socket`, taken from outside; none where the system does not allow that.
 pub(crate) fn connections_of(pid: u32, socket: &Path) -> Vec<OwnedFd> {
-    let process = pidfd_open(Pid::from_raw(pid as i32).unwrap(), PidfdFlags::empty()).unwrap();
+    let process =
+        pidfd_open(Pid::from_raw(i32::try_from(pid).unwrap()).unwrap(), PidfdFlags::empty()).unwrap();
     let numbers = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
     let number = |entry: std::io::Result<std::fs::DirEntry>| entry.ok()?.file_name().to_str()?.parse().ok();
     let take = |fd| pidfd_getfd(&process, fd, PidfdGetfdFlags::empty()).ok();
@@ -116,6 +117,8 @@ pub(crate) fn connections_of(pid: u32, socket: &Path) -> Vec<OwnedFd> {
 /// Cuts a process's connections to `socket`; `false`: the system does not allow it.
 pub(crate) fn cut(pid: u32, socket: &Path) -> bool {
     let connections = connections_of(pid, socket);
-    connections.iter().for_each(|connection| shutdown(connection, Shutdown::Both).unwrap());
+    for connection in &connections {
+        shutdown(connection, Shutdown::Both).unwrap();
+    }
     !connections.is_empty()
 }

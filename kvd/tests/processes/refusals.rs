@@ -9,7 +9,9 @@ fn refused(config: &Path, says: &[&str]) {
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(1), "{said}");
     let sentence = said.lines().find(|line| line.starts_with("kvd: ")).unwrap_or_else(|| panic!("{said}"));
-    says.iter().for_each(|part| assert!(sentence.contains(part), "{part:?} is not in {sentence:?}"));
+    for part in says {
+        assert!(sentence.contains(part), "{part:?} is not in {sentence:?}");
+    }
     assert!(!said.contains("panicked"), "{said}");
 }
 

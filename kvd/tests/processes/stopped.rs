@@ -7,7 +7,7 @@ use crate::wait::{DEADLINE, FREED_WITHIN, until};
 
 #[tokio::test]
 async fn what_a_stopped_client_writes_late_is_never_served() {
-    let setup = Setup { dram_bytes: 8 * MIB, ttl_ms: 200, ..Setup::default() };
+    let setup = Setup { dram_bytes: 8 * MIB, ttl_ms: 1000, ..Setup::default() };
     let mut daemon = Daemon::start(&setup).await;
     let mut victim = Victim::start(&daemon.socket());
     assert_eq!(victim.tell("reserve 0..16"), "granted 16");

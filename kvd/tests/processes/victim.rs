@@ -109,7 +109,10 @@ struct Held {
     engine: Option<Engine>,
     fill: Option<Fill>,
     found: Option<Match>,
+    /// Of the fill.
     names: Vec<u64>,
+    /// Of the match.
+    found_names: Vec<u64>,
 }
 
 impl Held {
@@ -128,7 +131,9 @@ impl Held {
             "spoil" => {
                 // what a client does that does not know that its time is over
                 let fill = self.fill.as_ref().unwrap();
-                fill.granted().iter().for_each(|block| fill.write(*block, 0, &[0xEE; BLOCK_BYTES]));
+                for block in fill.granted() {
+                    fill.write(block, 0, &vec![0xEE; BLOCK_BYTES]);
+                }
             }
             "fill-parts" => {
                 self.fill_parts(&words.iter().map(|word| word.parse().unwrap()).collect::<Vec<_>>());
@@ -144,14 +149,14 @@ impl Held {
             }
             "put" => return format!("stored {}", self.engine().put(&numbers(words)).await),
             "match" => {
-                self.names = numbers(words);
-                let found = self.engine().lease(b"", &self.names).await.unwrap();
+                self.found_names = numbers(words);
+                let found = self.engine().lease(b"", &self.found_names).await.unwrap();
                 let blocks = found.blocks();
                 self.found = Some(found);
                 return format!("leased {blocks}");
             }
             "read" => {
-                let whole = read_all(self.found.as_ref().unwrap(), &self.names).await;
+                let whole = read_all(self.found.as_ref().unwrap(), &self.found_names).await;
                 return format!("whole {whole}");
             }
             "release" => (self.fill, self.found) = (None, None),

@@ -4,7 +4,8 @@ use crate::daemon::{Daemon, MIB, Setup};
 use crate::engine::{BLOCK_BYTES, Engine};
 use crate::raw::{Raw, connections_of, framed, open_request};
 use crate::victim::Victim;
-use crate::wait::{FREED_WITHIN, until, within};
+use crate::wait::{DEADLINE, FREED_WITHIN, until, within};
+use kvd_client::{ConnectOptions, Session};
 use kvd_proto::Code;
 use kvd_proto::limits::FRAME_BYTES_MAX;
 use kvd_proto::wire::{self, client_frame::Body as Ask, node_frame::Body};
@@ -99,19 +100,24 @@ async fn peers_that_leave_in_the_middle_of_a_frame_are_forgotten() {
         let mut peer = Raw::connect(&daemon.socket());
         peer.send(&frame[..cut % frame.len()]);
     }
+    // all at once were more than may be there; then they are gone
+    let options = ConnectOptions::new(daemon.socket());
+    until("room", DEADLINE, async || Session::open(options.clone()).await.ok()).await;
+    serves(&mut daemon).await;
     // whole, and gone before the answer: a lost socket of a living process, whose session waits for it
     Raw::connect(&daemon.socket()).send(&frame);
-    serves(&mut daemon).await;
-    assert_eq!(daemon.status().await.members, 1);
+    let waits = async || (daemon.status().await.members == 1).then_some(());
+    until("the session", DEADLINE, waits).await;
 }
 
 #[tokio::test]
 async fn a_peer_that_never_reads_is_cut_off() {
     let mut daemon = daemon().await;
-    // frames without a body: the shortest request with the longest answer, from a peer that never opened
-    let empty = framed(1, None).repeat(4096);
-    let exists = framed(1, Some(Ask::Exists(wire::ExistsRequest::default()))).repeat(4096);
-    for (open, frames) in [(false, empty), (true, exists)] {
+    // the shortest requests with the longest answers; the first is answered on the spot, the second by the node
+    let exists = framed(1, Some(Ask::Exists(wire::ExistsRequest::default())));
+    let unopened = [framed(1, None).repeat(31), exists.clone()].concat().repeat(256);
+    let exists = exists.repeat(4096);
+    for (open, frames) in [(false, unopened), (true, exists)] {
         let mut peer = Raw::connect(&daemon.socket());
         if open {
             peer.open(open_request());

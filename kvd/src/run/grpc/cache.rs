@@ -3,9 +3,9 @@
 //! Invariants: a chunk leaves only after its block's id and part checksums agreed on a private copy; a block is committed
 //! only when every byte of every group came, in order.
 
-use super::stopping;
+use super::{Grant, stopping};
 use crate::run::dram::DramSegments;
-use crate::run::inbox::{Inbox, Input};
+use crate::run::inbox::{Inbox, Input, Told};
 use kvd_proto::limits::CHUNK_BYTES_MAX;
 use kvd_proto::slot_header::FLAG_CHECKSUMMED;
 use kvd_proto::wire::{
@@ -17,6 +17,7 @@ use std::collections::{HashMap, HashSet};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Duration, Instant, timeout_at};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
@@ -55,11 +56,16 @@ impl Shared {
     }
 
     async fn call(&self, member: u64, body: Ask) -> Result<Reply, Error> {
+        Ok(self.told(member, body).await?.0)
+    }
+
+    async fn told(&self, member: u64, body: Ask) -> Result<(Reply, Option<Arc<Grant>>), Error> {
         let (answer, told) = oneshot::channel();
         self.inbox.push(Input::Call { member, body, answer });
-        match told.await.map_err(|_| stopping())?.body {
+        let Told { frame, grant } = told.await.map_err(|_| stopping())?;
+        match frame.body {
             Some(Reply::Error(error)) => Err(error.into()),
-            Some(reply) => Ok(reply),
+            Some(reply) => Ok((reply, grant)),
             None => Err(unexpected()),
         }
     }
@@ -200,11 +206,11 @@ impl cache_server::Cache for Cache {
         let wanted = begin.reserve.ok_or_else(|| {
             Status::from(Error::invalid("reserve", "not given", "say which blocks to store"))
         })?;
-        let Reply::Reserve(reserved) = self.shared.call(member, Ask::Reserve(wanted)).await? else {
+        let (Reply::Reserve(reserved), grant) = self.shared.told(member, Ask::Reserve(wanted)).await? else {
             return Err(unexpected().into());
         };
         let held = Held { shared: self.shared.clone(), member, lease: reserved.lease };
-        let mut filling = Filling::new(&self.shared.dram, &reserved);
+        let mut filling = Filling::new(&self.shared.dram, &reserved, grant);
         while let Some(chunk) = stream.next().await.transpose()? {
             match chunk.body {
                 Some(wire::write_chunk::Body::Data(data)) => filling.write(&data)?,
@@ -264,6 +270,8 @@ struct Arrivals {
     ready: HashSet<u32>,
     failed_from: u32,
     frames: mpsc::UnboundedReceiver<wire::Ready>,
+    /// Of the lease: after it, no news comes.
+    ends: Instant,
 }
 
 impl Arrivals {
@@ -276,12 +284,13 @@ impl Arrivals {
         }
         let ready = reply.runs.iter().filter(|run| run.ready).flat_map(range);
         let ready = ready.filter(|block| !late.contains(block)).collect();
-        Self { ready, failed_from: u32::MAX, frames }
+        let ends = Instant::now() + Duration::from_millis(reply.lease_ttl_ms.into());
+        Self { ready, failed_from: u32::MAX, frames, ends }
     }
 
     async fn wait(&mut self, block: u32) -> bool {
         while block < self.failed_from && !self.ready.contains(&block) {
-            let Some(news) = self.frames.recv().await else { return false };
+            let Ok(Some(news)) = timeout_at(self.ends, self.frames.recv()).await else { return false };
             self.ready.extend(news.blocks.iter().flat_map(|range| range.first..range.first + range.count));
             let failed = news.failed.iter().map(|range| range.first).min();
             self.failed_from = self.failed_from.min(failed.unwrap_or(u32::MAX));
@@ -326,14 +335,15 @@ struct Filling<'a> {
     runs: Vec<wire::Run>,
     states: Vec<u8>,
     groups: u32,
+    grant: Option<Arc<Grant>>,
     came: HashMap<(u32, u32), u32>,
 }
 
 impl<'a> Filling<'a> {
-    fn new(dram: &'a DramSegments, reserved: &wire::ReserveReply) -> Self {
+    fn new(dram: &'a DramSegments, reserved: &wire::ReserveReply, grant: Option<Arc<Grant>>) -> Self {
         let groups = reserved.runs.iter().map(|run| run.group + 1).max().unwrap_or(0);
         let (runs, states) = (reserved.runs.clone(), reserved.states.to_vec());
-        Self { dram, runs, states, groups, came: HashMap::new() }
+        Self { dram, runs, states, groups, grant, came: HashMap::new() }
     }
 
     fn write(&mut self, data: &wire::WriteData) -> Result<(), Error> {
@@ -359,9 +369,17 @@ impl<'a> Filling<'a> {
             ));
         }
         let offset = segment.geometry.slot_offset(slot.slot) as usize + data.offset as usize;
-        segment.payload.copy_in(offset, &data.data);
         *came = end as u32;
-        Ok(())
+        let copy = || segment.payload.copy_in(offset, &data.data);
+        if self.grant.as_ref().is_some_and(|grant| grant.while_open(copy)) {
+            return Ok(());
+        }
+        Err(Error::new(
+            Code::LeaseEnded,
+            "lease",
+            "the write took longer than its lease lasts",
+            "send fewer blocks in one write, or raise leases.ttl_ms",
+        ))
     }
 
     /// Blocks of which every group came whole.

@@ -7,7 +7,7 @@ mod admin;
 mod cache;
 mod callers;
 
-pub(super) use callers::Callers;
+pub(super) use callers::{Callers, Grant};
 
 use super::dram::DramSegments;
 use super::inbox::{Inbox, Input};
