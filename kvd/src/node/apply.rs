@@ -12,6 +12,7 @@ impl Node {
     pub fn apply(&mut self, events: impl IntoIterator<Item = Event>, now_us: u64, effects: &mut Vec<Effect>) {
         assert!(now_us >= self.now_us, "time went back from {} to {now_us}", self.now_us);
         self.now_us = now_us;
+        self.settle();
         std::mem::swap(&mut self.out, effects);
         let mut count = 0;
         for event in events {

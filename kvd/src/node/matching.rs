@@ -16,6 +16,10 @@ use kvd_tiers::segment::SlotRef;
 /// Pins that run out in one call; the others do in the next.
 const UNPINNED_PER_CALL_MAX: usize = 4096;
 
+/// Uses that wait for `settle`. At the limit: the oldest blocks of long chains go without, as their order is the least
+/// wrong.
+const TOUCHED_MAX: usize = 1 << 16;
+
 impl Node {
     pub(super) fn match_prefix(
         &mut self,
@@ -127,18 +131,29 @@ impl Node {
         Some(Item { block, group, source, state, handle, slot })
     }
 
+    /// Uses count now; the policies hear of them when the answers are sent (`settle`): each costs them a cache miss or two.
     fn touch(&mut self, found: &[Vec<Handle>], blocks: usize) {
         let now_s = self.now_s();
         for handles in found {
             for &handle in handles[..blocks.min(handles.len())].iter().rev() {
                 self.catalog.get_mut(handle).touch(now_s);
-                let entry = self.catalog.get(handle);
-                let key = entry.key();
-                let in_tier = [Tier::Dram, Tier::Nvme].map(|tier| entry.readable(tier).map(|_| tier));
-                for tier in in_tier.into_iter().flatten() {
-                    let pool = self.pool_of_group(key.space, key.group, tier).expect("a copy has a pool");
-                    self.memory.pools[pool].policy.touch(handle);
+                if self.touched.len() < TOUCHED_MAX {
+                    self.touched.push(handle);
                 }
+            }
+        }
+    }
+
+    /// What can wait until answers are sent: tells the policies what was used. The next call of `apply` does it otherwise.
+    /// An entry that has gone meanwhile, or another under its handle, is at worst one use too many or too few.
+    pub fn settle(&mut self) {
+        for handle in std::mem::take(&mut self.touched) {
+            let Some(entry) = self.catalog.try_get(handle) else { continue };
+            let key = entry.key();
+            let in_tier = [Tier::Dram, Tier::Nvme].map(|tier| entry.readable(tier).map(|_| tier));
+            for tier in in_tier.into_iter().flatten() {
+                let pool = self.pool_of_group(key.space, key.group, tier).expect("a copy has a pool");
+                self.memory.pools[pool].policy.touch(handle);
             }
         }
     }

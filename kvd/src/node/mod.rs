@@ -90,6 +90,8 @@ pub struct Node {
     leases: lease::Leases,
     movement: movement::Movement,
     waiting: filling::Waiting,
+    /// Used since the policies last heard, tail first.
+    touched: Vec<Handle>,
     pins: HashMap<Handle, u32>,
     pin_ends: BTreeSet<(u32, Handle)>,
     pinned_bytes: u64,
@@ -123,6 +125,7 @@ impl Node {
             leases: lease::Leases::new(config.epoch),
             movement: movement::Movement::default(),
             waiting: filling::Waiting::default(),
+            touched: Vec::new(),
             pins: HashMap::new(),
             pin_ends: BTreeSet::new(),
             pinned_bytes: 0,

@@ -12,8 +12,8 @@ use super::mover::{Mover, Order};
 use super::socket::{Left, Socket};
 use super::watch::Watchers;
 use super::workers::{Checksumming, checksummer, populator};
+use crate::node::Node;
 use crate::node::event::{Answer, Effect, Event, MemberId};
-use crate::node::{EVENTS_PER_CALL_MAX, Node};
 use kvd_proto::slot_header::SlotHeader;
 use kvd_proto::wire::{self, ClientFrame, Tier, client_frame, node_frame};
 use kvd_proto::{Code, Error};
@@ -23,7 +23,7 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use prost::Message as _;
 use rustix::fd::{AsRawFd, OwnedFd};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
@@ -35,6 +35,10 @@ pub(super) const WAKE: Token = Token(1);
 const FIRST_MEMBER: MemberId = 1;
 const TICK: Duration = Duration::from_millis(50);
 const POLLED_MAX: usize = 1024;
+/// Requests of one call: each may be a match of thousands of blocks, and nobody's answer waits for more than these.
+const REQUESTS_PER_CALL_MAX: usize = 8;
+/// Ended transfers and checksums of one round; the rest waits for the next, behind the requests that came meanwhile.
+const ENDED_PER_ROUND_MAX: usize = 64;
 const READ_BUFFER_BYTES: usize = 64 << 10;
 
 /// What the reactor is made of.
@@ -80,6 +84,8 @@ pub(super) struct Reactor {
     started: Instant,
     ticked: Instant,
     events: Vec<Event>,
+    /// What other threads have finished; nobody waits for it as for an answer.
+    ended: VecDeque<Event>,
     effects: Vec<Effect>,
     stopping: bool,
 }
@@ -127,6 +133,7 @@ impl Reactor {
             started: parts.started,
             ticked: parts.started,
             events: Vec::new(),
+            ended: VecDeque::new(),
             effects: Vec::new(),
             stopping: false,
         })
@@ -137,7 +144,7 @@ impl Reactor {
         let mut polled = Events::with_capacity(POLLED_MAX);
         let mut inputs = Vec::new();
         while !self.stopping {
-            let more = !self.unread.is_empty() || self.node.busy();
+            let more = !self.unread.is_empty() || !self.ended.is_empty() || self.node.busy();
             let timeout = if more { Duration::ZERO } else { TICK };
             match self.poll.poll(&mut polled, Some(timeout)) {
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
@@ -155,7 +162,6 @@ impl Reactor {
                 self.events.push(Event::Tick);
             }
             self.apply();
-            self.send_all();
             self.timings.round.observe(woke.elapsed().as_secs_f64());
         }
         if let Some(mover) = &self.mover {
@@ -303,7 +309,7 @@ impl Reactor {
 
     fn input(&mut self, input: Input) {
         match input {
-            Input::Event(event) => self.events.push(event),
+            Input::Event(event) => self.ended.push_back(event),
             Input::Moved { token, result, elapsed_us, checksums } => {
                 self.moved(token, result, elapsed_us, &checksums);
             }
@@ -350,7 +356,7 @@ impl Reactor {
             header.part_checksums.copy_from_slice(checksums);
             self.dram.publish(slot, generation, &header);
         }
-        self.events.push(Event::Moved { token, result, elapsed_us });
+        self.ended.push_back(Event::Moved { token, result, elapsed_us });
     }
 
     fn checksummed(&mut self, done: Vec<Checksumming>) {
@@ -360,33 +366,42 @@ impl Reactor {
                 table.publish(slot.slot, generation, &header);
             }
             drop(table);
-            self.events.push(Event::Checksummed { slot, generation, elapsed_us });
+            self.ended.push_back(Event::Checksummed { slot, generation, elapsed_us });
         }
     }
 
+    /// Requests first, a few at a time, each few answered before the next; then a share of what ended elsewhere.
     fn apply(&mut self) {
-        let mut events = std::mem::take(&mut self.events);
-        loop {
-            let now_us = self.started.elapsed().as_micros() as u64;
-            let batch = events.len().min(EVENTS_PER_CALL_MAX);
-            let mut effects = std::mem::take(&mut self.effects);
-            self.node.apply(events.drain(..batch), now_us, &mut effects);
-            effects.drain(..).for_each(|effect| self.effect(effect));
-            self.effects = effects;
-            events.append(&mut self.events); // what effects completed on the spot
-            if events.is_empty() {
-                break;
-            }
+        while !self.events.is_empty() {
+            let batch = self.events.len().min(REQUESTS_PER_CALL_MAX);
+            let events: Vec<_> = self.events.drain(..batch).collect();
+            self.call(events);
         }
-        self.events = events;
+        let share = self.ended.len().min(ENDED_PER_ROUND_MAX);
+        let events: Vec<_> = self.ended.drain(..share).collect();
+        self.call(events);
+        while !self.events.is_empty() {
+            let events = std::mem::take(&mut self.events); // what effects completed on the spot
+            self.call(events);
+        }
+        self.node.settle();
+        self.forget_refused();
+    }
+
+    fn call(&mut self, events: Vec<Event>) {
+        let now_us = self.started.elapsed().as_micros() as u64;
+        let mut effects = std::mem::take(&mut self.effects);
+        self.node.apply(events, now_us, &mut effects);
+        effects.drain(..).for_each(|effect| self.effect(effect));
+        self.effects = effects;
         if !self.to_checksum.is_empty() {
             let order = std::mem::take(&mut self.to_checksum);
             self.checksums.send(order).expect("the thread lives as long as its sender");
         }
-        self.forget_refused();
         if let Some(mover) = &self.mover {
             mover.order(&mut self.orders);
         }
+        self.send_all();
     }
 
     /// Peers that asked for a session and got none: they may ask again, or go like anybody who never asked.

@@ -86,6 +86,11 @@ impl Catalog {
         self.entries[handle as usize].as_ref().unwrap_or_else(|| panic!("handle {handle} is not in use"))
     }
 
+    /// As `get`, where the handle may have come to be unused.
+    pub fn try_get(&self, handle: Handle) -> Option<&Entry> {
+        self.entries.get(handle as usize)?.as_ref().filter(|entry| entry.has_copy())
+    }
+
     /// As `get`, to change what belongs to the entry alone.
     pub fn get_mut(&mut self, handle: Handle) -> &mut Entry {
         self.entries[handle as usize].as_mut().unwrap_or_else(|| panic!("handle {handle} is not in use"))
