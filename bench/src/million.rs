@@ -47,7 +47,9 @@ const PIN_TIME: Duration = Duration::from_mins(10);
 /// A million small blocks: RSS of the daemon a block, inserts and matches a second; then match latency with 100 clients
 /// and a storm of promotions from NVMe, beside the quiet one.
 ///
-/// Cases: `insert` (reserve, fill, commit chains of 256 blocks; per s counts blocks), `match` (chains of 256 blocks, four
+/// Cases: `insert_cold` (reserve, fill, commit chains of 256 blocks into memory nobody has touched, the kernel clearing
+/// pages meanwhile; per s counts blocks), `insert` (as many again into the full store of another daemon without NVMe, each
+/// displacing an old one: what a store does all day), `match` (chains of 256 blocks, four
 /// under way; per s counts chains), `match_quiet` and `match_storm` (one prober; `ratio` of the latter is quiet p99 to
 /// its p99). `rss_bytes_per_block` is the growth of the daemon's RssAnon: its metadata, as payload is shared memory.
 #[derive(Debug, Clone, clap::Args)]
@@ -74,13 +76,14 @@ pub(crate) struct Args {
 pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let folder = folder::temporary(args.folder.as_deref())?;
     let dram_bytes = (args.blocks * BLOCK_BYTES + SPARE_BYTES).next_multiple_of(SEGMENT_BYTES);
-    let daemon = Daemon::start(folder.path(), dram_bytes, args.nvme)?;
     let mut reporter = Reporter::new(args.output);
     let chains = args.blocks / CHAIN_BLOCKS;
-    let user = User::open(daemon.socket()).await?;
-    let insert = insert(&daemon, &user, chains).await?;
-    let rss = insert.rss_bytes_per_block.map_or("unknown".to_owned(), |bytes| format!("{bytes:.0} bytes"));
-    reporter.case(&insert)?;
+    reporter.case(&insert_into_full(folder.path(), chains).await?)?;
+    let daemon = Daemon::start(folder.path(), dram_bytes, args.nvme)?;
+    let user = User::open(daemon.socket(), true).await?;
+    let cold = insert_cold(&daemon, &user, chains).await?;
+    let rss = cold.rss_bytes_per_block.map_or("unknown".to_owned(), |bytes| format!("{bytes:.0} bytes"));
+    reporter.case(&cold)?;
     reporter.case(&match_at_full_speed(&user, chains).await?)?;
     let pinned = chains - 1;
     user.space.pin(&user.chain(pinned)?, PIN_TIME).await?;
@@ -106,7 +109,23 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn insert(daemon: &Daemon, user: &User, chains: u64) -> Result<Case, Failure> {
+async fn insert_into_full(folder: &Path, chains: u64) -> Result<Case, Failure> {
+    let bytes = (chains * CHAIN_BLOCKS * BLOCK_BYTES).next_multiple_of(SEGMENT_BYTES);
+    let daemon = Daemon::start(folder, bytes, 0)?;
+    let user = User::open(daemon.socket(), true).await?;
+    let full = bytes / (CHAIN_BLOCKS * BLOCK_BYTES);
+    user.insert_all(0..full).await?;
+    let start = Instant::now();
+    let stored = user.insert_all(full..full + chains).await? as f64;
+    let us = us_since(start);
+    Ok(Case {
+        gbps: Some(stored * BLOCK_BYTES as f64 / us / 1e3),
+        per_s: Some(stored / us * 1e6),
+        ..case("insert")
+    })
+}
+
+async fn insert_cold(daemon: &Daemon, user: &User, chains: u64) -> Result<Case, Failure> {
     // the first chain opens segments and warms allocators; it is no part of the growth
     user.insert_all(0..1).await?;
     let before = daemon.usage().rss_anon_bytes();
@@ -123,7 +142,7 @@ async fn insert(daemon: &Daemon, user: &User, chains: u64) -> Result<Case, Failu
         gbps: Some(blocks * BLOCK_BYTES as f64 / us / 1e3),
         per_s: Some(blocks / us * 1e6),
         rss_bytes_per_block: growth.map(|bytes| bytes as f64 / blocks),
-        ..case("insert")
+        ..case("insert_cold")
     })
 }
 
@@ -183,7 +202,9 @@ struct User {
 }
 
 impl User {
-    async fn open(socket: &Path) -> Result<Self, Failure> {
+    /// A hundred clients that make page tables for all payload at once would be a storm of their own: only who fills or
+    /// reads all of it wants `populate`.
+    async fn open(socket: &Path, populate: bool) -> Result<Self, Failure> {
         let space = Space {
             tenant: "default".to_owned(),
             model: "million".to_owned(),
@@ -192,8 +213,7 @@ impl User {
             layout: Layout::opaque(BLOCK_BYTES as u32, 16)?,
             id_scheme: IdScheme::Named,
         };
-        // a hundred clients that make page tables for all payload at once would be a storm of their own
-        let options = ConnectOptions { populate: false, ..ConnectOptions::new(socket) };
+        let options = ConnectOptions { populate, ..ConnectOptions::new(socket) };
         let space = Session::open(options).await?.space(&space).await?;
         Ok(Self { space, calls: Arc::default() })
     }
@@ -281,11 +301,11 @@ async fn storm(
 ) -> Result<u64, Failure> {
     let mut tasks = JoinSet::new();
     for client in 0..clients {
-        let user = User::open(socket).await?;
+        let user = User::open(socket, false).await?;
         tasks.spawn_local(client_loop(user, client, chains, Arc::clone(&stop)));
     }
     for stormer in 0..STORMERS {
-        let user = User::open(socket).await?;
+        let user = User::open(socket, false).await?;
         tasks.spawn_local(promote_loop(user, stormer, chains, Arc::clone(&stop)));
     }
     // nobody listens any more only if the measuring side has failed

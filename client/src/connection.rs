@@ -28,8 +28,15 @@ const REQUESTS_MAX: usize = 4096;
 const READ_BYTES: usize = 64 << 10;
 
 type Reply = Result<node_frame::Body, Error>;
-/// Called for every unasked frame, with the descriptors that came beside it.
-pub(crate) type Unasked = Box<dyn Fn(node_frame::Body, Vec<OwnedFd>) + Send + Sync>;
+/// What the session hears of, in the order in which the node sent it.
+pub(crate) enum Heard<'a> {
+    /// A reply, before its caller has it.
+    Reply(&'a node_frame::Body),
+    /// A frame that nobody asked for, or whose caller gave up, with the descriptors that came beside it.
+    Unasked(node_frame::Body, Vec<OwnedFd>),
+}
+/// The session's ear.
+pub(crate) type Listener = Box<dyn Fn(Heard<'_>) + Send + Sync>;
 
 /// A live connection; clones share it.
 pub(crate) struct Connection {
@@ -37,7 +44,7 @@ pub(crate) struct Connection {
     shared: Mutex<Shared>,
     outbox_grew: Notify,
     next_id: AtomicU64,
-    unasked: Unasked,
+    listener: Listener,
 }
 
 #[derive(Default)]
@@ -51,7 +58,7 @@ impl Connection {
     /// Connects; the returned future reads and writes until the connection ends and must be spawned.
     pub(crate) async fn open(
         path: &Path,
-        unasked: Unasked,
+        listener: Listener,
     ) -> Result<(Arc<Self>, impl Future<Output = ()> + use<>), Error> {
         let stream = UnixStream::connect(path).await.map_err(|e| {
             Error::new(
@@ -66,7 +73,7 @@ impl Connection {
             shared: Mutex::default(),
             outbox_grew: Notify::new(),
             next_id: AtomicU64::new(1),
-            unasked,
+            listener,
         });
         let driven = connection.clone();
         Ok((connection, async move {
@@ -197,13 +204,14 @@ impl Connection {
     fn deliver(&self, message: NodeFrame, fds: Vec<OwnedFd>) {
         let Some(body) = message.body else { return };
         if message.request_id == 0 {
-            (self.unasked)(body, fds);
+            (self.listener)(Heard::Unasked(body, fds));
             return;
         }
+        (self.listener)(Heard::Reply(&body));
         let waiting = self.lock().waiting.remove(&message.request_id);
         let Some(waiting) = waiting else { return };
         if let Err((Ok(body), fds)) = waiting.send((Ok(body), fds)) {
-            (self.unasked)(body, fds); // its caller gave up: the session may have to give something back
+            (self.listener)(Heard::Unasked(body, fds)); // its caller gave up: the session may have to give something back
         }
     }
 

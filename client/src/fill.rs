@@ -26,9 +26,6 @@ impl Fill {
         incarnation: u64,
     ) -> Result<Self, Error> {
         let inner = space.session.inner.clone();
-        if reply.lease != 0 {
-            inner.progress(reply.lease); // known as held when the session comes back
-        }
         let mut fill = Self {
             inner,
             layout: space.layout.clone(),

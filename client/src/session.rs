@@ -4,7 +4,7 @@
 //! Invariants: after a daemon restart (another node epoch) every lease from before is void: reading it is a miss; spaces
 //! are registered again before any new request uses them; while the node is away every call fails at once.
 
-use crate::connection::{Connection, Unasked, lost};
+use crate::connection::{Connection, Heard, Listener, lost};
 use crate::fill::Fill;
 use crate::lease::{Match, Progress};
 use crate::transport::shm::SharedSegment;
@@ -310,14 +310,31 @@ impl Inner {
         }
     }
 
-    /// The lease's progress; made by whoever comes first, the reply or the first `Ready`.
+    /// The lease's progress, from the moment the node granted it to its release.
     pub(crate) fn progress(&self, lease: u64) -> Arc<Progress> {
         locked(&self.progress).entry(lease).or_default().clone()
     }
 
+    /// A lease is known before its first `Ready` comes, and before its caller runs; not again after its release.
+    fn replied(&self, body: &Answer) {
+        let lease = match body {
+            Answer::Match(reply) => reply.lease,
+            Answer::Reserve(reply) => reply.lease,
+            _ => 0,
+        };
+        if lease != 0 {
+            self.progress(lease);
+        }
+    }
+
     fn unasked(&self, body: Answer, fds: Vec<OwnedFd>) {
         match body {
-            Answer::Ready(ready) => self.progress(ready.lease).advance(&ready),
+            Answer::Ready(ready) => {
+                let progress = locked(&self.progress).get(&ready.lease).cloned();
+                if let Some(progress) = progress {
+                    progress.advance(&ready);
+                }
+            }
             Answer::Segment(segment) => self.map_segments(&[segment], fds),
             // a reply whose caller stopped waiting: nobody will use the lease
             Answer::Match(reply) if reply.lease != 0 => self.release(reply.lease),
@@ -381,7 +398,7 @@ type Early = Arc<Mutex<Option<Vec<(wire::Segment, Vec<OwnedFd>)>>>>;
 /// One try: connect, open or join, register every space again; only then can anything be asked.
 async fn connect(inner: &Arc<Inner>) -> Result<Driver, Error> {
     let early: Early = Arc::new(Mutex::new(Some(Vec::new())));
-    let (connection, drive) = Connection::open(&inner.options.socket, unasked(inner, early.clone())).await?;
+    let (connection, drive) = Connection::open(&inner.options.socket, listener(inner, early.clone())).await?;
     let driver = tokio::spawn(drive);
     match introduce(inner, &connection, &early).await {
         Ok(held) => {
@@ -399,13 +416,14 @@ async fn connect(inner: &Arc<Inner>) -> Result<Driver, Error> {
     }
 }
 
-fn unasked(inner: &Arc<Inner>, early: Early) -> Unasked {
+fn listener(inner: &Arc<Inner>, early: Early) -> Listener {
     let weak = Arc::downgrade(inner);
-    Box::new(move |body, fds| {
+    Box::new(move |heard| {
         let Some(inner) = weak.upgrade() else { return };
-        match (body, locked(&early).as_mut()) {
-            (Answer::Segment(segment), Some(early)) => early.push((segment, fds)),
-            (body, _) => inner.unasked(body, fds),
+        match (heard, locked(&early).as_mut()) {
+            (Heard::Reply(body), _) => inner.replied(body),
+            (Heard::Unasked(Answer::Segment(segment), fds), Some(early)) => early.push((segment, fds)),
+            (Heard::Unasked(body, fds), _) => inner.unasked(body, fds),
         }
     })
 }

@@ -175,6 +175,11 @@ impl LiveTable {
     pub fn read(&self, slot: u32) -> Option<(u32, SlotHeader)> {
         self.writer.read(slot)
     }
+
+    /// See [`TableWriter::generation`].
+    pub fn generation(&self, slot: u32) -> u32 {
+        self.writer.generation(slot)
+    }
 }
 
 fn live_word(generation: u32, version: u32) -> u64 {

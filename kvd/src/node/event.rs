@@ -64,7 +64,7 @@ pub enum Event {
         /// Bytes touched since the last such event.
         bytes: u64,
     },
-    /// Ends `Effect::Checksum`.
+    /// Ends `Effect::Publish`, unless the block went before.
     Checksummed {
         /// Which.
         slot: SlotRef,
@@ -149,13 +149,14 @@ pub enum Effect {
         /// Whose.
         tenant: String,
     },
-    /// A DRAM slot holds a committed block from now on: clients may find its header.
+    /// A DRAM slot holds a committed block from now on: clients may find its header. Its part checksums are computed and
+    /// shown as soon as may be; answered by `Checksummed`.
     Publish {
         /// Where.
         slot: SlotRef,
         /// Of the slot.
         generation: u32,
-        /// Part checksums are zeros unless the shell knows them (promoted blocks).
+        /// Its part checksums are zeros.
         header: Box<SlotHeader>,
     },
     /// A DRAM slot holds nothing any more.
@@ -163,13 +164,6 @@ pub enum Effect {
         /// Where.
         slot: SlotRef,
         /// The slot's new generation.
-        generation: u32,
-    },
-    /// Compute a published slot's part checksums and publish them; answered by `Checksummed`.
-    Checksum {
-        /// Where.
-        slot: SlotRef,
-        /// Of the slot.
         generation: u32,
     },
     /// Copy a checksummed DRAM slot to NVMe; answered by `Moved`.

@@ -95,6 +95,13 @@ impl Node {
         self.waiting.queue.iter().any(shares)
     }
 
+    /// Slots that the reservation which waits for the most of a pool needs.
+    pub(super) fn demanded_slots(&self, pool: usize) -> u64 {
+        let waiting =
+            self.waiting.queue.iter().filter(|wanted| self.dram_pools(wanted.space).contains(&pool));
+        waiting.map(|wanted| wanted.needs).max().unwrap_or(0)
+    }
+
     fn dram_pools(&self, space: u16) -> Vec<usize> {
         self.spaces[usize::from(space)].pools.iter().map(|(dram, _)| *dram).collect()
     }
@@ -502,7 +509,6 @@ impl Node {
         let generation = self.memory.pools[pool].slots.generation(slot);
         let header = Box::new(self.header(handle));
         self.out.push(Effect::Publish { slot, generation, header });
-        self.out.push(Effect::Checksum { slot, generation });
     }
 
     /// The header of an entry's slot, without part checksums.

@@ -366,17 +366,19 @@ impl Node {
         if tier == Tier::Dram { Some(dram) } else { nvme }
     }
 
-    /// Keeps some slots of every full DRAM pool free: drops what is on NVMe too, writes the others there first.
+    /// Keeps some slots of every full DRAM pool free, and as many as somebody waits for: drops what is on NVMe too, writes the others there first.
     pub(super) fn make_room(&mut self) {
         for pool in 0..self.memory.pools.len() {
             if self.memory.pools[pool].tier != Tier::Dram || self.config.nvme.is_none() {
                 continue;
             }
+            let demanded = self.demanded_slots(pool);
             for _ in 0..DEMOTIONS_PER_CALL_MAX {
                 let state = &self.memory.pools[pool];
                 let space = &self.memory.tiers[at(Tier::Dram)];
                 let full = space.taken_bytes + space.segment_bytes > space.capacity_bytes && !state.opening;
-                if !full || state.slots.free_slots() + state.leaving >= state.reserve_slots() {
+                let wanted = state.reserve_slots().max(demanded);
+                if !full || state.slots.free_slots() + state.leaving >= wanted {
                     break;
                 }
                 let Some(victim) = self.victim(pool, true) else { break };

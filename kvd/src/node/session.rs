@@ -193,6 +193,13 @@ impl Node {
         self.sessions.get_mut(session).members.remove(&old);
         let alone = self.sessions.get(session).members.len() == 1;
         let held: BTreeSet<_> = held.iter().collect();
+        // it may be waiting for others' leases too
+        for lease in self.sessions.get(session).leases.clone() {
+            let askers = &mut self.leases.get_mut(lease).expect("a session's lease").askers;
+            if askers.remove(&old) {
+                askers.insert(member);
+            }
+        }
         for lease in self.leases_of(session, old) {
             self.leases.get_mut(lease).expect("a session's lease").member = member;
             if held.contains(&lease) {

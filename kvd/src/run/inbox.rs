@@ -4,9 +4,10 @@
 //! waiting caller); the node's thread drains it whole at every wake-up.
 
 use super::grpc::Grant;
+use super::workers::Checksumming;
 use crate::node::event::{Answer, Event, MoveError, Question};
 use kvd_proto::wire;
-use kvd_tiers::segment::{SegmentId, SlotRef};
+use kvd_tiers::segment::SegmentId;
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{mpsc, oneshot};
 
@@ -24,8 +25,8 @@ pub(crate) enum Input {
     Event(Event),
     /// A demotion or promotion has ended. A promotion that succeeded brings the checksums that its bytes have.
     Moved { token: u64, result: Result<(), MoveError>, elapsed_us: u64, checksums: Vec<u32> },
-    /// A slot's part checksums.
-    Checksummed { slot: SlotRef, generation: u32, checksums: Vec<u32>, elapsed_us: u64 },
+    /// Slots' part checksums.
+    Checksummed(Vec<Checksumming>),
     /// An NVMe extent is usable, or not.
     SegmentOpened { segment: SegmentId, result: Result<(), String> },
     /// A gRPC caller opens a session: a member without a socket.

@@ -11,10 +11,10 @@ use super::metrics::Timings;
 use super::mover::{Mover, Order};
 use super::socket::{Left, Socket};
 use super::watch::Watchers;
-use super::workers::{ChecksumOrder, checksummer, populator};
+use super::workers::{Checksumming, checksummer, populator};
 use crate::node::event::{Answer, Effect, Event, MemberId};
 use crate::node::{EVENTS_PER_CALL_MAX, Node};
-use kvd_proto::slot_header::{FLAG_CHECKSUMMED, SlotHeader};
+use kvd_proto::slot_header::SlotHeader;
 use kvd_proto::wire::{self, ClientFrame, Tier, client_frame, node_frame};
 use kvd_proto::{Code, Error};
 use kvd_tiers::catalog::record::SpaceRecord;
@@ -58,7 +58,9 @@ pub(super) struct Reactor {
     dram: Arc<DramSegments>,
     mover: Option<Mover>,
     orders: Vec<Order>,
-    checksums: Sender<ChecksumOrder>,
+    checksums: Sender<Vec<Checksumming>>,
+    /// Published in this round.
+    to_checksum: Vec<Checksumming>,
     populate: Sender<(SegmentId, Arc<super::dram::DramSegment>)>,
     members: HashMap<MemberId, Peer>,
     last_member: MemberId,
@@ -103,6 +105,7 @@ impl Reactor {
             poll: parts.poll,
             listener,
             checksums: checksummer(parts.inbox.clone()),
+            to_checksum: Vec::new(),
             populate: populator(parts.inbox.clone()),
             inbox: parts.inbox,
             node: parts.node,
@@ -304,9 +307,7 @@ impl Reactor {
             Input::Moved { token, result, elapsed_us, checksums } => {
                 self.moved(token, result, elapsed_us, &checksums);
             }
-            Input::Checksummed { slot, generation, checksums, elapsed_us } => {
-                self.checksummed(slot, generation, checksums, elapsed_us);
-            }
+            Input::Checksummed(done) => self.checksummed(done),
             Input::SegmentOpened { segment, result } => {
                 self.events.push(Event::SegmentOpened { tier: Tier::Nvme, segment, result });
             }
@@ -352,16 +353,15 @@ impl Reactor {
         self.events.push(Event::Moved { token, result, elapsed_us });
     }
 
-    fn checksummed(&mut self, slot: SlotRef, generation: u32, checksums: Vec<u32>, elapsed_us: u64) {
-        let segment = self.dram.get(slot.segment);
-        let mut table = segment.table();
-        if let Some((live, mut header)) = table.read(slot.slot).filter(|(live, _)| *live == generation) {
-            header.flags |= FLAG_CHECKSUMMED;
-            header.part_checksums = checksums;
-            table.publish(slot.slot, live, &header);
+    fn checksummed(&mut self, done: Vec<Checksumming>) {
+        for Checksumming { segment, slot, generation, header, elapsed_us } in done {
+            let mut table = segment.table();
+            if table.generation(slot.slot) == generation {
+                table.publish(slot.slot, generation, &header);
+            }
+            drop(table);
+            self.events.push(Event::Checksummed { slot, generation, elapsed_us });
         }
-        drop(table);
-        self.events.push(Event::Checksummed { slot, generation, elapsed_us });
     }
 
     fn apply(&mut self) {
@@ -379,6 +379,10 @@ impl Reactor {
             }
         }
         self.events = events;
+        if !self.to_checksum.is_empty() {
+            let order = std::mem::take(&mut self.to_checksum);
+            self.checksums.send(order).expect("the thread lives as long as its sender");
+        }
         self.forget_refused();
         if let Some(mover) = &self.mover {
             mover.order(&mut self.orders);
@@ -404,15 +408,14 @@ impl Reactor {
             Effect::OpenSegment { tier, segment, geometry, tenant } => {
                 self.open_segment(tier, segment, geometry, tenant);
             }
-            Effect::Publish { slot, generation, header } => self.dram.publish(slot, generation, &header),
+            Effect::Publish { slot, generation, header } => {
+                let segment = self.dram.get(slot.segment);
+                segment.table().publish(slot.slot, generation, &header);
+                self.to_checksum.push(Checksumming { segment, slot, generation, header, elapsed_us: 0 });
+            }
             Effect::Retire { slot, generation } => {
                 self.callers.retired(slot); // before anybody else can be given the slot
                 self.dram.retire(slot, generation);
-            }
-            Effect::Checksum { slot, generation } => {
-                let segment = self.dram.get(slot.segment);
-                let order = ChecksumOrder { segment, slot, generation };
-                self.checksums.send(order).expect("the thread lives as long as its sender");
             }
             Effect::Demote { token, from, to, header } => {
                 self.orders.push(Order::Demote { token, from, to, header });

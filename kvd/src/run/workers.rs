@@ -5,36 +5,48 @@
 use super::dram::DramSegment;
 use super::inbox::{Inbox, Input};
 use crate::node::event::Event;
+use kvd_proto::slot_header::{FLAG_CHECKSUMMED, SlotHeader};
 use kvd_tiers::segment::{SegmentId, SlotRef};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Instant;
 
+/// Slots told in one input: 128 MiB of the largest usual blocks.
+const TOLD_TOGETHER_MAX: usize = 64;
 /// Populated at a time, so that a stop is noticed and progress seen.
 const POPULATE_BYTES: usize = 16 << 20;
 
-/// A slot to checksum.
-pub(super) struct ChecksumOrder {
+/// A published slot whose part checksums are wanted, and then has them.
+pub(crate) struct Checksumming {
     pub(super) segment: Arc<DramSegment>,
     pub(super) slot: SlotRef,
     pub(super) generation: u32,
+    pub(super) header: Box<SlotHeader>,
+    pub(super) elapsed_us: u64,
 }
 
-pub(super) fn checksummer(inbox: Inbox) -> Sender<ChecksumOrder> {
-    let (sender, orders) = channel::<ChecksumOrder>();
+/// Takes what one round of the node published, tells in shares: a wake-up for each slot would cost more than its checksum.
+pub(super) fn checksummer(inbox: Inbox) -> Sender<Vec<Checksumming>> {
+    let (sender, orders) = channel::<Vec<Checksumming>>();
     spawn("kvd-checksum", move || {
-        for order in orders {
-            let started = Instant::now();
-            let checksums = order.segment.checksums(order.slot.slot);
-            inbox.push(Input::Checksummed {
-                slot: order.slot,
-                generation: order.generation,
-                checksums,
-                elapsed_us: started.elapsed().as_micros() as u64,
-            });
+        for mut order in orders {
+            while !order.is_empty() {
+                let mut share: Vec<_> = order.drain(..order.len().min(TOLD_TOGETHER_MAX)).collect();
+                share.iter_mut().for_each(Checksumming::compute);
+                inbox.push(Input::Checksummed(share));
+            }
         }
     });
     sender
+}
+
+impl Checksumming {
+    fn compute(&mut self) {
+        let started = Instant::now();
+        self.header.part_checksums = self.segment.checksums(self.slot.slot);
+        self.header.flags |= FLAG_CHECKSUMMED;
+        self.elapsed_us = started.elapsed().as_micros() as u64;
+    }
 }
 
 pub(super) fn populator(inbox: Inbox) -> Sender<(SegmentId, Arc<DramSegment>)> {

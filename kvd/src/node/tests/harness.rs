@@ -257,9 +257,9 @@ impl World {
                 self.check_content(slot, &header);
                 let before = self.published.insert(slot, Published { generation, header: *header });
                 assert!(before.is_none(), "{slot:?} is published over something");
+                self.checksums.push_back((slot, generation));
             }
             Effect::Retire { slot, generation } => self.retire(slot, generation),
-            Effect::Checksum { slot, generation } => self.checksums.push_back((slot, generation)),
             Effect::Demote { token, from, to, header } => {
                 assert_eq!(self.published[&from].header.id, header.id);
                 self.check_untouched(to, true);

@@ -265,3 +265,19 @@ fn a_chain_leaves_as_fast_as_the_device_takes_it() {
     let demotions = world.moves.values().filter(|moved| !moved.promotion).count();
     assert_eq!(demotions, 2, "a pool of sixteen keeps two slots free");
 }
+
+/// Only a sixteenth of a full pool was kept free, whatever was waited for: a reservation of more than that waited its whole
+/// time, then dropped blocks that could have been written.
+#[test]
+fn room_is_made_for_who_waits() {
+    let mut world = World::new(with_nvme(6));
+    let member = world.open("a");
+    let space = world.space(member);
+    world.put_at_once(member, reserve_of(space, "", &ids(1..9), 0));
+    world.put_at_once(member, reserve_after(space, id(8), 8, &ids(9..17)));
+    let request_id = world.begin(member, Ask::Reserve(reserve_of(space, "", &ids(100..108), 5000)));
+    world.settle();
+    let Some(Ok(Reply::Reserve(reply))) = world.answer(member, request_id) else { panic!("it still waits") };
+    assert_eq!(reply.states.to_vec(), [0; 8]);
+    assert_eq!(world.counters().dropped_blocks, 0);
+}
