@@ -26,8 +26,11 @@ fn main() -> std::io::Result<()> {
     Ok(())
 }
 
-/// Every file: its name, and its lines as name and bytes.
-pub(crate) fn all() -> Vec<(&'static str, Vec<(&'static str, Vec<u8>)>)> {
+/// A name and its bytes.
+pub(crate) type Line = (&'static str, Vec<u8>);
+
+/// Every file: its name and its lines.
+pub(crate) fn all() -> Vec<(&'static str, Vec<Line>)> {
     let page = segment_header().encode();
     vec![
         (
@@ -111,7 +114,7 @@ fn without_trailing_zeros(bytes: &[u8]) -> &[u8] {
     &bytes[..end]
 }
 
-fn text_of(file: &str, lines: &[(&str, Vec<u8>)]) -> String {
+fn text_of(file: &str, lines: &[Line]) -> String {
     let mut out =
         format!("# {file} of tiers/FORMAT.md, version 1.0; the values are in tiers/examples/vectors.rs\n");
     for (name, bytes) in lines {
