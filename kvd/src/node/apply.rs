@@ -9,22 +9,47 @@ use kvd_proto::{Code, Error};
 
 impl Node {
     /// Takes what happened up to `now_us` (microseconds since the node started, never going back) and appends what to do.
+    /// Answers only: whoever calls it calls `settle` when they are sent.
     pub fn apply(&mut self, events: impl IntoIterator<Item = Event>, now_us: u64, effects: &mut Vec<Effect>) {
+        self.at(now_us, effects, |node| {
+            let mut count = 0;
+            for event in events {
+                count += 1;
+                assert!(count <= EVENTS_PER_CALL_MAX, "more than {EVENTS_PER_CALL_MAX} events in one call");
+                node.one(event);
+            }
+            node.announce_ready();
+        });
+    }
+
+    /// What keeps the house in order and nobody waits for as for an answer: a bounded share of it.
+    pub fn settle(&mut self, now_us: u64, effects: &mut Vec<Effect>) {
+        self.at(now_us, effects, |node| {
+            node.tell_policies();
+            node.make_room();
+            node.serve_waiting();
+            node.purge_some();
+            node.search_some();
+        });
+    }
+
+    /// Both, for tests that do not care what comes between.
+    #[cfg(test)]
+    pub(super) fn apply_and_settle(
+        &mut self,
+        events: impl IntoIterator<Item = Event>,
+        now_us: u64,
+        effects: &mut Vec<Effect>,
+    ) {
+        self.apply(events, now_us, effects);
+        self.settle(now_us, effects);
+    }
+
+    fn at(&mut self, now_us: u64, effects: &mut Vec<Effect>, work: impl FnOnce(&mut Self)) {
         assert!(now_us >= self.now_us, "time went back from {} to {now_us}", self.now_us);
         self.now_us = now_us;
-        self.settle();
         std::mem::swap(&mut self.out, effects);
-        let mut count = 0;
-        for event in events {
-            count += 1;
-            assert!(count <= EVENTS_PER_CALL_MAX, "more than {EVENTS_PER_CALL_MAX} events in one call");
-            self.one(event);
-        }
-        self.announce_ready();
-        self.make_room();
-        self.serve_waiting();
-        self.search_some();
-        self.purge_some();
+        work(self);
         std::mem::swap(&mut self.out, effects);
     }
 

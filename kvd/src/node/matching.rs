@@ -144,9 +144,8 @@ impl Node {
         }
     }
 
-    /// What can wait until answers are sent: tells the policies what was used. The next call of `apply` does it otherwise.
-    /// An entry that has gone meanwhile, or another under its handle, is at worst one use too many or too few.
-    pub fn settle(&mut self) {
+    /// Tells the policies what was used since they last heard. An entry that has gone meanwhile, or another under its handle, is at worst one use too many or too few.
+    pub(super) fn tell_policies(&mut self) {
         for handle in std::mem::take(&mut self.touched) {
             let Some(entry) = self.catalog.try_get(handle) else { continue };
             let key = entry.key();

@@ -167,7 +167,7 @@ mod tests {
         let (mut node, mut effects) = (node(), Vec::new());
         let spaces = ["a", "b"].map(|tenant| Event::RecoveredSpace { space: Box::new(space(tenant)) });
         let segment = Event::RecoveredSegment { segment: 1, geometry: geometry(), tenant: "a".into() };
-        node.apply(spaces.into_iter().chain([segment]).chain(blocks), 0, &mut effects);
+        node.apply_and_settle(spaces.into_iter().chain([segment]).chain(blocks), 0, &mut effects);
         (node, effects)
     }
 
@@ -210,7 +210,7 @@ mod tests {
             (3, geometry()),
         ];
         let event = |(segment, geometry)| Event::RecoveredSegment { segment, geometry, tenant: "a".into() };
-        node.apply(segments.map(event), 0, &mut effects);
+        node.apply_and_settle(segments.map(event), 0, &mut effects);
         assert_eq!((node.recovered().segments, node.recovered().refused_segments), (2, 3));
         let pool = node.memory.pool_of_segment(Tier::Nvme, 1).unwrap();
         for expected in [0, 2] {
@@ -227,7 +227,7 @@ mod tests {
         let (mut node, mut effects) = recovered((0..3).map(|depth| block(depth, "a", depth)).collect());
         effects.clear();
         let question = crate::node::event::Question::Purge(What::Everything(true));
-        node.apply([Event::Ask { ticket: 1, question }], 1, &mut effects);
+        node.apply_and_settle([Event::Ask { ticket: 1, question }], 1, &mut effects);
         let forgotten = effects.iter().filter(|effect| matches!(effect, Effect::Forget { .. })).count();
         assert_eq!((forgotten, node.catalog.len()), (3, 0));
     }

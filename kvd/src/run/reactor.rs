@@ -144,7 +144,10 @@ impl Reactor {
         let mut polled = Events::with_capacity(POLLED_MAX);
         let mut inputs = Vec::new();
         while !self.stopping {
-            let more = !self.unread.is_empty() || !self.ended.is_empty() || self.node.busy();
+            let more = !self.unread.is_empty()
+                || !self.events.is_empty()
+                || !self.ended.is_empty()
+                || self.node.busy();
             let timeout = if more { Duration::ZERO } else { TICK };
             match self.poll.poll(&mut polled, Some(timeout)) {
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
@@ -372,26 +375,37 @@ impl Reactor {
 
     /// Requests first, a few at a time, each few answered before the next; then a share of what ended elsewhere.
     fn apply(&mut self) {
+        self.answer();
+        let share = self.ended.len().min(ENDED_PER_ROUND_MAX);
+        let events: Vec<_> = self.ended.drain(..share).collect();
+        self.call(events);
+        self.answer(); // what effects completed on the spot
+        let now_us = self.now_us();
+        self.with_node(|node, effects| node.settle(now_us, effects));
+        self.forget_refused();
+    }
+
+    fn answer(&mut self) {
         while !self.events.is_empty() {
             let batch = self.events.len().min(REQUESTS_PER_CALL_MAX);
             let events: Vec<_> = self.events.drain(..batch).collect();
             self.call(events);
         }
-        let share = self.ended.len().min(ENDED_PER_ROUND_MAX);
-        let events: Vec<_> = self.ended.drain(..share).collect();
-        self.call(events);
-        while !self.events.is_empty() {
-            let events = std::mem::take(&mut self.events); // what effects completed on the spot
-            self.call(events);
-        }
-        self.node.settle();
-        self.forget_refused();
     }
 
     fn call(&mut self, events: Vec<Event>) {
-        let now_us = self.started.elapsed().as_micros() as u64;
+        let now_us = self.now_us();
+        self.with_node(|node, effects| node.apply(events, now_us, effects));
+    }
+
+    fn now_us(&self) -> u64 {
+        self.started.elapsed().as_micros() as u64
+    }
+
+    /// Does what the node says, down to the last answer sent.
+    fn with_node(&mut self, decide: impl FnOnce(&mut Node, &mut Vec<Effect>)) {
         let mut effects = std::mem::take(&mut self.effects);
-        self.node.apply(events, now_us, &mut effects);
+        decide(&mut self.node, &mut effects);
         effects.drain(..).for_each(|effect| self.effect(effect));
         self.effects = effects;
         if !self.to_checksum.is_empty() {

@@ -185,7 +185,7 @@ fn a_session_has_so_many_leases_and_no_more() {
             request_id: 0,
             body: match_of(space, "", &ids(1..2)),
         };
-        world.node.apply([event], world.now_us, &mut effects);
+        world.node.apply_and_settle([event], world.now_us, &mut effects);
     }
     assert_eq!(world.node.leases.totals().0, 8192);
     let (code, field) = refused(&mut world, member, match_of(space, "", &ids(1..2)));
@@ -241,7 +241,7 @@ fn waiting_costs_nothing() {
     let mut effects = Vec::new();
     for _ in 0..20 {
         world.now_us += 50_000;
-        world.node.apply([super::super::event::Event::Tick], world.now_us, &mut effects);
+        world.node.apply_and_settle([super::super::event::Event::Tick], world.now_us, &mut effects);
     }
     assert!(effects.is_empty(), "{effects:?}");
 }

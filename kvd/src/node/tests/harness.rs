@@ -220,7 +220,7 @@ impl World {
     pub(super) fn apply(&mut self, event: Event) {
         self.forget_ended();
         let mut effects = Vec::new();
-        self.node.apply([event], self.now_us, &mut effects);
+        self.node.apply_and_settle([event], self.now_us, &mut effects);
         effects.into_iter().for_each(|effect| self.execute(effect));
         self.check();
         while self.opens_at_once && self.open_next(Ok(())) {}

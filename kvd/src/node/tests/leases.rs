@@ -111,6 +111,10 @@ fn a_release_without_a_number_is_not_answered() {
     let (mut world, member, _) = world();
     let mut effects = Vec::new();
     let body = Ask::Release(wire::ReleaseRequest { lease: 99 });
-    world.node.apply([super::super::event::Event::Request { member, request_id: 0, body }], 0, &mut effects);
+    world.node.apply_and_settle(
+        [super::super::event::Event::Request { member, request_id: 0, body }],
+        0,
+        &mut effects,
+    );
     assert!(effects.is_empty(), "{effects:?}");
 }

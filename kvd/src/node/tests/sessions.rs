@@ -193,7 +193,7 @@ fn a_member_that_closes_is_answered_and_lets_go() {
     let close = Ask::CloseSession(wire::CloseSessionRequest { session: 0 });
     let mut effects = Vec::new();
     let event = super::super::event::Event::Request { member, request_id: 9, body: close };
-    world.node.apply([event], world.now_us, &mut effects);
+    world.node.apply_and_settle([event], world.now_us, &mut effects);
     let place = |wanted: &str| {
         effects.iter().position(|effect| format!("{effect:?}").starts_with(wanted)).expect("an effect")
     };
