@@ -1,7 +1,7 @@
 //! A match: a lease over the prefix worth loading, and the ways to its bytes.
 //!
-//! Invariants: `Read::Whole` means id, space, group, generation and every part checksum agreed and the lease still stood
-//! after the last byte; anything else is a `Miss` with its reason. Dropping a match releases its lease.
+//! Invariants: `Read::Whole` means id, space, group, generation and every part checksum that the header has agreed and the
+//! lease still stood after the last byte; anything else is a `Miss` with its reason. Dropping a match releases its lease.
 
 use crate::session::{Inner, SpaceHandle};
 use crate::transport::shm::SharedSegment;
@@ -16,7 +16,8 @@ use tokio::sync::Notify;
 /// How a read ended. A miss is a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Read {
-    /// Every byte is there and verified.
+    /// Every byte is there: id, space, group and generation agree, and so does every part checksum. A block's checksums
+    /// are computed within moments of its commit; until then it is read from the very memory it was just put into.
     Whole,
     /// Recompute this block and those after it.
     Miss(MissReason),
@@ -181,6 +182,7 @@ impl Match {
         let checksums =
             (placed.header.flags & FLAG_CHECKSUMMED != 0).then_some(placed.header.part_checksums.as_slice());
         if placed.segment.copy_slot(placed.slot, out, checksums).is_err() {
+            self.inner.doubt(self.lease, block, group as u32);
             return Read::Miss(MissReason::Checksum);
         }
         if self.over() || placed.segment.generation(placed.slot) != placed.generation {

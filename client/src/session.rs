@@ -301,6 +301,14 @@ impl Inner {
         }
     }
 
+    /// Tells the node that a leased block does not have its checksums.
+    pub(crate) fn doubt(&self, lease: u64, block: u32, group: u32) {
+        let connection = locked(&self.link).connection.clone();
+        if let Some(connection) = connection {
+            connection.tell(Ask::Doubt(wire::DoubtRequest { lease, block, group }));
+        }
+    }
+
     /// As `release`, and waits until the node knows.
     pub(crate) async fn end_lease(&self, lease: u64) -> Result<(), Error> {
         locked(&self.progress).remove(&lease);

@@ -2,7 +2,7 @@
 //!
 //! Owns: the Medium seam and its media, segments and slots, the catalog, eviction, part checksums, measurements.
 //! Invariants: nothing here knows sockets, peers or requests; what decides (`slots`, `catalog`, `eviction`) has no
-//! clock, file or thread inside; `unsafe` only in `mapping`, `table` and `media`.
+//! clock, file or thread inside, except `catalog::{store, behind}`, which wait for the disk on a thread of their own; `unsafe` only in `mapping`, `table` and `media`.
 //! Leaves to others: who may read what and when (kvd).
 
 pub mod catalog;

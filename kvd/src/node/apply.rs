@@ -100,6 +100,7 @@ impl Node {
             },
             Ask::Commit(request) => self.commit(member, &request).map(Reply::Commit),
             Ask::Release(request) => self.release(member, &request).map(Reply::Release),
+            Ask::Doubt(request) => return self.doubt(member, &request),
             Ask::Exists(request) => self.exists(member, &request).map(Reply::Exists),
             Ask::Pin(request) => self.pin_chain(member, &request).map(Reply::Pin),
             Ask::Prefetch(request) => self.prefetch(member, &request).map(Reply::Prefetch),

@@ -9,7 +9,7 @@ use super::event::MemberId;
 use super::session::SessionId;
 use kvd_proto::wire::{self, Tier};
 use kvd_proto::{BlockId, Code, Error};
-use kvd_tiers::catalog::Handle;
+use kvd_tiers::catalog::{Handle, Mark};
 use kvd_tiers::segment::SlotRef;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
@@ -390,6 +390,31 @@ impl Node {
                 self.send(member, 0, wire::node_frame::Body::Ready(ready.clone()));
             }
         }
+    }
+
+    /// A reader found a copy's bytes without their checksums: counted, and gone with the last lease on it. Its reader
+    /// holds it no more; the others will find out for themselves.
+    pub(super) fn doubt(&mut self, member: MemberId, request: &wire::DoubtRequest) {
+        let Ok(session) = self.sessions.of(member) else { return };
+        let of_session = |lease: &&mut Lease| lease.session == session;
+        let Some(lease) = self.leases.get_mut(request.lease).filter(of_session) else { return };
+        let is_it = |item: &&mut Item| {
+            item.block == request.block
+                && u32::from(item.group) == request.group
+                && item.state == ItemState::Ready
+        };
+        let Some(item) = lease.items.iter_mut().find(is_it) else { return };
+        item.state = ItemState::Failed;
+        let handle = item.handle;
+        self.counters.checksum_errors += 1;
+        let entry = self.catalog.get_mut(handle);
+        entry.release();
+        let idle = entry.leases() == 0 && !entry.is(Tier::Dram, Mark::Moving);
+        let id = entry.key().id;
+        if idle && self.catalog.get(handle).readable(Tier::Dram).is_some() {
+            self.drop_copy(handle, Tier::Dram);
+        }
+        self.note("error", || format!("block {id} in DRAM does not have its checksums"));
     }
 
     /// A loading item has arrived or failed; `at` is its place among the lease's items.

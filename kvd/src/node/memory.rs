@@ -17,7 +17,7 @@ use std::collections::HashMap;
 /// Copies a search for a victim looks at. At the limit: no victim this time; what was looked at has moved out of the way.
 const SCAN_MAX: usize = 64;
 /// Demotions started in one call.
-const DEMOTIONS_PER_CALL_MAX: usize = 16;
+const DEMOTIONS_PER_CALL_MAX: usize = 4;
 /// A full pool keeps this share of its slots free (1/16), within `FREE_SLOTS`.
 const FREE_SHARE: u64 = 16;
 const FREE_SLOTS: (u64, u64) = (2, 4096);

@@ -33,6 +33,8 @@ pub(crate) enum Input {
     Join { request: wire::OpenSessionRequest, answer: oneshot::Sender<(u64, wire::NodeFrame)> },
     /// A gRPC caller's request.
     Call { member: u64, body: wire::client_frame::Body, answer: oneshot::Sender<Told> },
+    /// A gRPC caller's word, to which there is no answer.
+    Tell { member: u64, body: wire::client_frame::Body },
     /// A gRPC caller waits for a lease's `Ready` frames.
     Follow { lease: u64, frames: mpsc::UnboundedSender<wire::Ready> },
     /// A person's question.

@@ -36,9 +36,9 @@ const FIRST_MEMBER: MemberId = 1;
 const TICK: Duration = Duration::from_millis(50);
 const POLLED_MAX: usize = 1024;
 /// Requests of one call: each may be a match of thousands of blocks, and nobody's answer waits for more than these.
-const REQUESTS_PER_CALL_MAX: usize = 8;
+const REQUESTS_PER_CALL_MAX: usize = 2;
 /// Ended transfers and checksums of one round; the rest waits for the next, behind the requests that came meanwhile.
-const ENDED_PER_ROUND_MAX: usize = 64;
+const ENDED_PER_ROUND_MAX: usize = 16;
 const READ_BUFFER_BYTES: usize = 64 << 10;
 
 /// What the reactor is made of.
@@ -334,6 +334,7 @@ impl Reactor {
                 let request_id = self.callers.call(answer);
                 self.events.push(Event::Request { member, request_id, body });
             }
+            Input::Tell { member, body } => self.events.push(Event::Request { member, request_id: 0, body }),
             Input::Follow { lease, frames } => self.callers.follow(lease, frames),
             Input::Ask { question, answer } => {
                 self.last_ticket += 1;

@@ -118,3 +118,22 @@ fn a_release_without_a_number_is_not_answered() {
     );
     assert!(effects.is_empty(), "{effects:?}");
 }
+
+/// A reader whose copy did not have its checksums told nobody: the next reader got the same bytes, and the counter stood.
+#[test]
+fn a_doubted_block_is_counted_and_goes_with_its_last_reader() {
+    let (mut world, member, space) = world();
+    world.put(member, space, &ids(1..4));
+    let leases = [1, 2].map(|_| world.matched(member, space, &ids(1..4)).lease);
+    let doubt = |lease| Ask::Doubt(wire::DoubtRequest { lease, block: 2, group: 0 });
+    world.begin(member, doubt(leases[0]));
+    world.begin(member, doubt(leases[0])); // said twice, meant once
+    assert_eq!(world.counters().checksum_errors, 1);
+    assert_eq!(world.exists(member, space, &ids(1..4)).blocks, 3, "the other reader still holds it");
+    world.begin(member, doubt(leases[1]));
+    assert_eq!(world.exists(member, space, &ids(1..4)).blocks, 2);
+    let stranger = world.open("b");
+    world.begin(stranger, Ask::Doubt(wire::DoubtRequest { lease: leases[0], block: 0, group: 0 }));
+    assert_eq!((world.exists(member, space, &ids(1..4)).blocks, world.counters().checksum_errors), (2, 2));
+    leases.into_iter().for_each(|lease| world.release(member, lease));
+}

@@ -82,6 +82,13 @@ struct Held {
     lease: u64,
 }
 
+impl Held {
+    fn doubt(&self, block: u32, group: u32) {
+        let body = Ask::Doubt(wire::DoubtRequest { lease: self.lease, block, group });
+        self.shared.inbox.push(Input::Tell { member: self.member, body });
+    }
+}
+
 impl Drop for Held {
     fn drop(&mut self) {
         if self.lease != 0 {
@@ -247,7 +254,11 @@ async fn read_blocks(
         for group in 0..groups {
             let Some(slot) = slot_of(&reply.runs, block, group) else { return };
             let id = &chain.ids()[block as usize];
-            let Some(bytes) = verified(&held.shared.dram, slot, id, group) else { return };
+            let bytes = match verified(&held.shared.dram, slot, id, group) {
+                Ok(bytes) => bytes,
+                Err(Miss::OtherBlock) => return,
+                Err(Miss::Checksum) => return held.doubt(block, group),
+            };
             let count = bytes.len().div_ceil(CHUNK_BYTES_MAX);
             for (at, data) in bytes.chunks(CHUNK_BYTES_MAX).enumerate() {
                 let chunk = wire::ReadChunk {
@@ -309,11 +320,16 @@ fn slot_of(runs: &[wire::Run], block: u32, group: u32) -> Option<SlotRef> {
 }
 
 /// A private copy of the slot, if it is the block's and its checksums agree.
-fn verified(dram: &DramSegments, slot: SlotRef, id: &kvd_proto::BlockId, group: u32) -> Option<Vec<u8>> {
+fn verified(
+    dram: &DramSegments,
+    slot: SlotRef,
+    id: &kvd_proto::BlockId,
+    group: u32,
+) -> Result<Vec<u8>, Miss> {
     let segment = dram.get(slot.segment);
-    let (generation, header) = segment.table().read(slot.slot)?;
+    let (generation, header) = segment.table().read(slot.slot).ok_or(Miss::OtherBlock)?;
     if header.id != *id || u32::from(header.group) != group {
-        return None;
+        return Err(Miss::OtherBlock);
     }
     let mut bytes = vec![0; segment.geometry.slot_bytes as usize];
     segment.payload.copy_out(segment.geometry.slot_offset(slot.slot) as usize, &mut bytes);
@@ -321,12 +337,17 @@ fn verified(dram: &DramSegments, slot: SlotRef, id: &kvd_proto::BlockId, group: 
         let parts = bytes.chunks_exact(segment.geometry.part_stride() as usize);
         let agree = parts.zip(&header.part_checksums).all(|(part, sum)| crc32fast::hash(part) == *sum);
         if !agree {
-            tracing::error!(%id, "a block in DRAM does not have its checksum");
-            return None;
+            return Err(Miss::Checksum);
         }
     }
     let still = segment.table().read(slot.slot).is_some_and(|(now, _)| now == generation);
-    still.then_some(bytes)
+    if still { Ok(bytes) } else { Err(Miss::OtherBlock) }
+}
+
+/// Why a slot's bytes are not the block's.
+enum Miss {
+    OtherBlock,
+    Checksum,
 }
 
 /// What of a write has come.

@@ -208,6 +208,7 @@ fn build(entries: usize, sqpoll: bool, iopoll: bool) -> Result<IoUring, String> 
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "what the kernel may still write to must not be freed")]
 /// One real read of a page with the device polled. A new file gets a page to read for as long as that takes: to read nothing
 /// succeeds everywhere, and so may a write that grows the file.
 fn probe_iopoll(file: &SegmentFile) -> Result<(), String> {
@@ -307,6 +308,7 @@ impl Wake for EventFd {
 }
 
 impl Drop for Uring {
+    #[expect(clippy::disallowed_methods, reason = "what the kernel may still write to must not be freed")]
     /// The kernel writes into buffers until their completions were seen: waits for those, and if the ring is broken, leaks
     /// the buffers rather than let their memory be used for something else.
     fn drop(&mut self) {
