@@ -92,7 +92,7 @@ const UNNAMED_DEPENDENCIES: &[(&str, &str, &str)] =
 
 const FILE_LINES_MAX: usize = 600;
 /// Longer files, and how long they may be.
-const LONG_FILES: &[(&str, usize)] = &[];
+const LONG_FILES: &[(&str, usize)] = &[("kvd/src/node/tests/harness.rs", 720)];
 
 const FUNCTION_LINES_MAX: usize = 70;
 /// Longer functions, and how long they may be.

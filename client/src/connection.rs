@@ -179,10 +179,10 @@ impl Connection {
             if ready.is_writable() {
                 self.flush_locked(&mut self.lock());
             }
-            if ready.is_readable() || ready.is_read_closed() {
-                if let Err(why) = self.read(&mut inbox) {
-                    return why;
-                }
+            if (ready.is_readable() || ready.is_read_closed())
+                && let Err(why) = self.read(&mut inbox)
+            {
+                return why;
             }
         }
     }

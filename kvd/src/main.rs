@@ -55,7 +55,7 @@ fn run(command: Command) -> Result<ExitCode, kvd_proto::Error> {
         }
         Command::Check(path) => {
             let findings = kvd::check::run(&Config::load(path.config.as_deref())?);
-            print(&findings.iter().map(|finding| format!("{finding}\n")).collect::<String>());
+            findings.iter().for_each(|finding| print(&format!("{finding}\n")));
             let good = findings.iter().all(|finding| finding.good);
             Ok(if good { ExitCode::SUCCESS } else { ExitCode::from(2) })
         }

@@ -365,8 +365,12 @@ proptest! {
 /// Memory and time of a million blocks. Ignored because it measures: run it alone, in release:
 /// `cargo test --release -p kvd-tiers --test model -- --ignored --nocapture --test-threads 1`.
 #[test]
-#[ignore = "measures memory and time; run alone and in release"]
+#[ignore = "slow: measures memory and time, in a release build only"]
 fn a_million_blocks_fit_their_budget() {
+    if cfg!(debug_assertions) {
+        println!("SKIPPED: measures memory and time; run it with --release");
+        return;
+    }
     let _pool = measure_slots();
     let mut policies = measure_policies();
     let mut kept = Vec::new();

@@ -137,6 +137,7 @@ impl SharedSegment {
     }
 
     /// One aligned word of a slot, read as it is now.
+    #[expect(clippy::cast_ptr_alignment, reason = "asserted: a multiple of 8 in a page-aligned slot")]
     pub(crate) fn word(&self, slot: u32, offset: usize) -> u64 {
         assert!(offset.is_multiple_of(8) && offset + 8 <= self.slot_bytes, "offset {offset}");
         let at = self.slot_offset(slot) + offset;

@@ -315,7 +315,7 @@ impl Node {
         // tail first: what is dropped leaves no child behind
         for item in lease.items.iter().rev() {
             match item.state {
-                ItemState::Ready | ItemState::Loading => self.catalog.get_mut(item.handle).release(),
+                ItemState::Ready | ItemState::Loading => self.release_entry(item.handle),
                 ItemState::Filling(_) => self.drop_filling(item),
                 ItemState::Quarantined => self.free_quarantined(lease.space, item),
                 ItemState::Failed | ItemState::Committed => {}
@@ -392,29 +392,34 @@ impl Node {
         }
     }
 
-    /// A reader found a copy's bytes without their checksums: counted, and gone with the last lease on it. Its reader
-    /// holds it no more; the others will find out for themselves.
+    /// A reader found a DRAM copy's bytes without their checksums: counted, not found from now on, and gone with the last
+    /// lease on it (others may be reading it in place).
     pub(super) fn doubt(&mut self, member: MemberId, request: &wire::DoubtRequest) {
         let Ok(session) = self.sessions.of(member) else { return };
-        let of_session = |lease: &&mut Lease| lease.session == session;
-        let Some(lease) = self.leases.get_mut(request.lease).filter(of_session) else { return };
-        let is_it = |item: &&mut Item| {
+        let Some(lease) = self.leases.get(request.lease).filter(|lease| lease.session == session) else {
+            return;
+        };
+        let is_it = |item: &&Item| {
             item.block == request.block
                 && u32::from(item.group) == request.group
                 && item.state == ItemState::Ready
         };
-        let Some(item) = lease.items.iter_mut().find(is_it) else { return };
-        item.state = ItemState::Failed;
-        let handle = item.handle;
-        self.counters.checksum_errors += 1;
+        let Some(handle) = lease.items.iter().find(is_it).map(|item| item.handle) else { return };
+        if self.doubted.insert(handle) {
+            self.counters.checksum_errors += 1;
+            let id = self.catalog.get(handle).key().id;
+            self.note("error", || format!("block {id} in DRAM does not have its checksums"));
+        }
+    }
+
+    /// One lease less on an entry.
+    fn release_entry(&mut self, handle: Handle) {
         let entry = self.catalog.get_mut(handle);
         entry.release();
-        let idle = entry.leases() == 0 && !entry.is(Tier::Dram, Mark::Moving);
-        let id = entry.key().id;
-        if idle && self.catalog.get(handle).readable(Tier::Dram).is_some() {
+        let last = entry.leases() == 0 && !entry.is(Tier::Dram, Mark::Moving);
+        if last && self.doubted.remove(&handle) {
             self.drop_copy(handle, Tier::Dram);
         }
-        self.note("error", || format!("block {id} in DRAM does not have its checksums"));
     }
 
     /// A loading item has arrived or failed; `at` is its place among the lease's items.

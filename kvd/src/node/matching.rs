@@ -74,7 +74,8 @@ impl Node {
             self.catalog.find_chain(space, group as u8, chain.ids().iter().copied(), &mut found);
             let whole = |handle: &Handle| {
                 let entry = self.catalog.get(*handle);
-                entry.readable(Tier::Dram).is_some() || entry.readable(Tier::Nvme).is_some()
+                let stored = entry.readable(Tier::Dram).is_some() || entry.readable(Tier::Nvme).is_some();
+                stored && !self.doubted.contains(handle)
             };
             let stored = found.iter().position(|handle| !whole(handle)).unwrap_or(found.len());
             found.truncate(stored);

@@ -9,6 +9,7 @@
 //! Reading order: `event` (the vocabulary), `apply` (dispatch), then by noun.
 
 mod apply;
+mod commit;
 pub mod event;
 mod filling;
 mod inspect;
@@ -90,6 +91,8 @@ pub struct Node {
     leases: lease::Leases,
     movement: movement::Movement,
     waiting: filling::Waiting,
+    /// Leased entries whose DRAM copy a reader found broken.
+    doubted: BTreeSet<Handle>,
     /// Used since the policies last heard, tail first.
     touched: Vec<Handle>,
     pins: HashMap<Handle, u32>,
@@ -125,6 +128,7 @@ impl Node {
             leases: lease::Leases::new(config.epoch),
             movement: movement::Movement::default(),
             waiting: filling::Waiting::default(),
+            doubted: BTreeSet::new(),
             touched: Vec::new(),
             pins: HashMap::new(),
             pin_ends: BTreeSet::new(),

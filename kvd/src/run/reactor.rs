@@ -84,6 +84,7 @@ pub(super) struct Reactor {
     started: Instant,
     ticked: Instant,
     events: Vec<Event>,
+    read_buffer: Vec<u8>,
     /// What other threads have finished; nobody waits for it as for an answer.
     ended: VecDeque<Event>,
     effects: Vec<Effect>,
@@ -133,6 +134,7 @@ impl Reactor {
             started: parts.started,
             ticked: parts.started,
             events: Vec::new(),
+            read_buffer: vec![0; READ_BUFFER_BYTES],
             ended: VecDeque::new(),
             effects: Vec::new(),
             stopping: false,
@@ -249,7 +251,7 @@ impl Reactor {
 
     /// One share of every socket that has something.
     fn read_rest(&mut self) {
-        let mut buffer = [0; READ_BUFFER_BYTES];
+        let mut buffer = std::mem::take(&mut self.read_buffer);
         let mut frames = Vec::new();
         for member in std::mem::take(&mut self.unread) {
             let Some(peer) = self.members.get_mut(&member) else { continue };
@@ -265,6 +267,7 @@ impl Reactor {
                 Err(error) => self.not_a_frame(member, error),
             }
         }
+        self.read_buffer = buffer;
     }
 
     fn frame(&mut self, member: MemberId, frame: ClientFrame) {
