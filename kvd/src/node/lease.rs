@@ -312,6 +312,12 @@ impl Node {
         if session.by_key.get(&key) == Some(&id) {
             session.by_key.remove(&key);
         }
+        // What came from NVMe came head first, and so stands in the policy: parents would be the oldest and hide the leaf
+        // that may go. Once more in the order that policies are promised.
+        if lease.items.iter().any(|item| item.source == Tier::Nvme) {
+            let there = lease.items.iter().rev().filter(|item| item.state == ItemState::Ready);
+            self.touched.extend(there.map(|item| item.handle));
+        }
         // tail first: what is dropped leaves no child behind
         for item in lease.items.iter().rev() {
             match item.state {
