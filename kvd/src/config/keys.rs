@@ -126,7 +126,9 @@ pub(super) static KEYS: &[Key] = &[
         name: "dram.eviction",
         kind: EVICTIONS,
         help: "Which copy goes first. lru: least recently used; s3fifo: blocks used once leave early.",
-        default: |_, _| fixed("lru", "the policy to compare others with"),
+        default: |_, _| {
+            fixed("s3fifo", "18 bytes of memory a copy against 68 of lru, and a use costs it no cache misses")
+        },
     },
     Key {
         name: "nvme.path",
@@ -174,7 +176,9 @@ pub(super) static KEYS: &[Key] = &[
         name: "nvme.eviction",
         kind: EVICTIONS,
         help: "As dram.eviction.",
-        default: |_, _| fixed("lru", "the policy to compare others with"),
+        default: |_, _| {
+            fixed("s3fifo", "18 bytes of memory a copy against 68 of lru, and a use costs it no cache misses")
+        },
     },
     Key {
         name: "nvme.catalog_cache_bytes",

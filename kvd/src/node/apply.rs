@@ -143,5 +143,6 @@ impl Node {
         self.give_up_stalled();
         self.unpin_expired();
         self.close_idle();
+        self.search_again();
     }
 }

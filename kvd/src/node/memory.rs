@@ -16,6 +16,8 @@ use std::collections::HashMap;
 
 /// Copies a search for a victim looks at. At the limit: no victim this time; what was looked at has moved out of the way.
 const SCAN_MAX: usize = 64;
+/// Searches for a slot that somebody waits for. At the limit: there is none for now.
+const SEARCHES_MAX: usize = 16;
 /// Demotions started in one call.
 const DEMOTIONS_PER_CALL_MAX: usize = 4;
 /// A full pool keeps this share of its slots free (1/16), within `FREE_SLOTS`.
@@ -31,6 +33,10 @@ pub(super) struct Pool {
     opening: bool,
     /// Slots that become free when transfers under way have ended.
     pub(super) leaving: u64,
+    /// Copies looked at in vain since room was last found or the clock ticked. Below the policy's length the search goes on
+    /// in the next call (S3-FIFO moves what was used to its main queue, 64 at a time, before it finds what was not).
+    looked: usize,
+    hunting: bool,
 }
 
 struct Open {
@@ -109,7 +115,17 @@ impl Memory {
             };
             let policy = eviction::by_name(&space.eviction).expect("the config checked the policy's name");
             let slots = SlotPool::new(slot_bytes);
-            pools.push(Pool { tier, tenant, geometry, slots, policy, opening: false, leaving: 0 });
+            pools.push(Pool {
+                tier,
+                tenant,
+                geometry,
+                slots,
+                policy,
+                opening: false,
+                leaving: 0,
+                looked: 0,
+                hunting: false,
+            });
             pools.len() - 1
         })
     }
@@ -270,7 +286,7 @@ impl Node {
         if self.grow(pool) || !evict {
             return None;
         }
-        let victim = self.victim(pool, false)?;
+        let victim = (0..SEARCHES_MAX).find_map(|_| self.victim(pool, false))?;
         let tier = self.memory.pools[pool].tier;
         if self.is_last_copy(victim, tier) && tier == Tier::Dram && !drop {
             return None;
@@ -287,7 +303,7 @@ impl Node {
                 return false;
             }
             let tier = self.memory.pools[pool].tier;
-            match self.victim(pool, false) {
+            match (0..SEARCHES_MAX).find_map(|_| self.victim(pool, false)) {
                 Some(victim) if drop || !self.is_last_copy(victim, tier) => self.evict(victim, pool),
                 _ => return false,
             }
@@ -366,12 +382,22 @@ impl Node {
         if tier == Tier::Dram { Some(dram) } else { nvme }
     }
 
+    /// Whether a search for room goes on in the next call.
+    pub(super) fn hunting(&self) -> bool {
+        self.memory.pools.iter().any(|pool| pool.hunting)
+    }
+
+    pub(super) fn search_again(&mut self) {
+        self.memory.pools.iter_mut().for_each(|pool| pool.looked = 0);
+    }
+
     /// Keeps some slots of every full DRAM pool free, and as many as somebody waits for: drops what is on NVMe too, writes the others there first.
     pub(super) fn make_room(&mut self) {
         for pool in 0..self.memory.pools.len() {
             if self.memory.pools[pool].tier != Tier::Dram || self.config.nvme.is_none() {
                 continue;
             }
+            self.memory.pools[pool].hunting = false;
             let demanded = self.demanded_slots(pool);
             for _ in 0..DEMOTIONS_PER_CALL_MAX {
                 let state = &self.memory.pools[pool];
@@ -381,7 +407,13 @@ impl Node {
                 if !full || state.slots.free_slots() + state.leaving >= wanted {
                     break;
                 }
-                let Some(victim) = self.victim(pool, true) else { break };
+                let Some(victim) = self.victim(pool, true) else {
+                    let state = &mut self.memory.pools[pool];
+                    state.looked += SCAN_MAX;
+                    state.hunting = state.looked < state.policy.len();
+                    break;
+                };
+                self.memory.pools[pool].looked = 0;
                 if !self.is_last_copy(victim, Tier::Dram) {
                     self.evict(victim, pool);
                 } else if !self.demote(victim) {
