@@ -46,8 +46,8 @@ const RESERVE_WAIT: Duration = Duration::from_secs(5);
 /// `cold_put` is the first put after the daemon started, `cold_map` a new session's first look at 32 resident blocks.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Args {
-    /// The daemon's DRAM tier; needs 1.5 GiB at least.
-    #[arg(long, default_value = "3GiB", value_parser = parse_bytes)]
+    /// The daemon's DRAM tier; needs 4 GiB at least, as the 1 GiB it reads must fit the 30 % that S3-FIFO gives to new blocks.
+    #[arg(long, default_value = "4GiB", value_parser = parse_bytes)]
     dram: u64,
     /// Only this block size.
     #[arg(long, value_parser = parse_bytes)]
