@@ -28,6 +28,7 @@ impl Node {
             node.tell_policies();
             node.make_room();
             node.serve_waiting();
+            node.serve_deferred();
             node.purge_some();
             node.search_some();
         });
@@ -92,7 +93,11 @@ impl Node {
                 "open another connection for another session",
             )),
             Ask::RegisterSpace(request) => self.register_space(member, &request).map(Reply::SpaceRegistered),
-            Ask::Match(request) => self.match_prefix(member, &request).map(Reply::Match),
+            Ask::Match(request) => match self.match_or_defer(member, request_id, request) {
+                Ok(None) => return, // its loads are started in slices
+                Ok(Some(reply)) => Ok(Reply::Match(reply)),
+                Err(error) => Err(error),
+            },
             Ask::Reserve(request) => match self.reserve(member, request_id, &request) {
                 Ok(None) => return, // waits for space
                 Ok(Some(reply)) => Ok(Reply::Reserve(reply)),

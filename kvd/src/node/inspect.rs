@@ -11,7 +11,7 @@ use kvd_tiers::catalog::{Handle, Mark, TIERS};
 impl Node {
     /// Whether work is left that needs no new event.
     pub fn busy(&self) -> bool {
-        self.purging() || self.searching() || self.hunting()
+        self.purging() || self.searching() || self.hunting() || !self.deferred.is_empty()
     }
 
     pub(super) fn status(&self) -> Answer {

@@ -16,16 +16,89 @@ use kvd_tiers::segment::SlotRef;
 /// Pins that run out in one call; the others do in the next.
 const UNPINNED_PER_CALL_MAX: usize = 4096;
 
+/// Loads that one call starts. A match that needs more is answered in slices, after those who need none.
+const LOADS_PER_CALL_MAX: usize = 32;
+/// Matches that are answered in slices. At the limit: the next one is answered at once.
+const DEFERRED_MAX: usize = 1024;
+
+/// A match whose loads are being started.
+pub(super) struct Deferred {
+    member: MemberId,
+    request_id: u64,
+    request: wire::MatchRequest,
+    /// The first block not looked at.
+    next: usize,
+}
+
 /// Uses that wait for `settle`. At the limit: the oldest blocks of long chains go without, as their order is the least
 /// wrong.
 const TOUCHED_MAX: usize = 1 << 16;
 
 impl Node {
-    pub(super) fn match_prefix(
+    /// The answer, or `None`: so much must come from NVMe that it is started in slices first, behind others' answers.
+    pub(super) fn match_or_defer(
+        &mut self,
+        member: MemberId,
+        request_id: u64,
+        request: wire::MatchRequest,
+    ) -> Result<Option<wire::MatchReply>, Error> {
+        let may_defer = request_id != 0 && self.deferred.len() < DEFERRED_MAX;
+        let reply = self.match_prefix(member, &request, may_defer)?;
+        if reply.is_none() {
+            self.deferred.push_back(Deferred { member, request_id, request, next: 0 });
+        }
+        Ok(reply)
+    }
+
+    fn is_below(&self, handle: Handle) -> bool {
+        self.catalog.get(handle).copy(Tier::Dram).is_none()
+    }
+
+    /// The next slice of loads of the oldest deferred match; with its last, the match is answered.
+    pub(super) fn serve_deferred(&mut self) {
+        let Some(mut deferred) = self.deferred.pop_front() else { return };
+        let (member, request_id) = (deferred.member, deferred.request_id);
+        if let Some(next) = self.load_slice(&deferred) {
+            deferred.next = next;
+            self.deferred.push_front(deferred);
+            return;
+        }
+        match self.match_prefix(member, &deferred.request, false) {
+            Ok(reply) => {
+                let reply = reply.expect("it was not to be deferred");
+                self.send(member, request_id, wire::node_frame::Body::Match(reply));
+            }
+            Err(error) => self.refuse(member, request_id, error),
+        }
+    }
+
+    /// Where the next slice begins; `None`: nothing is left to start, or there is no room for more.
+    fn load_slice(&mut self, deferred: &Deferred) -> Option<usize> {
+        let space = self.space_of(deferred.member, deferred.request.space).ok()?;
+        let chain = Chain::from_packed("chain", &deferred.request.chain).ok()?;
+        let found = self.find(space, &chain);
+        let stored = found.iter().map(Vec::len).min().unwrap_or(0);
+        let mut started = 0;
+        for block in deferred.next.max(deferred.request.skip_blocks as usize)..stored {
+            for handles in &found {
+                if self.is_below(handles[block]) {
+                    self.promote(handles[block])?;
+                    started += 1;
+                }
+            }
+            if started >= LOADS_PER_CALL_MAX {
+                return Some(block + 1);
+            }
+        }
+        None
+    }
+
+    fn match_prefix(
         &mut self,
         member: MemberId,
         request: &wire::MatchRequest,
-    ) -> Result<wire::MatchReply, Error> {
+        may_defer: bool,
+    ) -> Result<Option<wire::MatchReply>, Error> {
         let space = self.space_of(member, request.space)?;
         let session = self.sessions.of(member)?;
         let chain = Chain::from_packed("chain", &request.chain)?;
@@ -35,19 +108,23 @@ impl Node {
         let known = self.same_question(session, RequestKind::Match, key, space, chain.ids(), skip as u32);
         if let Some(known) = known {
             self.leases.get_mut(known).expect("a lease just found").askers.insert(member);
-            return Ok(self.match_reply(known));
+            return Ok(Some(self.match_reply(known)));
         }
         let budget = self.lease_budget(session)?;
+        let found = self.find(space, &chain);
+        let below = |handles: &Vec<Handle>| handles.iter().filter(|handle| self.is_below(**handle)).count();
+        if may_defer && found.iter().map(below).sum::<usize>() > LOADS_PER_CALL_MAX {
+            return Ok(None);
+        }
         self.counters.match_requests += 1;
         self.counters.match_blocks += chain.ids().len() as u64;
-        let found = self.find(space, &chain);
         let stored = found.iter().map(Vec::len).min().unwrap_or(0);
         let (items, bytes, predicted_us) = self.lease_items(space, &found, skip, stored, budget);
         let leased = items.last().map_or(skip.min(stored), |item| item.block as usize + 1);
         self.touch(&found, leased);
         self.count_hits(&items, chain.ids().len() - leased, skip.min(stored));
         if items.is_empty() {
-            return Ok(wire::MatchReply { blocks: leased as u32, ..wire::MatchReply::default() });
+            return Ok(Some(wire::MatchReply { blocks: leased as u32, ..wire::MatchReply::default() }));
         }
         let lease = self.new_lease(NewLease {
             session,
@@ -63,7 +140,7 @@ impl Node {
             predicted_us,
         });
         self.wait_for_loads(lease);
-        Ok(self.match_reply(lease))
+        Ok(Some(self.match_reply(lease)))
     }
 
     /// By group, the entries of the chain's stored prefix.

@@ -32,7 +32,7 @@ use kvd_proto::cost::PrefillProfile;
 use kvd_proto::space::{Fingerprint, Space};
 use kvd_proto::wire::Counters;
 use kvd_tiers::catalog::{Catalog, Handle};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 
 /// Events one call takes. The shell cuts longer batches.
 pub const EVENTS_PER_CALL_MAX: usize = 1024;
@@ -91,6 +91,7 @@ pub struct Node {
     leases: lease::Leases,
     movement: movement::Movement,
     waiting: filling::Waiting,
+    deferred: VecDeque<matching::Deferred>,
     /// Leased entries whose DRAM copy a reader found broken.
     doubted: BTreeSet<Handle>,
     /// Used since the policies last heard, tail first.
@@ -128,6 +129,7 @@ impl Node {
             leases: lease::Leases::new(config.epoch),
             movement: movement::Movement::default(),
             waiting: filling::Waiting::default(),
+            deferred: VecDeque::new(),
             doubted: BTreeSet::new(),
             touched: Vec::new(),
             pins: HashMap::new(),

@@ -206,3 +206,49 @@ fn a_child_may_come_before_its_parent() {
     world.put(member, space, &ids(1..2));
     assert_eq!(world.matched(member, space, &ids(1..3)).blocks, 2);
 }
+
+/// A match of a prompt that was on NVMe started all its loads in one call, and whoever asked next waited for them.
+#[test]
+fn a_match_of_many_loads_waits_behind_those_that_need_none() {
+    let mut world = World::new(super::super::NodeConfig {
+        dram_bytes: 160 * BLOCK_BYTES,
+        dram_segment_bytes: 80 * BLOCK_BYTES,
+        lease_bytes_max: 200 * BLOCK_BYTES,
+        ..super::harness::with_nvme(40)
+    });
+    let member = world.open("a");
+    let space = world.space(member);
+    world.put_slowly(member, space, &ids(1..81));
+    for prompt in 0..5 {
+        world.put_slowly(member, space, &ids(1000 * prompt + 100..1000 * prompt + 140));
+    }
+    let below = world
+        .exists(member, space, &ids(1..81))
+        .tiers
+        .iter()
+        .filter(|tier| **tier == Tier::Nvme as u8)
+        .count();
+    assert!(below > 32, "{below} blocks on NVMe");
+    let heavy = Ask::Match(match match_of(space, "heavy", &ids(1..81)) {
+        Ask::Match(request) => request,
+        other => panic!("{other:?}"),
+    });
+    let mut effects = Vec::new();
+    let event = super::super::event::Event::Request { member, request_id: 900, body: heavy };
+    world.node.apply([event], world.now_us, &mut effects);
+    let started = |effects: &[super::super::event::Effect]| {
+        effects.iter().filter(|effect| matches!(effect, super::super::event::Effect::Promote { .. })).count()
+    };
+    assert_eq!(started(&effects), 0, "nothing is started before others are answered");
+    let mut slices = Vec::new();
+    while world.node.busy() {
+        let mut slice = Vec::new();
+        world.node.settle(world.now_us, &mut slice);
+        slices.push(started(&slice));
+        effects.extend(slice);
+    }
+    assert!(slices.iter().all(|slice| *slice <= 32), "{slices:?}");
+    assert!(slices.iter().sum::<usize>() > 0);
+    let answered = |effect: &super::super::event::Effect| matches!(effect, super::super::event::Effect::Send { frame, .. } if frame.request_id == 900);
+    assert_eq!(effects.iter().filter(|effect| answered(effect)).count(), 1);
+}
