@@ -106,7 +106,7 @@ fn nvme(config: &Config) -> Finding {
             what: "nvme",
             good: false,
             found: error.to_string(),
-            cost: "`kvd serve` refuses to start like this".to_owned(),
+            cost: "`kvd serve` makes data_dir; it refuses to start if this is so even then".to_owned(),
         },
     }
 }

@@ -282,7 +282,7 @@ impl Node {
         (states, items, bytes)
     }
 
-    fn block_bytes(&self, space: u16) -> u64 {
+    pub(super) fn block_bytes(&self, space: u16) -> u64 {
         let registered = &self.spaces[usize::from(space)];
         (0..registered.pools.len()).map(|group| u64::from(registered.space.layout.slot_bytes(group))).sum()
     }

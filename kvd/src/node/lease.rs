@@ -316,7 +316,7 @@ impl Node {
         // that may go. Once more in the order that policies are promised.
         if lease.items.iter().any(|item| item.source == Tier::Nvme) {
             let there = lease.items.iter().rev().filter(|item| item.state == ItemState::Ready);
-            self.touched.extend(there.map(|item| item.handle));
+            there.for_each(|item| self.tell_later(item.handle));
         }
         // tail first: what is dropped leaves no child behind
         for item in lease.items.iter().rev() {

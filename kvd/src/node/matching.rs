@@ -60,7 +60,7 @@ impl Node {
         let (member, request_id) = (deferred.member, deferred.request_id);
         if let Some(next) = self.load_slice(&deferred) {
             deferred.next = next;
-            self.deferred.push_front(deferred);
+            self.deferred.push_back(deferred); // in turn: nobody's long match holds up another's
             return;
         }
         match self.match_prefix(member, &deferred.request, false) {
@@ -78,8 +78,11 @@ impl Node {
         let chain = Chain::from_packed("chain", &deferred.request.chain).ok()?;
         let found = self.find(space, &chain);
         let stored = found.iter().map(Vec::len).min().unwrap_or(0);
+        let skip = deferred.request.skip_blocks as usize;
+        let budget = self.lease_budget(self.sessions.of(deferred.member).ok()?).ok()?;
+        let fits = usize::try_from(budget / self.block_bytes(space)).unwrap_or(usize::MAX);
         let mut started = 0;
-        for block in deferred.next.max(deferred.request.skip_blocks as usize)..stored {
+        for block in deferred.next.max(skip)..stored.min(skip.saturating_add(fits)) {
             for handles in &found {
                 if self.is_below(handles[block]) {
                     self.promote(handles[block])?;
@@ -170,9 +173,7 @@ impl Node {
         stored: usize,
         budget: u64,
     ) -> (Vec<Item>, u64, u64) {
-        let block_bytes: u64 = (0..found.len())
-            .map(|group| u64::from(self.spaces[usize::from(space)].space.layout.slot_bytes(group)))
-            .sum();
+        let block_bytes = self.block_bytes(space);
         let fits = usize::try_from(budget / block_bytes).unwrap_or(usize::MAX);
         let end = stored.min(skip.saturating_add(fits));
         let mut items = Vec::with_capacity(end.saturating_sub(skip) * found.len());
@@ -215,10 +216,15 @@ impl Node {
         for handles in found {
             for &handle in handles[..blocks.min(handles.len())].iter().rev() {
                 self.catalog.get_mut(handle).touch(now_s);
-                if self.touched.len() < TOUCHED_MAX {
-                    self.touched.push(handle);
-                }
+                self.tell_later(handle);
             }
+        }
+    }
+
+    /// The policies hear of a use with the next `settle`, within the limit.
+    pub(super) fn tell_later(&mut self, handle: Handle) {
+        if self.touched.len() < TOUCHED_MAX {
+            self.touched.push(handle);
         }
     }
 

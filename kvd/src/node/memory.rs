@@ -357,6 +357,9 @@ impl Node {
         if self.catalog.get(handle).leases() == 0 && self.is_last_copy(handle, tier) {
             self.unpin(handle);
         }
+        if tier == Tier::Dram {
+            self.doubted.remove(&handle); // or the next block under this handle would not be found
+        }
         let slot = self.catalog.clear_copy(handle, tier);
         self.free_slot(pool, slot);
     }

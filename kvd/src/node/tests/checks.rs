@@ -21,6 +21,15 @@ impl World {
         self.check_capacity();
         self.check_pins();
         self.check_moves();
+        self.check_doubts();
+    }
+
+    /// A doubt is about a copy that is there: a handle used again must not inherit it.
+    fn check_doubts(&self) {
+        let there = |handle: &u32| {
+            self.node.catalog.try_get(*handle).is_some_and(|entry| entry.readable(Tier::Dram).is_some())
+        };
+        assert!(self.node.doubted.iter().all(there), "{:?}", self.node.doubted);
     }
 
     /// Every slot that clients find a header in is a whole block's, with its bytes; and the other way round.

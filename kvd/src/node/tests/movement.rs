@@ -281,3 +281,26 @@ fn room_is_made_for_who_waits() {
     assert_eq!(reply.states.to_vec(), [0; 8]);
     assert_eq!(world.counters().dropped_blocks, 0);
 }
+
+/// Its last reader went while it was being written to NVMe: the doubt stayed when the copy went, and the next block under
+/// that handle was never found.
+#[test]
+fn a_doubt_goes_with_the_copy_that_was_on_its_way_out() {
+    let mut world = World::new(with_nvme(6));
+    let member = world.open("a");
+    let space = world.space(member);
+    world.put_at_once(member, reserve_of(space, "", &ids(1..9), 0));
+    world.put_at_once(member, reserve_after(space, id(8), 8, &ids(9..17)));
+    let lease = world.matched(member, space, &ids(1..17)).lease;
+    while world.checksum_next() {}
+    world.release(member, lease);
+    let leaving = world.moves.values().filter(|moved| !moved.promotion).count();
+    assert!(leaving > 0, "the last blocks are being written");
+    let lease = world.matched(member, space, &ids(1..17)).lease;
+    world.begin(member, Ask::Doubt(wire::DoubtRequest { lease, block: 15, group: 0 }));
+    assert_eq!(world.counters().checksum_errors, 1);
+    world.release(member, lease);
+    assert!(!world.node.doubted.is_empty(), "its copy is still moving");
+    world.settle();
+    assert!(world.node.doubted.is_empty());
+}

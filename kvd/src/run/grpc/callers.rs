@@ -24,8 +24,8 @@ pub(in crate::run) struct Callers {
     granted: HashMap<SlotRef, u64>,
 }
 
-/// Whether the slots of a reservation may still be written. A caller's lease ends by the clock, as nothing outside this
-/// daemon writes its slots; what inside it does, the call's handler, must ask here.
+/// Whether the slots of a reservation may still be written: until its lease is released or its slots are somebody else's.
+/// The call's handler, which copies on another thread than the node's, must ask here.
 pub(crate) struct Grant(Mutex<bool>);
 
 impl Grant {
