@@ -1,7 +1,7 @@
 //! What the write-behind catalog costs in memory: part of the 256 bytes that a block may cost in all.
 
 use kvd_proto::{BlockId, Fingerprint};
-use kvd_tiers::catalog::behind::{Change, QUEUE_MAX, WriteBehind};
+use kvd_tiers::catalog::behind::{Change, SHARE, WriteBehind};
 use kvd_tiers::catalog::record::Record;
 use kvd_tiers::catalog::store::Store;
 use kvd_tiers::segment::SlotRef;
@@ -50,14 +50,19 @@ fn a_million_blocks_fit_their_budget() {
     for round in 0..3 {
         let started = Instant::now();
         let stride = [1, 1, 7919][round as usize];
+        let mut share = Vec::new();
         for step in 0..BLOCKS {
             let number = (u64::from(step) * stride % u64::from(BLOCKS)) as u32;
             let slot = SlotRef { segment: number / SLOTS, slot: number % SLOTS };
-            behind.tell(Change::Set { slot, record: record(number, round) });
-            if (step as usize).is_multiple_of(QUEUE_MAX / 2) {
+            share.push(Change::Set { slot, record: record(number, round) });
+            if share.len() == SHARE {
+                behind.tell(std::mem::take(&mut share));
+            }
+            if (step as usize).is_multiple_of(32 * SHARE) {
                 behind.sync();
             }
         }
+        behind.tell(std::mem::take(&mut share));
         behind.sync();
         let bytes = (resident_bytes() - before) / u64::from(BLOCKS);
         println!("round {round}: {bytes} B a block resident, {:.1} s", started.elapsed().as_secs_f64());

@@ -58,9 +58,17 @@ impl Inbox {
     }
 
     pub(crate) fn push(&self, input: Input) {
+        self.push_all(&mut vec![input]);
+    }
+
+    /// Leaves `inputs` empty. One wake-up, however many they are.
+    pub(crate) fn push_all(&self, inputs: &mut Vec<Input>) {
+        if inputs.is_empty() {
+            return;
+        }
         let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        queue.push(input);
-        let first = queue.len() == 1;
+        let first = queue.is_empty();
+        queue.append(inputs);
         drop(queue);
         if first {
             // The node's thread polls ten times a second anyway; a failed wake-up only costs that.

@@ -6,19 +6,25 @@
 
 use kvd_proto::Fingerprint;
 use kvd_proto::slot_header::SlotHeader;
-use kvd_tiers::catalog::behind::{Change, WriteBehind};
+use kvd_tiers::catalog::behind::{Change, SHARE, WriteBehind};
 use kvd_tiers::catalog::record::{Record, SpaceRecord, keeps};
 use kvd_tiers::header_pages::HeaderPages;
 use kvd_tiers::media::{Done, Medium};
 use kvd_tiers::segment::{Geometry, SegmentId, SlotRef};
 use kvd_tiers::segment_header::SegmentHeader;
 use std::collections::HashMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// A change waits at most this long for others to be told with.
+const TELL_EVERY: Duration = Duration::from_millis(100);
 
 pub(super) struct Ledger {
     headers: HeaderPages,
     /// `None`: the folder cannot be used; headers alone must do.
     catalog: Option<WriteBehind>,
+    /// For the catalog: telling each would wake its thread, and so stop this one, for every block.
+    untold: Vec<Change>,
+    told_at: Instant,
     /// With whether the catalog has been told.
     spaces: HashMap<Fingerprint, (SpaceRecord, bool)>,
     write_epoch: u64,
@@ -27,7 +33,9 @@ pub(super) struct Ledger {
 
 impl Ledger {
     pub(super) fn new(headers: HeaderPages, catalog: Option<WriteBehind>, write_epoch: u64) -> Self {
-        Self { headers, catalog, spaces: HashMap::new(), write_epoch, started: Instant::now() }
+        let started = Instant::now();
+        let (untold, spaces) = (Vec::new(), HashMap::new());
+        Self { headers, catalog, untold, told_at: started, spaces, write_epoch, started }
     }
 
     pub(super) fn space(&mut self, space: SpaceRecord) {
@@ -74,6 +82,9 @@ impl Ledger {
             self.headers.flush();
         }
         self.headers.submit(medium, self.started.elapsed().as_micros() as u64);
+        if self.told_at.elapsed() >= TELL_EVERY {
+            self.tell_all();
+        }
     }
 
     pub(super) fn finish(&mut self, done: &Done) {
@@ -95,6 +106,7 @@ impl Ledger {
 
     /// The last word: from now on the catalog can be believed.
     pub(super) fn close(&mut self) {
+        self.tell_all();
         let Some(catalog) = self.catalog.take() else { return };
         let dropped = catalog.dropped();
         if let Some(trouble) = catalog.trouble() {
@@ -105,9 +117,18 @@ impl Ledger {
         catalog.close();
     }
 
-    fn tell(&self, change: Change) {
-        if let Some(catalog) = &self.catalog {
-            catalog.tell(change);
+    fn tell(&mut self, change: Change) {
+        self.untold.push(change);
+        if self.untold.len() == SHARE {
+            self.tell_all();
+        }
+    }
+
+    fn tell_all(&mut self) {
+        let changes = std::mem::take(&mut self.untold);
+        self.told_at = Instant::now();
+        if let Some(catalog) = self.catalog.as_ref().filter(|_| !changes.is_empty()) {
+            catalog.tell(changes);
         }
     }
 }

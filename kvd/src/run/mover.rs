@@ -62,6 +62,7 @@ impl Mover {
             pending: VecDeque::new(),
             under_way: HashMap::with_capacity(queue_depth),
             next_io: 0,
+            ended: Vec::new(),
             refused: None,
             stopping: false,
         };
@@ -94,6 +95,8 @@ struct Thread {
     pending: VecDeque<Transfer>,
     under_way: HashMap<u64, Transfer>,
     next_io: u64,
+    /// Transfers that ended in this round.
+    ended: Vec<Input>,
     /// The engine itself has failed, with this; every later transfer fails with it at once.
     refused: Option<String>,
     stopping: bool,
@@ -123,6 +126,7 @@ impl Thread {
                 self.fail_all(&error.to_string());
             }
             done.drain(..).for_each(|done| self.finish(done));
+            self.inbox.push_all(&mut self.ended);
         }
         self.ledger.close();
     }
@@ -242,7 +246,7 @@ impl Thread {
                 (token, verified, expected)
             }
         };
-        self.inbox.push(Input::Moved { token, result, elapsed_us, checksums });
+        self.ended.push(Input::Moved { token, result, elapsed_us, checksums });
     }
 
     /// The engine itself is broken: what it had under way is never heard of again. Writes are given up; a read may still

@@ -16,10 +16,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// Changes that wait for the thread. At the limit: dropped and counted; the next start reads headers.
-pub const QUEUE_MAX: usize = 16_384;
+/// Shares of changes that wait for the thread. At the limit: dropped and counted; the next start reads headers.
+pub const QUEUE_MAX: usize = 64;
+/// Changes to tell together: each share wakes the thread.
+pub const SHARE: usize = 256;
 /// From a batch's first change until it is written, unless it is full before.
 const BATCH_EVERY: Duration = Duration::from_secs(1);
+/// The thread gives way to those that somebody waits for.
+const NICE: i32 = 15;
 /// Name of the thread: sled may panic there, which is caught and ends the catalog only.
 pub const THREAD: &str = "kvd-catalog";
 
@@ -48,7 +52,7 @@ pub enum Change {
 }
 
 enum Message {
-    Change(Change),
+    Changes(Vec<Change>),
     /// Write everything, then answer.
     Sync(SyncSender<()>),
     Close,
@@ -84,6 +88,7 @@ impl WriteBehind {
         };
         let thread = std::thread::Builder::new().name(THREAD.to_owned());
         let thread = thread.spawn(move || {
+            let _ = rustix::process::nice(NICE); // refused, it is only less polite
             writer.guard(|store| store.set_complete(false));
             writer.run(&messages);
         })?;
@@ -92,10 +97,12 @@ impl WriteBehind {
         Ok(behind)
     }
 
-    /// Takes a change, or drops and counts it.
-    pub fn tell(&self, change: Change) {
-        if self.queue.try_send(Message::Change(change)).is_err() {
-            self.told.dropped.fetch_add(1, Ordering::Relaxed);
+    /// Takes changes, at most `SHARE`, or drops and counts them.
+    pub fn tell(&self, changes: Vec<Change>) {
+        assert!(changes.len() <= SHARE, "the queue is bounded in changes, not in shares alone");
+        let count = changes.len() as u64;
+        if self.queue.try_send(Message::Changes(changes)).is_err() {
+            self.told.dropped.fetch_add(count, Ordering::Relaxed);
         }
     }
 
@@ -143,8 +150,8 @@ impl Writer {
             let until =
                 write_at.map_or(BATCH_EVERY, |at: Instant| at.saturating_duration_since(Instant::now()));
             match messages.recv_timeout(until) {
-                Ok(Message::Change(change)) => {
-                    self.take(change);
+                Ok(Message::Changes(changes)) => {
+                    changes.into_iter().for_each(|change| self.take(change));
                     write_at.get_or_insert_with(|| Instant::now() + BATCH_EVERY);
                 }
                 Ok(Message::Sync(answer)) => {
@@ -302,15 +309,15 @@ mod tests {
         let path = folder.path().join("catalog");
         let behind = start(&path);
         for (slot, depth) in [(0, 1), (1, 2), (70, 3), (1, 4)] {
-            behind.tell(Change::Set { slot: at(5, slot), record: record(depth) });
+            behind.tell(vec![Change::Set { slot: at(5, slot), record: record(depth) }]);
         }
-        behind.tell(Change::Set { slot: at(6, 0), record: record(5) });
+        behind.tell(vec![Change::Set { slot: at(6, 0), record: record(5) }]);
         behind.sync();
-        behind.tell(Change::Clear { slot: at(5, 0) });
-        behind.tell(Change::Set { slot: at(5, 2), record: record(6) });
-        behind.tell(Change::Clear { slot: at(5, 70) });
-        behind.tell(Change::Segment { segment: 6 });
-        behind.tell(Change::Set { slot: at(6, 1), record: record(7) });
+        behind.tell(vec![Change::Clear { slot: at(5, 0) }]);
+        behind.tell(vec![Change::Set { slot: at(5, 2), record: record(6) }]);
+        behind.tell(vec![Change::Clear { slot: at(5, 70) }]);
+        behind.tell(vec![Change::Segment { segment: 6 }]);
+        behind.tell(vec![Change::Set { slot: at(6, 1), record: record(7) }]);
         behind.close();
         let store = open(&path);
         assert_eq!(depths(&store), [(5, 1, 4), (5, 2, 6), (6, 1, 7)]);
@@ -325,7 +332,7 @@ mod tests {
         start(&path).close();
         assert!(open(&path).is_complete().unwrap());
         let behind = start(&path);
-        behind.tell(Change::Set { slot: at(1, 0), record: record(1) });
+        behind.tell(vec![Change::Set { slot: at(1, 0), record: record(1) }]);
         behind.sync();
         let WriteBehind { queue, thread, .. } = behind;
         drop(queue);
@@ -347,7 +354,7 @@ mod tests {
         store.damage(ChunkKey { segment: 1, chunk: 0 });
         drop(store);
         let behind = start(&path);
-        behind.tell(Change::Set { slot: at(1, 9), record: record(2) });
+        behind.tell(vec![Change::Set { slot: at(1, 9), record: record(2) }]);
         behind.close();
         let store = open(&path);
         assert_eq!((store.is_complete().unwrap(), depths(&store)), (false, vec![(1, 9, 2)]));
@@ -358,7 +365,7 @@ mod tests {
         let (queue, messages) = sync_channel(2);
         let told = Arc::<Told>::default();
         let behind = WriteBehind { queue, told, thread: std::thread::spawn(|| ()) };
-        (0..5).for_each(|slot| behind.tell(Change::Clear { slot: at(1, slot) }));
+        (0..5).for_each(|slot| behind.tell(vec![Change::Clear { slot: at(1, slot) }]));
         assert_eq!(behind.dropped(), 3);
         drop(messages);
         behind.sync();
