@@ -4,6 +4,7 @@
 //! even and the same before and after, and its checksum holds.
 //! Invariants: no reference into shared memory leaves this module except as raw copies; ranges are asserted.
 
+use super::streaming;
 use kvd_proto::slot_header::{LIVE_WORD_OFFSET, SlotHeader};
 use kvd_proto::wire;
 use kvd_proto::{Code, Error};
@@ -16,8 +17,10 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 const HEADER_READS_MAX: usize = 64;
 /// Populated at a time: meanwhile the process cannot map or unmap anything.
 const POPULATE_BYTES: usize = 4 << 20;
-/// Checksummed, then copied while still in the last-level cache.
-const CHUNK_BYTES: usize = 2 << 20;
+/// Checksummed, then copied while still in the core's own cache (1 or 2 MiB where this runs, half of that at least).
+const CHUNK_BYTES: usize = 256 << 10;
+/// Copies from here on go past the cache; shorter ones are likely read soon.
+const STREAMED_BYTES: usize = 128 << 10;
 
 /// One mapped segment.
 pub(crate) struct SharedSegment {
@@ -101,8 +104,8 @@ impl SharedSegment {
     }
 
     /// Copies a slot out; with checksums, each chunk is checksummed where it lies and copied while it is in the cache.
-    /// Returns the first bad part. (Measured on ordinary pages: 2 MiB at a time runs at 0.83 of a plain copy, 64 KiB at a
-    /// time at 0.72, copying first at 0.81 and 0.75; on huge pages 64 KiB at a time does as well.)
+    /// Returns the first bad part. (Why a chunk is this large and copied past the cache: ARCHITECTURE.md, "Checksums are the
+    /// daemon's work".)
     pub(crate) fn copy_slot(
         &self,
         slot: u32,
@@ -193,7 +196,14 @@ impl Region {
         assert!(offset + out.len() <= self.bytes);
         // SAFETY: in range (asserted); `out` is private memory, so the ranges do not overlap. The source may change
         // meanwhile (another process owns it): whoever needs whole bytes checks generation and checksum afterwards.
-        unsafe { self.start.as_ptr().add(offset).copy_to_nonoverlapping(out.as_mut_ptr(), out.len()) }
+        unsafe {
+            let from = self.start.as_ptr().add(offset);
+            if out.len() < STREAMED_BYTES {
+                from.copy_to_nonoverlapping(out.as_mut_ptr(), out.len());
+            } else {
+                streaming::copy(from, out.as_mut_ptr(), out.len());
+            }
+        }
     }
 
     fn checksum(&self, offset: usize, bytes: usize, hasher: &mut crc32fast::Hasher) {
