@@ -283,7 +283,7 @@ mod tests {
     }
 
     fn open(path: &Path) -> Store {
-        Store::open(path, 1 << 20).unwrap()
+        Store::open_after(path)
     }
 
     fn start(path: &Path) -> WriteBehind {
