@@ -37,6 +37,8 @@ pub struct ConnectOptions {
     pub join: Vec<u8>,
     /// Make page tables for segments in a background thread as they arrive, so that no copy pays for them.
     pub populate: bool,
+    /// The memory (NUMA) node this member's device is near to; blocks it stores or loads lie there if they can. `None`: any.
+    pub numa_node: Option<u32>,
 }
 
 impl ConnectOptions {
@@ -49,6 +51,7 @@ impl ConnectOptions {
             member: "main".to_owned(),
             join: Vec::new(),
             populate: true,
+            numa_node: None,
         }
     }
 }
@@ -504,6 +507,7 @@ async fn open_session(
         member: inner.options.member.clone(),
         join: join.into(),
         held,
+        numa_node: inner.options.numa_node,
     };
     match connection.call(Ask::OpenSession(request)).await? {
         (Answer::SessionOpened(opened), fds) => Ok((opened, fds)),

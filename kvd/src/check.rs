@@ -47,7 +47,9 @@ fn dram(config: &Config) -> Finding {
         what: "dram",
         good: opened.is_ok() && !description.contains("refused"),
         found: match opened {
-            Ok(()) => format!("{} as {description}", human_size(config.dram.capacity_bytes)),
+            Ok(()) => {
+                format!("{} as {description}{}", human_size(config.dram.capacity_bytes), nodes(config))
+            }
             Err(error) => error.to_string(),
         },
         cost: if description.contains("refused") {
@@ -55,6 +57,14 @@ fn dram(config: &Config) -> Finding {
         } else {
             String::new()
         },
+    }
+}
+
+/// Where segments are bound, which they are on a machine with several memory nodes only.
+fn nodes(config: &Config) -> String {
+    match config.dram.numa_nodes() {
+        nodes if nodes.len() > 1 => format!(", shared out over memory nodes {nodes:?}"),
+        _ => String::new(),
     }
 }
 

@@ -292,6 +292,7 @@ fn node_body(input: &Value) -> node_frame::Body {
             slot_bytes: number(input, "slot_bytes") as u32,
             slots: number(input, "slots") as u32,
             header_bytes: number(input, "header_bytes") as u32,
+            numa_node: None,
         }),
         "error" => node_frame::Body::Error(wire::Error {
             code: (number(input, "code") as u32).cast_signed(),

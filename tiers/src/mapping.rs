@@ -76,6 +76,30 @@ impl Mapping {
         Ok(mapping)
     }
 
+    /// Asks for pages in this memory node, as long as it has any; before the first touch. The policy belongs to the memory, so
+    /// it holds for whoever touches a page first, in any process.
+    pub fn prefer_numa_node(&self, node: u32) -> std::io::Result<()> {
+        let mut mask = [0 as libc::c_ulong; 16];
+        let bits = libc::c_ulong::BITS;
+        let word = mask.get_mut((node / bits) as usize).ok_or(Errno::INVAL)?;
+        *word |= 1 << (node % bits);
+        // The kernel reads one bit less than it is told, and an empty mask would mean "any node".
+        let most = mask.len() as libc::c_ulong * libc::c_ulong::from(bits) + 1;
+        // SAFETY: the range is this mapping's own; the kernel reads the mask's words, which are there, and touches no page.
+        let done = unsafe {
+            libc::syscall(
+                libc::SYS_mbind,
+                self.address.as_ptr(),
+                self.bytes,
+                libc::MPOL_PREFERRED,
+                mask.as_ptr(),
+                most,
+                0,
+            )
+        };
+        if done == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    }
+
     fn sealed(name: &str, bytes: usize, flags: MemfdFlags) -> Result<Self, Errno> {
         if flags.contains(MemfdFlags::HUGETLB) && !bytes.is_multiple_of(HUGE_PAGE_BYTES) {
             return Err(Errno::INVAL);
@@ -327,6 +351,46 @@ mod tests {
         assert_eq!(memory.pages() == Pages::Huge, memory.refused().is_none());
         memory.copy_in(HUGE_PAGE_BYTES - 1, &[7]);
         assert_eq!(memory.crc32(HUGE_PAGE_BYTES - 1, 1), crc32fast::hash(&[7]));
+    }
+
+    /// From the kernel's `linux/mempolicy.h`; libc has the call's number and not its flag.
+    const MPOL_F_ADDR: libc::c_ulong = 1 << 1;
+
+    /// The policy of a mapping's memory, and its mask's first word.
+    fn policy_of(memory: &Mapping) -> (i32, libc::c_ulong) {
+        let (mut mode, mut mask) = (0, [0 as libc::c_ulong; 16]);
+        // SAFETY: the kernel writes one int and 1,024 bits of mask; the address is the mapping's.
+        let done = unsafe {
+            libc::syscall(
+                libc::SYS_get_mempolicy,
+                &raw mut mode,
+                mask.as_mut_ptr(),
+                1024,
+                memory.as_ptr(),
+                MPOL_F_ADDR,
+            )
+        };
+        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+        (mode, mask[0])
+    }
+
+    #[test]
+    fn a_segment_prefers_the_node_it_was_told() {
+        let memory = Mapping::memfd("kvd-test", 4 * PAGE_BYTES, MemfdOptions::default()).unwrap();
+        match memory.prefer_numa_node(0) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => {
+                return println!("SKIPPED: this kernel has no memory policies");
+            }
+            done => done.unwrap(),
+        }
+        assert_eq!(policy_of(&memory), (libc::MPOL_PREFERRED, 1));
+        assert_eq!(resident_blocks(&memory), 0, "binding touches nothing");
+        memory.touch(0..memory.len());
+        for node in [1023, 1024, u32::MAX] {
+            let refused = memory.prefer_numa_node(node).unwrap_err();
+            assert_eq!(refused.raw_os_error(), Some(libc::EINVAL), "no machine has node {node}");
+        }
+        assert_eq!(policy_of(&memory), (libc::MPOL_PREFERRED, 1), "a refusal changes nothing");
     }
 
     fn resident_blocks(memory: &Mapping) -> i64 {

@@ -15,25 +15,34 @@ use hashbrown::HashTable;
 pub const SEGMENT_SLOTS_MAX: u32 = 1 << 20;
 const NOBODY: u32 = u32::MAX;
 
-/// The slots of one size class; every segment of it has equal slots.
+/// The slots of one tenant and size class; every segment of it has equal slots.
 #[derive(Debug)]
 pub struct SlotPool {
     slot_bytes: u32,
     segments: Vec<Option<Segment>>,
     /// Segment id to index in `segments`.
     index: HashTable<(SegmentId, u32)>,
-    /// Segments with a free slot.
-    with_free: Bits,
-    at_segment: usize,
-    at_slot: usize,
+    /// By memory node.
+    nodes: Vec<MemoryNode>,
     total: u64,
     free: u64,
     quarantined: u64,
 }
 
+/// The segments that lie in one memory node, and where its next slot comes from.
+#[derive(Debug, Default)]
+struct MemoryNode {
+    /// Segments with a free slot.
+    with_free: Bits,
+    at_segment: usize,
+    at_slot: usize,
+    free: u64,
+}
+
 #[derive(Debug)]
 struct Segment {
     id: SegmentId,
+    node: usize,
     free: Bits,
     quarantined: Bits,
     generations: Vec<u32>,
@@ -47,9 +56,7 @@ impl SlotPool {
             slot_bytes,
             segments: Vec::new(),
             index: HashTable::new(),
-            with_free: Bits::default(),
-            at_segment: 0,
-            at_slot: 0,
+            nodes: Vec::new(),
             total: 0,
             free: 0,
             quarantined: 0,
@@ -61,17 +68,22 @@ impl SlotPool {
         self.slot_bytes
     }
 
-    /// Takes in a segment whose slots are all free, at generation 0.
-    pub fn add_segment(&mut self, id: SegmentId, slots: u32) {
+    /// Takes in a segment whose slots are all free, at generation 0, and which lies in this memory node (by its place among
+    /// the machine's; 0 where there is one).
+    pub fn add_segment(&mut self, id: SegmentId, slots: u32, node: usize) {
         assert!(slots > 0 && slots <= SEGMENT_SLOTS_MAX, "{slots} slots in segment {id}");
         assert!(self.position(id).is_none(), "segment {id} is here already");
         let at = self.segments.iter().position(Option::is_none).unwrap_or(self.segments.len());
         if at == self.segments.len() {
             self.segments.push(None);
-            self.with_free.grow(at + 1);
         }
-        self.segments[at] = Some(Segment::new(id, slots));
-        self.with_free.set(at);
+        if self.nodes.len() <= node {
+            self.nodes.resize_with(node + 1, MemoryNode::default);
+        }
+        self.nodes.iter_mut().for_each(|node| node.with_free.grow(self.segments.len()));
+        self.segments[at] = Some(Segment::new(id, slots, node));
+        self.nodes[node].with_free.set(at);
+        self.nodes[node].free += u64::from(slots);
         self.index.insert_unique(hash(id), (id, at as u32), |&(id, _)| hash(id));
         self.total += u64::from(slots);
         self.free += u64::from(slots);
@@ -82,16 +94,22 @@ impl SlotPool {
         let at = self.at(id);
         let segment = self.segments[at].take().expect("indexed segments exist");
         assert_eq!(segment.free.ones, segment.slots(), "segment {id} is in use");
-        self.with_free.clear(at);
+        self.nodes[segment.node].with_free.clear(at);
+        self.nodes[segment.node].free -= segment.slots() as u64;
         self.index.find_entry(hash(id), |&(other, _)| other == id).expect("indexed").remove();
         self.total -= segment.slots() as u64;
         self.free -= segment.slots() as u64;
     }
 
-    /// The next free slot, now live and `owner`'s; `None`: there is none.
-    pub fn allocate(&mut self, owner: u32) -> Option<SlotRef> {
-        let (at, slot) = self.next_free()?;
-        (self.at_segment, self.at_slot) = (at, slot + 1);
+    /// The next free slot in memory node `near`, else in the one that has most; now live and `owner`'s. `None`: there is none.
+    pub fn allocate(&mut self, owner: u32, near: usize) -> Option<SlotRef> {
+        let node = if self.free_slots_in(near) > 0 {
+            near
+        } else {
+            (0..self.nodes.len()).max_by_key(|&node| (self.nodes[node].free, std::cmp::Reverse(node)))?
+        };
+        let (at, slot) = self.next_free(node)?;
+        (self.nodes[node].at_segment, self.nodes[node].at_slot) = (at, slot + 1);
         Some(self.take(at, slot, owner))
     }
 
@@ -160,6 +178,11 @@ impl SlotPool {
         self.free
     }
 
+    /// Those of them in one memory node.
+    pub fn free_slots_in(&self, node: usize) -> u64 {
+        self.nodes.get(node).map_or(0, |node| node.free)
+    }
+
     /// Slots with an owner.
     pub fn live_slots(&self) -> u64 {
         self.total - self.free - self.quarantined
@@ -187,13 +210,15 @@ impl SlotPool {
     }
 
     /// The cursor's segment while anything after the cursor is free, then the next segment with a free slot.
-    fn next_free(&self) -> Option<(usize, usize)> {
-        if let Some(Some(segment)) = self.segments.get(self.at_segment)
-            && let Some(slot) = segment.free.next(self.at_slot)
+    fn next_free(&self, node: usize) -> Option<(usize, usize)> {
+        let place = &self.nodes[node];
+        if let Some(Some(segment)) = self.segments.get(place.at_segment)
+            && segment.node == node
+            && let Some(slot) = segment.free.next(place.at_slot)
         {
-            return Some((self.at_segment, slot));
+            return Some((place.at_segment, slot));
         }
-        let at = self.with_free.next(self.at_segment + 1).or_else(|| self.with_free.next(0))?;
+        let at = place.with_free.next(place.at_segment + 1).or_else(|| place.with_free.next(0))?;
         let segment = self.segments[at].as_ref().expect("a segment with free slots exists");
         Some((at, segment.free.next(0).expect("it has a free slot")))
     }
@@ -203,9 +228,11 @@ impl SlotPool {
         let segment = self.segments[at].as_mut().expect("the segment exists");
         segment.free.clear(slot);
         segment.owners[slot] = owner;
+        let node = &mut self.nodes[segment.node];
         if segment.free.ones == 0 {
-            self.with_free.clear(at);
+            node.with_free.clear(at);
         }
+        node.free -= 1;
         self.free -= 1;
         SlotRef { segment: segment.id, slot: slot as u32 }
     }
@@ -217,8 +244,10 @@ impl SlotPool {
         segment.free.set(index);
         segment.owners[index] = NOBODY;
         segment.generations[index] = segment.generations[index].wrapping_add(1);
-        if segment.free.ones == 1 {
-            self.with_free.set(at);
+        let (node, first) = (segment.node, segment.free.ones == 1);
+        self.nodes[node].free += 1;
+        if first {
+            self.nodes[node].with_free.set(at);
         }
         self.free += 1;
     }
@@ -242,10 +271,11 @@ impl SlotPool {
 }
 
 impl Segment {
-    fn new(id: SegmentId, slots: u32) -> Self {
+    fn new(id: SegmentId, slots: u32, node: usize) -> Self {
         let slots = slots as usize;
         let mut segment = Self {
             id,
+            node,
             free: Bits::default(),
             quarantined: Bits::default(),
             generations: vec![0; slots],
@@ -312,7 +342,7 @@ mod tests {
     fn pool(segments: &[(SegmentId, u32)]) -> SlotPool {
         let mut pool = SlotPool::new(4096);
         for &(id, slots) in segments {
-            pool.add_segment(id, slots);
+            pool.add_segment(id, slots, 0);
         }
         pool
     }
@@ -322,35 +352,52 @@ mod tests {
     }
 
     #[test]
+    fn a_slot_comes_from_the_near_node_and_from_the_other_only_when_that_is_full() {
+        let mut pool = SlotPool::new(4096);
+        pool.add_segment(1, 2, 0);
+        pool.add_segment(2, 3, 1);
+        let got: Vec<_> = (0..4).map(|owner| pool.allocate(owner, 1).unwrap()).collect();
+        assert_eq!(got, [at(2, 0), at(2, 1), at(2, 2), at(1, 0)]);
+        pool.free(at(2, 1));
+        assert_eq!((pool.free_slots_in(0), pool.free_slots_in(1), pool.free_slots_in(7)), (1, 1, 0));
+        assert_eq!(pool.allocate(9, 0), Some(at(1, 1)));
+        assert_eq!(pool.allocate(9, 0), Some(at(2, 1)), "far, but there is no other");
+        assert_eq!(pool.allocate(9, 0), None);
+        pool.quarantine(at(2, 0));
+        pool.release_quarantine(at(2, 0));
+        assert_eq!(pool.allocate(9, 0), Some(at(2, 0)));
+    }
+
+    #[test]
     fn allocations_are_runs() {
         let mut pool = pool(&[(7, 100), (9, 3)]);
-        let got: Vec<_> = (0..103).map(|owner| pool.allocate(owner).unwrap()).collect();
+        let got: Vec<_> = (0..103).map(|owner| pool.allocate(owner, 0).unwrap()).collect();
         let expected = (0..100).map(|slot| at(7, slot)).chain((0..3).map(|slot| at(9, slot)));
         assert_eq!(got, expected.collect::<Vec<_>>());
-        assert_eq!(pool.allocate(1), None);
+        assert_eq!(pool.allocate(1, 0), None);
         assert_eq!((pool.free_slots(), pool.live_slots()), (0, 103));
         // freed slots are found again, ascending from the cursor, which wraps
         for slot in [70, 5, 6] {
             pool.free(at(7, slot));
         }
-        let again: Vec<_> = std::iter::from_fn(|| pool.allocate(1)).collect();
+        let again: Vec<_> = std::iter::from_fn(|| pool.allocate(1, 0)).collect();
         assert_eq!(again, [at(7, 5), at(7, 6), at(7, 70)]);
     }
 
     #[test]
     fn a_hole_behind_the_cursor_does_not_break_a_run() {
         let mut pool = pool(&[(7, 10), (9, 10)]);
-        let first: Vec<_> = (0..5).map(|owner| pool.allocate(owner).unwrap()).collect();
+        let first: Vec<_> = (0..5).map(|owner| pool.allocate(owner, 0).unwrap()).collect();
         pool.free(first[1]);
-        let run: Vec<_> = (0..5).map(|owner| pool.allocate(owner).unwrap()).collect();
+        let run: Vec<_> = (0..5).map(|owner| pool.allocate(owner, 0).unwrap()).collect();
         assert_eq!(run, (5..10).map(|slot| at(7, slot)).collect::<Vec<_>>());
-        assert_eq!(pool.allocate(1), Some(at(9, 0)), "the sweep goes on before it comes back to the hole");
+        assert_eq!(pool.allocate(1, 0), Some(at(9, 0)), "the sweep goes on before it comes back to the hole");
     }
 
     #[test]
     fn generation_rises_when_a_slot_becomes_free() {
         let mut pool = pool(&[(1, 2)]);
-        let slot = pool.allocate(5).unwrap();
+        let slot = pool.allocate(5, 0).unwrap();
         assert_eq!((pool.generation(slot), pool.owner(slot)), (0, Some(5)));
         pool.quarantine(slot);
         assert_eq!((pool.generation(slot), pool.owner(slot), pool.quarantined_slots()), (0, None, 1));
@@ -373,13 +420,13 @@ mod tests {
     #[test]
     fn segments_come_and_go() {
         let mut pool = pool(&[(1, 2), (2, 2)]);
-        let slots: Vec<_> = (0..3).map(|owner| pool.allocate(owner).unwrap()).collect();
+        let slots: Vec<_> = (0..3).map(|owner| pool.allocate(owner, 0).unwrap()).collect();
         assert_eq!(pool.emptiest_segment(), Some(2));
         pool.free(slots[2]);
         pool.remove_segment(2);
-        assert_eq!(pool.allocate(1), None);
-        pool.add_segment(3, 1);
-        assert_eq!(pool.allocate(1), Some(at(3, 0)));
+        assert_eq!(pool.allocate(1, 0), None);
+        pool.add_segment(3, 1, 0);
+        assert_eq!(pool.allocate(1, 0), Some(at(3, 0)));
         assert_eq!(pool.segments().collect::<Vec<_>>(), [(1, 2, 0), (3, 1, 0)]);
     }
 
@@ -395,7 +442,7 @@ mod tests {
         ];
         for change in wrong {
             let mut pool = pool(&[(1, 2)]);
-            pool.allocate(0).unwrap();
+            pool.allocate(0, 0).unwrap();
             let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| change(&mut pool)));
             assert!(result.is_err());
         }

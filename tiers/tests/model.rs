@@ -106,8 +106,8 @@ impl Node {
     fn new(policy: &str) -> Self {
         let pool = |tier: usize| {
             let mut pool = SlotPool::new(4096);
-            pool.add_segment(1, SLOTS[tier] / 2);
-            pool.add_segment(2, SLOTS[tier] / 2);
+            pool.add_segment(1, SLOTS[tier] / 2, 0);
+            pool.add_segment(2, SLOTS[tier] / 2, 1);
             pool
         };
         Self {
@@ -140,7 +140,7 @@ impl Node {
         if self.pools[tier].free_slots() == 0 && !self.evict(tier, SCAN) {
             return;
         }
-        let slot = self.pools[tier].allocate(0).expect("there is a free slot");
+        let slot = self.pools[tier].allocate(0, 1).expect("there is a free slot");
         let handle = self.insert(new, tier, slot);
         self.pools[tier].set_owner(slot, handle);
         self.policies[tier].insert(handle, new.key.id.to_u64());
@@ -415,8 +415,8 @@ fn measure_policies() -> (Vec<Box<dyn Eviction>>, f64) {
 fn measure_slots() -> SlotPool {
     let before = rss_bytes();
     let mut pool = SlotPool::new(65_536);
-    (0..62).for_each(|segment| pool.add_segment(segment, 16_384));
-    let allocate = nanos(|_| _ = pool.allocate(1));
+    (0..62).for_each(|segment| pool.add_segment(segment, 16_384, 0));
+    let allocate = nanos(|_| _ = pool.allocate(1, 0));
     let bytes = (rss_bytes() - before) as f64 / pool.total_slots() as f64;
     println!("slots: {bytes:.1} B a slot, allocate {allocate:.0} ns");
     pool

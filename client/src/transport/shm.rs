@@ -250,7 +250,7 @@ mod tests {
     }
 
     fn announced() -> wire::Segment {
-        wire::Segment { segment: 0, slot_bytes: 8192, slots: 4, header_bytes: 512 }
+        wire::Segment { segment: 0, slot_bytes: 8192, slots: 4, header_bytes: 512, numa_node: None }
     }
 
     #[test]

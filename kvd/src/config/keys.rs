@@ -123,6 +123,12 @@ pub(super) static KEYS: &[Key] = &[
         default: |_, _| fixed("auto", "a swapped block is slower than a recomputed one"),
     },
     Key {
+        name: "dram.numa",
+        kind: WISHES,
+        help: "auto: on a machine with several memory nodes, each has its share of segments, and an engine's blocks lie near it; off: the kernel places them.",
+        default: |_, _| fixed("auto", "far memory has about half the bandwidth"),
+    },
+    Key {
         name: "dram.eviction",
         kind: EVICTIONS,
         help: "Which copy goes first. lru: least recently used; s3fifo: blocks used once leave early.",

@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 /// Where a number cannot be found: small enough to run anywhere.
 const MEMORY_BYTES_UNKNOWN: u64 = 1 << 30;
 
+/// No machine has more; what a kernel says beyond is not believed.
+const NUMA_NODE_MAX: u32 = 1023;
+
 /// What was found; tests fill it by hand.
 pub(super) struct Machine {
     /// Memory that can be had without swapping.
@@ -67,6 +70,27 @@ fn hostname() -> String {
     let fine = |c: &char| c.is_ascii_alphanumeric() || *c == '-' || *c == '_';
     let name: String = name.chars().take_while(fine).take(super::NODE_NAME_BYTES_MAX).collect();
     if name.is_empty() { "node".into() } else { name }
+}
+
+/// The memory (NUMA) nodes that have both memory and processors, by number; empty where the kernel does not say. A node without
+/// processors is a GPU's own memory or slower memory behind a link: not what the DRAM tier is.
+pub(super) fn numa_nodes() -> Vec<u32> {
+    let nodes = |list| {
+        let list = std::fs::read_to_string(format!("/sys/devices/system/node/{list}"));
+        numbers_of(&list.unwrap_or_default()).unwrap_or_default()
+    };
+    let with_processors = nodes("has_cpu");
+    nodes("has_memory").into_iter().filter(|node| with_processors.contains(node)).collect()
+}
+
+/// A kernel's list of numbers: "0-1,4".
+fn numbers_of(list: &str) -> Option<Vec<u32>> {
+    let mut numbers = Vec::new();
+    for range in list.trim().split(',') {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        numbers.extend(first.parse().ok()?..=last.parse::<u32>().ok()?.min(NUMA_NODE_MAX));
+    }
+    Some(numbers)
 }
 
 fn memory_bytes() -> u64 {
@@ -139,6 +163,17 @@ mod tests {
         assert_eq!(available_of("MemTotal: 9 kB\nMemAvailable:    2048 kB\n"), Some(2 << 20));
         assert_eq!(available_of("MemAvailable: many"), None);
         assert_eq!(available_of(""), None);
+    }
+
+    #[test]
+    fn reads_a_list_of_numbers_and_survives_a_strange_one() {
+        assert_eq!(numbers_of("0-1,4\n"), Some(vec![0, 1, 4]));
+        assert_eq!(numbers_of("0\n"), Some(vec![0]));
+        assert_eq!(numbers_of("1022-4294967295"), Some(vec![1022, NUMA_NODE_MAX]));
+        assert_eq!(numbers_of("3-1"), Some(vec![]));
+        for strange in ["", "\n", "0-", "-1", "0,,1", "all"] {
+            assert_eq!(numbers_of(strange), None, "{strange:?}");
+        }
     }
 
     #[test]

@@ -84,8 +84,17 @@ pub struct Dram {
     pub huge_pages: Wish,
     /// Whether to ask for locked memory.
     pub lock: Wish,
+    /// Whether segments are bound to memory nodes.
+    pub numa: Wish,
     /// Which copy goes first.
     pub eviction: Eviction,
+}
+
+impl Dram {
+    /// The machine's memory nodes, by number, if segments are to be bound to them.
+    pub fn numa_nodes(&self) -> Vec<u32> {
+        if self.numa == Wish::Auto { machine::numa_nodes() } else { Vec::new() }
+    }
 }
 
 /// The NVMe tier.

@@ -148,6 +148,8 @@ pub enum Effect {
         geometry: Geometry,
         /// Whose.
         tenant: String,
+        /// DRAM only: the memory node its pages should lie in.
+        numa_node: Option<u32>,
     },
     /// A DRAM slot holds a committed block from now on: clients may find its header. Its part checksums are computed and
     /// shown as soon as may be; answered by `Checksummed`.

@@ -247,8 +247,9 @@ impl Node {
             }
         }
         let mut enough = true;
+        let near = self.sessions.memory_node(wanted.member);
         for (pool, slots) in needs.iter().enumerate().filter(|(_, slots)| **slots > 0) {
-            enough &= self.free_slots(pool, *slots, drop);
+            enough &= self.free_slots(pool, *slots, near, drop);
         }
         (!enough).then(|| needs.iter().sum())
     }
@@ -259,12 +260,18 @@ impl Node {
         let mut states = Vec::with_capacity(wanted.chain.len());
         let (mut items, mut bytes, mut full) = (Vec::new(), 0, false);
         let mut parent = wanted.parent;
+        let near = self.sessions.memory_node(wanted.member);
         for (at, id) in wanted.chain.iter().enumerate() {
             let before = std::mem::replace(&mut parent, *id);
             let mut state = self.reserve_state(wanted.space, groups, *id);
             if state == ReserveState::Granted && !full {
-                let place =
-                    Place { block: at as u32, id: *id, parent: before, depth: wanted.depth + at as u32 };
+                let place = Place {
+                    block: at as u32,
+                    id: *id,
+                    parent: before,
+                    depth: wanted.depth + at as u32,
+                    near,
+                };
                 let from = items.len();
                 match self.take_block(wanted.space, groups, &place, drop, budget - bytes, &mut items) {
                     Some(taken) => bytes += taken,
@@ -352,7 +359,7 @@ impl Node {
             if taken + bytes > budget {
                 return None;
             }
-            let slot = self.take_slot(pool, 0, true, drop)?;
+            let slot = self.take_slot(pool, 0, place.near, true, drop)?;
             let new = NewEntry { key, parent: place.parent, depth: place.depth, tokens };
             let handle = self.catalog.insert(&new, Tier::Dram, slot);
             self.catalog.get_mut(handle).mark(Tier::Dram, Mark::Filling);
@@ -419,4 +426,6 @@ struct Place {
     id: BlockId,
     parent: BlockId,
     depth: u32,
+    /// Memory node of whoever fills it.
+    near: usize,
 }

@@ -12,6 +12,7 @@ use kvd_proto::wire::{self, Tier};
 use kvd_proto::{Chain, Error};
 use kvd_tiers::catalog::{Handle, Mark};
 use kvd_tiers::segment::SlotRef;
+use std::ops::Range;
 
 /// Pins that run out in one call; the others do in the next.
 const UNPINNED_PER_CALL_MAX: usize = 4096;
@@ -81,11 +82,12 @@ impl Node {
         let skip = deferred.request.skip_blocks as usize;
         let budget = self.lease_budget(self.sessions.of(deferred.member).ok()?).ok()?;
         let fits = usize::try_from(budget / self.block_bytes(space)).unwrap_or(usize::MAX);
+        let near = self.sessions.memory_node(deferred.member);
         let mut started = 0;
         for block in deferred.next.max(skip)..stored.min(skip.saturating_add(fits)) {
             for handles in &found {
                 if self.is_below(handles[block]) {
-                    self.promote(handles[block])?;
+                    self.promote(handles[block], near)?;
                     started += 1;
                 }
             }
@@ -122,7 +124,8 @@ impl Node {
         self.counters.match_requests += 1;
         self.counters.match_blocks += chain.ids().len() as u64;
         let stored = found.iter().map(Vec::len).min().unwrap_or(0);
-        let (items, bytes, predicted_us) = self.lease_items(space, &found, skip, stored, budget);
+        let (items, bytes, predicted_us) =
+            self.lease_items(space, &found, skip..stored, budget, self.sessions.memory_node(member));
         let leased = items.last().map_or(skip.min(stored), |item| item.block as usize + 1);
         self.touch(&found, leased);
         self.count_hits(&items, chain.ids().len() - leased, skip.min(stored));
@@ -164,24 +167,24 @@ impl Node {
         (0..groups).map(find).collect()
     }
 
-    /// Leases blocks `skip..stored`, starting loads for what is on NVMe; stops where memory or the budget ends.
+    /// Leases these blocks, starting loads for what is on NVMe; stops where memory or the budget ends.
     fn lease_items(
         &mut self,
         space: u16,
         found: &[Vec<Handle>],
-        skip: usize,
-        stored: usize,
+        blocks: Range<usize>,
         budget: u64,
+        near: usize,
     ) -> (Vec<Item>, u64, u64) {
         let block_bytes = self.block_bytes(space);
         let fits = usize::try_from(budget / block_bytes).unwrap_or(usize::MAX);
-        let end = stored.min(skip.saturating_add(fits));
-        let mut items = Vec::with_capacity(end.saturating_sub(skip) * found.len());
+        let end = blocks.end.min(blocks.start.saturating_add(fits));
+        let mut items = Vec::with_capacity(end.saturating_sub(blocks.start) * found.len());
         let (mut leased, mut loading_bytes) = (0u64, 0u64);
-        for block in skip..end {
+        for block in blocks.start..end {
             let from = items.len();
             let whole = found.iter().enumerate().all(|(group, handles)| {
-                let item = self.lease_item(handles[block], block as u32, group as u8);
+                let item = self.lease_item(handles[block], block as u32, group as u8, near);
                 items.extend(item);
                 items.len() == from + group + 1
             });
@@ -200,11 +203,11 @@ impl Node {
         (items, leased, predicted_us)
     }
 
-    fn lease_item(&mut self, handle: Handle, block: u32, group: u8) -> Option<Item> {
+    fn lease_item(&mut self, handle: Handle, block: u32, group: u8, near: usize) -> Option<Item> {
         let entry = self.catalog.get(handle);
         let (source, state, slot) = match entry.readable(Tier::Dram) {
             Some(slot) => (Tier::Dram, ItemState::Ready, slot),
-            None => (Tier::Nvme, ItemState::Loading, self.promote(handle)?),
+            None => (Tier::Nvme, ItemState::Loading, self.promote(handle, near)?),
         };
         self.catalog.get_mut(handle).lease();
         Some(Item { block, group, source, state, handle, slot })
@@ -288,6 +291,7 @@ impl Node {
         let chain = Chain::from_packed("chain", &request.chain)?;
         let found = self.find(space, &chain);
         let stored = found.iter().map(Vec::len).min().unwrap_or(0);
+        let near = self.sessions.memory_node(member);
         let mut started = 0;
         'blocks: for block in 0..stored {
             for handles in &found {
@@ -295,7 +299,7 @@ impl Node {
                 if entry.copy(Tier::Dram).is_some() {
                     continue; // there, or on its way
                 }
-                if self.promote(handles[block]).is_none() {
+                if self.promote(handles[block], near).is_none() {
                     break 'blocks;
                 }
                 started += 1;
@@ -372,12 +376,12 @@ impl Node {
     }
 
     /// The block whose bytes come, or the slot they come to if they are on their way already; `None`: no room now.
-    pub(super) fn promote(&mut self, handle: Handle) -> Option<SlotRef> {
+    pub(super) fn promote(&mut self, handle: Handle, near: usize) -> Option<SlotRef> {
         let entry = self.catalog.get(handle);
         if entry.is(Tier::Nvme, Mark::Moving) {
             return entry.copy(Tier::Dram).filter(|_| self.movement.comes(handle));
         }
-        self.start_promotion(handle)
+        self.start_promotion(handle, near)
     }
 }
 

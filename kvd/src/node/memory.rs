@@ -1,5 +1,8 @@
 //! Pools of slots: which segments a (tier, tenant, size class) has, when it gets another, and which copy goes for room.
 //!
+//! A DRAM segment lies in one memory (NUMA) node, and each node has an equal share of the tier. A slot comes from the node of
+//! whoever asks while there is one, or room for a segment; then from another, because far memory beats an evicted block.
+//!
 //! Invariants: bytes of all segments of a tier stay within its capacity; a copy under a lease, pinned, being filled or
 //! moved is never evicted; a leaf goes before its parent. A pool keeps some slots free ahead of demand, so that a put
 //! meets neither a device nor a scan.
@@ -41,6 +44,8 @@ pub(super) struct Pool {
 
 struct Open {
     pool: usize,
+    /// Place among `TierSpace::nodes`.
+    node: usize,
     populated_bytes: u64,
 }
 
@@ -56,9 +61,17 @@ struct TierSpace {
     capacity_bytes: u64,
     segment_bytes: u64,
     taken_bytes: u64,
+    /// DRAM only: the machine's memory nodes; one without a number where segments are not bound.
+    nodes: Vec<MemoryNode>,
     next_segment: SegmentId,
     eviction: String,
     refused_until_us: u64,
+}
+
+#[derive(Debug)]
+struct MemoryNode {
+    number: Option<u32>,
+    taken_bytes: u64,
 }
 
 /// After a segment could not be opened, how long not to try again.
@@ -78,16 +91,35 @@ impl Memory {
             capacity_bytes,
             segment_bytes,
             taken_bytes: 0,
+            nodes: vec![MemoryNode { number: None, taken_bytes: 0 }],
             next_segment: 0,
             eviction: eviction.to_owned(),
             refused_until_us: 0,
         };
-        let dram = tier(config.dram_bytes, config.dram_segment_bytes, &config.dram_eviction);
+        let mut dram = tier(config.dram_bytes, config.dram_segment_bytes, &config.dram_eviction);
+        if config.numa_nodes.len() > 1 {
+            let node = |number: &u32| MemoryNode { number: Some(*number), taken_bytes: 0 };
+            dram.nodes = config.numa_nodes.iter().map(node).collect();
+        }
         let nvme = match &config.nvme {
             Some(nvme) => tier(nvme.bytes, nvme.segment_bytes, &nvme.eviction),
             None => tier(0, 0, &config.dram_eviction),
         };
         Self { pools: Vec::new(), by_class: HashMap::new(), segments: HashMap::new(), tiers: [dram, nvme] }
+    }
+
+    /// A memory node's place by its number; whoever prefers none gets one by `turn`.
+    pub(super) fn place_of(&self, number: Option<u32>, turn: u64) -> Result<usize, Error> {
+        let nodes = &self.tiers[at(Tier::Dram)].nodes;
+        let Some(number) = number.filter(|_| nodes.len() > 1) else {
+            return Ok((turn % nodes.len() as u64) as usize);
+        };
+        nodes.iter().position(|node| node.number == Some(number)).ok_or_else(|| {
+            let known: Vec<_> =
+                nodes.iter().filter_map(|node| node.number).map(|number| number.to_string()).collect();
+            let fix = format!("use one of {}, or leave it out", known.join(", "));
+            Error::invalid("numa_node", format!("{number} is no memory node of this machine"), fix)
+        })
     }
 
     /// Whether slots of this size fit the tiers' segments at all.
@@ -133,7 +165,7 @@ impl Memory {
     /// The tenant's DRAM segments, as they are announced.
     pub(super) fn announced(&self, tenant: usize) -> Vec<wire::Segment> {
         let pools = self.pools.iter().filter(|pool| pool.tier == Tier::Dram && pool.tenant == tenant);
-        pools.flat_map(|pool| pool.slots.segments().map(|(id, ..)| announce(pool, id))).collect()
+        pools.flat_map(|pool| pool.slots.segments().map(|(id, ..)| self.announce(pool, id))).collect()
     }
 
     pub(super) fn pool_of_segment(&self, tier: Tier, segment: SegmentId) -> Option<usize> {
@@ -149,9 +181,20 @@ impl Memory {
             return false;
         }
         space.taken_bytes += space.segment_bytes;
-        self.segments.insert(key, Open { pool, populated_bytes: 0 });
-        state.slots.add_segment(segment, geometry.slots);
+        self.segments.insert(key, Open { pool, node: 0, populated_bytes: 0 });
+        state.slots.add_segment(segment, geometry.slots, 0);
         true
+    }
+
+    fn announce(&self, pool: &Pool, segment: SegmentId) -> wire::Segment {
+        let node = self.segments[&(at(Tier::Dram), segment)].node;
+        wire::Segment {
+            segment,
+            slot_bytes: pool.geometry.slot_bytes,
+            slots: pool.geometry.slots,
+            header_bytes: pool.geometry.header_bytes,
+            numa_node: self.tiers[at(Tier::Dram)].nodes[node].number,
+        }
     }
 
     pub(super) fn populated(&mut self, segment: SegmentId, bytes: u64) {
@@ -186,12 +229,22 @@ fn lowest_free(segments: &HashMap<(usize, SegmentId), Open>) -> SegmentId {
     (0..=SegmentId::MAX).find(free).expect("there are fewer segments than ids")
 }
 
-fn announce(pool: &Pool, segment: SegmentId) -> wire::Segment {
-    wire::Segment {
-        segment,
-        slot_bytes: pool.geometry.slot_bytes,
-        slots: pool.geometry.slots,
-        header_bytes: pool.geometry.header_bytes,
+impl TierSpace {
+    /// The memory node of the next segment: the near one while it has its share's room, else the emptiest. `None`: the tier
+    /// is full.
+    fn node_with_room(&self, near: usize) -> Option<usize> {
+        if self.taken_bytes + self.segment_bytes > self.capacity_bytes {
+            return None;
+        }
+        let emptiest = (0..self.nodes.len()).min_by_key(|&node| self.nodes[node].taken_bytes);
+        if self.has_room(near) { Some(near) } else { emptiest }
+    }
+
+    /// Shares are rounded up to whole segments; the tier's capacity holds all the same.
+    fn has_room(&self, node: usize) -> bool {
+        let share =
+            self.capacity_bytes.div_ceil(self.nodes.len() as u64).next_multiple_of(self.segment_bytes.max(1));
+        self.nodes[node].taken_bytes + self.segment_bytes <= share
     }
 }
 
@@ -203,26 +256,26 @@ impl Pool {
 }
 
 impl Node {
-    pub(super) fn grow_if_empty(&mut self, pool: usize) {
+    pub(super) fn grow_if_empty(&mut self, pool: usize, near: usize) {
         if self.memory.pools[pool].slots.total_slots() == 0 {
-            self.grow(pool);
+            self.grow(pool, near);
         }
     }
 
-    /// Orders another segment, if the tier has room and none is on its way; `true`: one is.
-    pub(super) fn grow(&mut self, pool: usize) -> bool {
+    /// Orders another segment, in memory node `near` if that has room, if the tier has room and none is on its way; `true`:
+    /// one is.
+    pub(super) fn grow(&mut self, pool: usize, near: usize) -> bool {
         let state = &mut self.memory.pools[pool];
         if state.opening {
             return true;
         }
         let space = &mut self.memory.tiers[at(state.tier)];
-        if space.taken_bytes + space.segment_bytes > space.capacity_bytes
-            || self.now_us < space.refused_until_us
-        {
-            return false;
-        }
+        let near = if state.tier == Tier::Dram { near } else { 0 };
+        let room = space.node_with_room(near).filter(|_| self.now_us >= space.refused_until_us);
+        let Some(node) = room else { return false };
         state.opening = true;
         space.taken_bytes += space.segment_bytes;
+        space.nodes[node].taken_bytes += space.segment_bytes;
         let segment = match state.tier {
             // extents are places in a file, and recovery may have found only some of them
             Tier::Nvme => lowest_free(&self.memory.segments),
@@ -230,8 +283,9 @@ impl Node {
         };
         space.next_segment = segment + 1;
         let (tier, geometry, tenant) = (state.tier, state.geometry, self.tenants[state.tenant].clone());
-        self.memory.segments.insert((at(tier), segment), Open { pool, populated_bytes: 0 });
-        self.out.push(Effect::OpenSegment { tier, segment, geometry, tenant });
+        let numa_node = space.nodes[node].number;
+        self.memory.segments.insert((at(tier), segment), Open { pool, node, populated_bytes: 0 });
+        self.out.push(Effect::OpenSegment { tier, segment, geometry, tenant, numa_node });
         true
     }
 
@@ -240,14 +294,15 @@ impl Node {
     }
 
     pub(super) fn segment_opened(&mut self, tier: Tier, segment: SegmentId, result: Result<(), String>) {
-        let pool = self.memory.segments[&(at(tier), segment)].pool;
+        let Open { pool, node, .. } = self.memory.segments[&(at(tier), segment)];
         let state = &mut self.memory.pools[pool];
         assert!(std::mem::replace(&mut state.opening, false), "segment {segment} was not ordered");
         match result {
             Ok(()) => {
-                state.slots.add_segment(segment, state.geometry.slots);
+                state.slots.add_segment(segment, state.geometry.slots, node);
                 if tier == Tier::Dram {
-                    let (tenant, announced) = (state.tenant, announce(state, segment));
+                    let state = &self.memory.pools[pool];
+                    let (tenant, announced) = (state.tenant, self.memory.announce(state, segment));
                     self.announce_segment(tenant, announced);
                 }
             }
@@ -255,6 +310,7 @@ impl Node {
                 self.memory.segments.remove(&(at(tier), segment));
                 let space = &mut self.memory.tiers[at(tier)];
                 space.taken_bytes -= space.segment_bytes;
+                space.nodes[node].taken_bytes -= space.segment_bytes;
                 space.refused_until_us = self.now_us + REFUSED_US;
                 if tier == Tier::Nvme {
                     self.counters.nvme_errors += 1;
@@ -264,26 +320,30 @@ impl Node {
         }
     }
 
-    /// A slot, now `owner`'s: a free one, or (`evict`) that of the first copy that may go. A copy that exists nowhere else
-    /// goes only with `drop`.
+    /// A slot, now `owner`'s: a free one, in memory node `near` if it has any, or (`evict`) that of the first copy that may go. A
+    /// copy that exists nowhere else goes only with `drop`.
     pub(super) fn take_slot(
         &mut self,
         pool: usize,
         owner: Handle,
+        near: usize,
         evict: bool,
         drop: bool,
     ) -> Option<SlotRef> {
         let slots = &mut self.memory.pools[pool].slots;
-        if let Some(slot) = slots.allocate(owner) {
+        if let Some(slot) = slots.allocate(owner, near) {
+            let Pool { slots, geometry, tier, .. } = &self.memory.pools[pool];
+            let low = u64::from(geometry.slots / 4).max(1);
+            let near_low = *tier == Tier::Dram
+                && slots.free_slots_in(near) < low
+                && self.memory.tiers[at(Tier::Dram)].has_room(near);
             // the next segment is opened, and populated, before it is needed
-            let slots = &self.memory.pools[pool].slots;
-            let geometry = &self.memory.pools[pool].geometry;
-            if slots.free_slots() < u64::from(geometry.slots / 4).max(1) {
-                self.grow(pool);
+            if near_low || slots.free_slots() < low {
+                self.grow(pool, near);
             }
             return Some(slot);
         }
-        if self.grow(pool) || !evict {
+        if self.grow(pool, near) || !evict {
             return None;
         }
         let victim = (0..SEARCHES_MAX).find_map(|_| self.victim(pool, false))?;
@@ -292,14 +352,14 @@ impl Node {
             return None;
         }
         self.evict(victim, pool);
-        self.memory.pools[pool].slots.allocate(owner)
+        self.memory.pools[pool].slots.allocate(owner, near)
     }
 
     /// Makes so many slots free, dropping copies that exist nowhere else only with `drop`; `false`: there are fewer, for
     /// now.
-    pub(super) fn free_slots(&mut self, pool: usize, slots: u64, drop: bool) -> bool {
+    pub(super) fn free_slots(&mut self, pool: usize, slots: u64, near: usize, drop: bool) -> bool {
         while self.memory.pools[pool].slots.free_slots() < slots {
-            if self.grow(pool) {
+            if self.grow(pool, near) {
                 return false;
             }
             let tier = self.memory.pools[pool].tier;

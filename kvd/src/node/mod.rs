@@ -50,6 +50,8 @@ pub struct NodeConfig {
     pub dram_segment_bytes: u64,
     /// Policy's name.
     pub dram_eviction: String,
+    /// The machine's memory nodes, by number; fewer than two: segments are not bound to any.
+    pub numa_nodes: Vec<u32>,
     /// The NVMe tier, where there is one.
     pub nvme: Option<NvmeConfig>,
     /// How long a lease lasts.

@@ -125,8 +125,8 @@ impl Movement {
 }
 
 impl Node {
-    /// Orders the block's bytes from NVMe into a DRAM slot; `None`: no slot, or too much is under way.
-    pub(super) fn start_promotion(&mut self, handle: Handle) -> Option<SlotRef> {
+    /// Orders the block's bytes from NVMe into a DRAM slot, in memory node `near` if it can be; `None`: no slot, or too much is under way.
+    pub(super) fn start_promotion(&mut self, handle: Handle, near: usize) -> Option<SlotRef> {
         if self.movement.promotions >= PROMOTIONS_MAX || self.now_us < self.movement.stalled_until_us {
             return None;
         }
@@ -134,7 +134,7 @@ impl Node {
         let pool = self.pool_of(handle, Tier::Dram);
         // marked first: making room must not take the very copy that is to be read
         self.catalog.get_mut(handle).mark(Tier::Nvme, Mark::Moving);
-        let Some(to) = self.take_slot(pool, handle, true, false) else {
+        let Some(to) = self.take_slot(pool, handle, near, true, false) else {
             self.catalog.get_mut(handle).unmark(Tier::Nvme, Mark::Moving);
             return None;
         };
@@ -164,7 +164,7 @@ impl Node {
         if self.movement.demotions >= DEMOTIONS_PER_DEPTH * nvme.queue_depth || !self.can_demote() {
             return false;
         }
-        let Some(to) = self.take_slot(pool, handle, true, true) else { return false };
+        let Some(to) = self.take_slot(pool, handle, 0, true, true) else { return false };
         self.catalog.set_copy(handle, Tier::Nvme, to);
         let entry = self.catalog.get_mut(handle);
         entry.mark(Tier::Nvme, Mark::Filling);

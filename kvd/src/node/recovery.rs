@@ -106,6 +106,7 @@ mod tests {
             dram_bytes: 16 << 20,
             dram_segment_bytes: SEGMENT_BYTES,
             dram_eviction: "lru".into(),
+            numa_nodes: Vec::new(),
             nvme: Some(NvmeConfig {
                 bytes: 4 * SEGMENT_BYTES,
                 segment_bytes: SEGMENT_BYTES,
@@ -214,12 +215,12 @@ mod tests {
         assert_eq!((node.recovered().segments, node.recovered().refused_segments), (2, 3));
         let pool = node.memory.pool_of_segment(Tier::Nvme, 1).unwrap();
         for expected in [0, 2] {
-            assert!(node.grow(pool));
+            assert!(node.grow(pool, 0));
             let opened = node.out.pop();
             assert!(matches!(opened, Some(Effect::OpenSegment { segment, .. }) if segment == expected));
             node.segment_opened(Tier::Nvme, expected, Ok(()));
         }
-        assert!(!node.grow(pool), "the tier is full");
+        assert!(!node.grow(pool, 0), "the tier is full");
     }
 
     #[test]

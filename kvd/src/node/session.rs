@@ -43,6 +43,8 @@ struct Member {
     name: String,
     pid: u32,
     maps: bool,
+    /// Place of the memory node it is near to.
+    memory_node: usize,
     connected: bool,
     seen_us: u64,
 }
@@ -64,6 +66,10 @@ impl Sessions {
 
     pub(super) fn get_mut(&mut self, session: SessionId) -> &mut Session {
         self.sessions.get_mut(&session).expect("a session that a member or lease names")
+    }
+
+    pub(super) fn memory_node(&self, member: MemberId) -> usize {
+        self.members.get(&member).map_or(0, |member| member.memory_node)
     }
 
     pub(super) fn maps(&self, session: SessionId) -> bool {
@@ -104,6 +110,7 @@ impl Node {
         request: wire::OpenSessionRequest,
     ) -> Result<(), Error> {
         check_open(&request)?;
+        let memory_node = self.memory.place_of(request.numa_node, member)?;
         if self.sessions.members.contains_key(&member) {
             let fix = "open another connection for another session";
             return Err(Error::invalid("open_session", "this connection has its session", fix));
@@ -124,7 +131,7 @@ impl Node {
         };
         let name = if request.member.is_empty() { "main".to_owned() } else { request.member };
         let seen_us = self.now_us;
-        let new = Member { session, name: name.clone(), pid, maps, connected: true, seen_us };
+        let new = Member { session, name: name.clone(), pid, maps, memory_node, connected: true, seen_us };
         self.sessions.members.insert(member, new);
         self.sessions.get_mut(session).members.insert(member);
         self.replace_member(member, &request.held);
@@ -252,7 +259,7 @@ impl Node {
         let wanted = request.space.as_ref();
         let wanted = wanted.ok_or_else(|| Error::invalid("space", "not given", "describe the space"))?;
         let space = Space::from_wire(&self.tenants[tenant], wanted)?;
-        let id = self.space(tenant, space)?;
+        let id = self.space(tenant, space, self.sessions.memory_node(member))?;
         let registered = &self.spaces[usize::from(id)];
         let layout = &registered.space.layout;
         Ok(wire::SpaceRegistered {
@@ -263,10 +270,10 @@ impl Node {
     }
 
     /// The space's number, new or known; opens the first segment of each of its slot classes.
-    pub(super) fn space(&mut self, tenant: usize, space: Space) -> Result<u16, Error> {
+    pub(super) fn space(&mut self, tenant: usize, space: Space, near: usize) -> Result<u16, Error> {
         let id = self.add_space(tenant, space)?;
         for (dram, _) in self.spaces[usize::from(id)].pools.clone() {
-            self.grow_if_empty(dram);
+            self.grow_if_empty(dram, near);
         }
         Ok(id)
     }

@@ -68,7 +68,12 @@ impl DramSegments {
     }
 
     /// Makes memory and table; touches neither.
-    pub(crate) fn open(&self, segment: SegmentId, geometry: Geometry) -> Result<Arc<DramSegment>, String> {
+    pub(crate) fn open(
+        &self,
+        segment: SegmentId,
+        geometry: Geometry,
+        numa_node: Option<u32>,
+    ) -> Result<Arc<DramSegment>, String> {
         let mut medium = self.medium.lock().unwrap_or_else(PoisonError::into_inner);
         medium.open_segment(segment, geometry.end()).map_err(|error| error.to_string())?;
         let table = match LiveTable::create(&format!("kvd-table-{segment}"), &geometry) {
@@ -79,6 +84,10 @@ impl DramSegments {
             }
         };
         let payload = medium.mapping(segment).expect("it was just opened");
+        if let Some(Err(error)) = numa_node.map(|node| payload.prefer_numa_node(node)) {
+            // it lies wherever it is touched from: slower from elsewhere, not wrong
+            tracing::warn!(segment, numa_node, %error, "a segment is not bound to its memory node");
+        }
         let opened = Arc::new(DramSegment { geometry, payload, table: Mutex::new(table) });
         self.segments.write().unwrap_or_else(PoisonError::into_inner).insert(segment, opened.clone());
         Ok(opened)

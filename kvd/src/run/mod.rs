@@ -297,6 +297,7 @@ fn node_config(config: &Config) -> NodeConfig {
         dram_bytes: config.dram.capacity_bytes,
         dram_segment_bytes: config.dram.segment_bytes,
         dram_eviction: config.dram.eviction.name().to_owned(),
+        numa_nodes: config.dram.numa_nodes(),
         nvme: config.nvme.path.is_some().then(|| NvmeConfig {
             bytes: config.nvme.capacity_bytes,
             segment_bytes: config.nvme.segment_bytes,

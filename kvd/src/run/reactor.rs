@@ -438,8 +438,8 @@ impl Reactor {
         match effect {
             Effect::Send { member, frame } => self.send(member, frame),
             Effect::Close { member } => self.close(member),
-            Effect::OpenSegment { tier, segment, geometry, tenant } => {
-                self.open_segment(tier, segment, geometry, tenant);
+            Effect::OpenSegment { tier, segment, geometry, tenant, numa_node } => {
+                self.open_segment(tier, segment, geometry, tenant, numa_node);
             }
             Effect::Publish { slot, generation, header } => {
                 let segment = self.dram.get(slot.segment);
@@ -474,12 +474,19 @@ impl Reactor {
         }
     }
 
-    fn open_segment(&mut self, tier: Tier, segment: SegmentId, geometry: Geometry, tenant: String) {
+    fn open_segment(
+        &mut self,
+        tier: Tier,
+        segment: SegmentId,
+        geometry: Geometry,
+        tenant: String,
+        numa_node: Option<u32>,
+    ) {
         if tier == Tier::Nvme {
             self.orders.push(Order::Open { segment, geometry, tenant });
             return;
         }
-        let result = self.dram.open(segment, geometry).map(|opened| {
+        let result = self.dram.open(segment, geometry, numa_node).map(|opened| {
             let _ = self.populate.send((segment, opened));
         });
         self.events.push(Event::SegmentOpened { tier, segment, result });

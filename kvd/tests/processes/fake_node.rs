@@ -91,8 +91,13 @@ fn segment(number: u32) -> (wire::Segment, [OwnedFd; 2]) {
         fd
     };
     let slots = 4;
-    let announced =
-        wire::Segment { segment: number, slot_bytes: BLOCK_BYTES as u32, slots, header_bytes: HEADER_BYTES };
+    let announced = wire::Segment {
+        segment: number,
+        slot_bytes: BLOCK_BYTES as u32,
+        slots,
+        header_bytes: HEADER_BYTES,
+        numa_node: None,
+    };
     (announced, [memfd(u64::from(slots * HEADER_BYTES)), memfd(u64::from(slots) * BLOCK_BYTES as u64)])
 }
 

@@ -74,6 +74,8 @@ pub(super) struct World {
     pub(super) checksums: VecDeque<(SlotRef, u32)>,
     pub(super) openings: VecDeque<(Tier, SegmentId)>,
     pub(super) segments: BTreeMap<(bool, SegmentId), (Geometry, String)>,
+    /// Where each segment was ordered to lie.
+    pub(super) numa_nodes: BTreeMap<(bool, SegmentId), Option<u32>>,
     pub(super) clients: BTreeMap<MemberId, Client>,
     pub(super) promises: BTreeMap<u64, Promise>,
     pub(super) closed: BTreeSet<MemberId>,
@@ -96,6 +98,7 @@ pub(super) fn config() -> NodeConfig {
         dram_bytes: 2 * SEGMENT_SLOTS * BLOCK_BYTES,
         dram_segment_bytes: SEGMENT_SLOTS * BLOCK_BYTES,
         dram_eviction: "lru".to_owned(),
+        numa_nodes: Vec::new(),
         nvme: None,
         lease_ttl_ms: LEASE_TTL_MS as u32,
         lease_bytes_max: 64 * BLOCK_BYTES,
@@ -202,6 +205,7 @@ impl World {
             checksums: VecDeque::new(),
             openings: VecDeque::new(),
             segments: BTreeMap::new(),
+            numa_nodes: BTreeMap::new(),
             clients: BTreeMap::new(),
             promises: BTreeMap::new(),
             closed: BTreeSet::new(),
@@ -248,7 +252,8 @@ impl World {
                 self.closed.insert(member);
                 self.clients.remove(&member);
             }
-            Effect::OpenSegment { tier, segment, geometry, tenant } => {
+            Effect::OpenSegment { tier, segment, geometry, tenant, numa_node } => {
+                self.numa_nodes.insert((tier == Tier::Nvme, segment), numa_node);
                 let before = self.segments.insert((tier == Tier::Nvme, segment), (geometry, tenant));
                 assert!(before.is_none(), "{tier:?} segment {segment} is ordered while it is open");
                 self.openings.push_back((tier, segment));

@@ -10,6 +10,7 @@ mod harness;
 mod leases;
 mod matching;
 mod movement;
+mod numa;
 mod purge;
 mod sessions;
 mod simulation;

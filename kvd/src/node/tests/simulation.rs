@@ -258,6 +258,7 @@ impl Storm {
 
 fn run(seed: u64, steps: u64) -> (u64, wire::Counters) {
     let mut config = with_nvme(9);
+    config.numa_nodes = (0..seed as u32 % 3).collect();
     config.lease_bytes_max = 60 * super::harness::BLOCK_BYTES;
     config.lease_ttl_ms = 2000;
     config.dram_bytes *= 3;
