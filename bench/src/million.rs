@@ -3,7 +3,8 @@
 //! Owns the command. The daemon holds `--blocks` blocks of 4 KiB in chains of 256; a quarter more is then stored, so that
 //! the oldest chains go down to NVMe. In the storm, clients in a thread of their own match at a steady pace, and stormers
 //! match chains that are only on NVMe, one after the other, which brings each back up and pushes another down. The
-//! prober's chain is pinned, and asked for alone, before and during.
+//! prober's chain is pinned, and asked for alone, before and during; between two matches the prober asks an echo, which
+//! decides nothing: what waking another thread costs at that moment.
 
 use crate::daemon::Daemon;
 use crate::failure::Failure;
@@ -12,11 +13,13 @@ use crate::report::{Case, Output, Reporter, median, parse_bytes, percentile};
 use crate::roofline::us_since;
 use kvd_client::{ConnectOptions, Match, Session, SpaceHandle, Tier};
 use kvd_proto::{BlockId, Chain, IdScheme, Layout, Space, block_id};
+use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::task::JoinSet;
 
 /// Bytes of one block.
@@ -39,6 +42,8 @@ const PROBE_PAUSE: Duration = Duration::from_millis(2);
 const CLIENT_PAUSE: Duration = Duration::from_millis(100);
 /// Stormers, each with one chain at a time on its way up.
 const STORMERS: u64 = 4;
+/// An echo carries what a chain's ids take.
+const ECHO_BYTES: usize = CHAIN_BLOCKS as usize * 16;
 /// How long an insert waits for slots.
 const RESERVE_WAIT: Duration = Duration::from_secs(5);
 /// How long the prober's chain stays pinned.
@@ -51,7 +56,8 @@ const PIN_TIME: Duration = Duration::from_mins(10);
 /// pages meanwhile; per s counts blocks), `insert` (as many again into the full store of another daemon without NVMe, each
 /// displacing an old one: what a store does all day), `match` (chains of 256 blocks, four
 /// under way; per s counts chains), `match_quiet` and `match_storm` (one prober; `ratio` of the latter is quiet p99 to
-/// its p99). `rss_bytes_per_block` is the growth of the daemon's RssAnon: its metadata, as payload is shared memory.
+/// its p99), `echo_quiet` and `echo_storm` (a thread that sends the same number of bytes back, asked in between: the
+/// machine's own share of those latencies). `rss_bytes_per_block` is the growth of the daemon's RssAnon: its metadata, as payload is shared memory.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Args {
     /// Blocks held in DRAM.
@@ -90,15 +96,13 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     // fills what DRAM has left, then pushes a quarter of the chains down
     let all = dram_bytes / (CHAIN_BLOCKS * BLOCK_BYTES) + chains / 4;
     let refused = (all - chains) * CHAIN_BLOCKS - user.insert_all(chains..all).await?;
-    let quiet = probe(&user, pinned, "match_quiet").await?;
+    let mut echo = Echo::start()?;
+    let (quiet, quiet_echo) = probe(&user, pinned, &mut echo).await?;
     let storm = Storm::start(daemon.socket().to_owned(), args.clients, chains)?;
-    let stormy = probe(&user, pinned, "match_storm").await?;
+    let (stormy, stormy_echo) = probe(&user, pinned, &mut echo).await?;
     let promoted = storm.stop()?;
-    reporter.case(&quiet)?;
-    reporter.case(&Case {
-        ratio: quiet.p99_us.zip(stormy.p99_us).map(|(quiet, storm)| quiet / storm),
-        ..stormy
-    })?;
+    before_and_during(&mut reporter, ["match_quiet", "match_storm"], quiet, stormy)?;
+    before_and_during(&mut reporter, ["echo_quiet", "echo_storm"], quiet_echo, stormy_echo)?;
     reporter.note(&format!(
         "{rss} of RSS a block; {promoted} blocks came up from NVMe during the storm; \
          {refused} blocks found no slot while the store was over-filled"
@@ -169,20 +173,61 @@ async fn match_at_full_speed(user: &User, chains: u64) -> Result<Case, Failure> 
     Ok(Case { per_s, ..latencies("match", each_us) })
 }
 
-async fn probe(user: &User, chain: u64, name: &'static str) -> Result<Case, Failure> {
+/// Latencies of matches and of echoes, taken in turn.
+async fn probe(user: &User, chain: u64, echo: &mut Echo) -> Result<(Vec<f64>, Vec<f64>), Failure> {
     let chain = user.chain(chain)?;
-    let mut each_us = Vec::with_capacity(PROBES);
+    let (mut matches_us, mut echoes_us) = (Vec::with_capacity(PROBES), Vec::with_capacity(PROBES));
     for _ in 0..PROBES {
         let asked = Instant::now();
         let matched = user.matched(&chain).await?;
-        each_us.push(us_since(asked));
+        matches_us.push(us_since(asked));
         if u64::from(matched.blocks()) != CHAIN_BLOCKS || matched.source(0) != Tier::Dram {
             return Err("the pinned chain did not stay in DRAM".into());
         }
         drop(matched);
         tokio::time::sleep(PROBE_PAUSE).await;
+        let asked = Instant::now();
+        echo.ask().await?;
+        echoes_us.push(us_since(asked));
+        tokio::time::sleep(PROBE_PAUSE).await;
     }
-    Ok(latencies(name, each_us))
+    Ok((matches_us, echoes_us))
+}
+
+fn before_and_during(
+    reporter: &mut Reporter,
+    [quiet, storm]: [&'static str; 2],
+    quiet_us: Vec<f64>,
+    storm_us: Vec<f64>,
+) -> Result<(), Failure> {
+    let (quiet, storm) = (latencies(quiet, quiet_us), latencies(storm, storm_us));
+    let ratio = quiet.p99_us.zip(storm.p99_us).map(|(quiet, storm)| quiet / storm);
+    reporter.case(&quiet)?;
+    Ok(reporter.case(&Case { ratio, ..storm })?)
+}
+
+/// A thread that sends back what it gets; it ends with the socket.
+struct Echo {
+    socket: tokio::net::UnixStream,
+    bytes: Vec<u8>,
+}
+
+impl Echo {
+    fn start() -> Result<Self, Failure> {
+        let (socket, mut other) = std::os::unix::net::UnixStream::pair()?;
+        socket.set_nonblocking(true)?;
+        std::thread::Builder::new().name("echo".to_owned()).spawn(move || {
+            let mut bytes = vec![0; ECHO_BYTES];
+            while other.read_exact(&mut bytes).and_then(|()| other.write_all(&bytes)).is_ok() {}
+        })?;
+        Ok(Self { socket: tokio::net::UnixStream::from_std(socket)?, bytes: vec![0; ECHO_BYTES] })
+    }
+
+    async fn ask(&mut self) -> Result<(), Failure> {
+        self.socket.write_all(&self.bytes).await?;
+        self.socket.read_exact(&mut self.bytes).await?;
+        Ok(())
+    }
 }
 
 fn case(what: &'static str) -> Case {
