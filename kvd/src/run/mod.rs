@@ -63,11 +63,11 @@ pub fn serve(config: &Config) -> Result<(), Error> {
         Mover::start(Box::new(medium), config.nvme.segment_bytes, left, dram.clone(), inbox.clone())
     };
     let (mover, moving) = nvme.map(start).unzip();
+    let listeners = Listeners::bind(config)?;
     let listener =
         mio::net::UnixListener::from_std(bind(&config.listen.session_socket, "listen.session_socket")?);
-    let grpc = bind(&config.listen.grpc_socket, "listen.grpc_socket")?;
     let timings = Arc::new(metrics::Timings::new());
-    let servers = Servers::start(config, inbox.clone(), dram.clone(), timings.clone(), grpc)?;
+    let servers = Servers::start(listeners, inbox.clone(), dram.clone(), timings.clone())?;
     tracing::info!(
         dram_bytes = config.dram.capacity_bytes,
         nvme = mover.as_ref().map_or("none", |mover: &Mover| mover.info.description.as_str()),
@@ -110,6 +110,24 @@ fn end_with_any_thread() {
     }));
 }
 
+/// Where gRPC and HTTP are served.
+struct Listeners {
+    unix: std::os::unix::net::UnixListener,
+    tcp: Option<std::net::TcpListener>,
+    http: Option<std::net::TcpListener>,
+}
+
+impl Listeners {
+    /// TCP first: whoever can dial a socket in the file system finds the rest listening too.
+    fn bind(config: &Config) -> Result<Self, Error> {
+        let listen = &config.listen;
+        let tcp = listen.grpc_address.map(|address| bind_tcp(address, "listen.grpc_address")).transpose()?;
+        let http =
+            listen.metrics_address.map(|address| bind_tcp(address, "listen.metrics_address")).transpose()?;
+        Ok(Self { unix: bind(&listen.grpc_socket, "listen.grpc_socket")?, tcp, http })
+    }
+}
+
 /// The thread of gRPC, HTTP and signals.
 struct Servers {
     stop: tokio::sync::watch::Sender<bool>,
@@ -118,29 +136,27 @@ struct Servers {
 
 impl Servers {
     fn start(
-        config: &Config,
+        listeners: Listeners,
         inbox: Inbox,
         dram: Arc<DramSegments>,
         timings: Arc<metrics::Timings>,
-        unix: std::os::unix::net::UnixListener,
     ) -> Result<Self, Error> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| {
             Error::new(Code::Unavailable, "", format!("runtime: {e}"), "see the system's limits")
         })?;
-        let (tcp, http) = (config.listen.grpc_address, config.listen.metrics_address);
-        let http = http.map(|address| bind_tcp(address, "listen.metrics_address")).transpose()?;
-        if let Some(address) = tcp {
-            drop(bind_tcp(address, "listen.grpc_address")?); // in use: said now, with the field's name
-        }
+        let Listeners { unix, tcp, http } = listeners;
         let (stop, stopped) = tokio::sync::watch::channel(false);
         let thread = workers::spawn("kvd-servers", move || {
             runtime.block_on(async move {
                 let unix = tokio::net::UnixListener::from_std(unix).expect("a listener in a runtime");
+                let [tcp, http] = [tcp, http].map(|listener| {
+                    let listener = listener.map(tokio::net::TcpListener::from_std).transpose();
+                    listener.expect("a listener in a runtime")
+                });
                 let app = metrics::router(inbox.clone(), timings);
                 let mut http_stopped = stopped.clone();
                 let served_http = async {
                     let Some(http) = http else { return };
-                    let http = tokio::net::TcpListener::from_std(http).expect("a listener in a runtime");
                     let stop = async move {
                         let _ = http_stopped.wait_for(|stopped| *stopped).await;
                     };

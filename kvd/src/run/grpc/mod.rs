@@ -14,7 +14,6 @@ use super::inbox::{Inbox, Input};
 use crate::node::event::{Answer, Question};
 use kvd_proto::wire::{admin_server::AdminServer, cache_server::CacheServer};
 use kvd_proto::{Code, Error, wire};
-use std::net::SocketAddr;
 use std::sync::Arc;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::oneshot;
@@ -26,7 +25,7 @@ pub(super) async fn serve(
     inbox: Inbox,
     dram: Arc<DramSegments>,
     unix: UnixListener,
-    tcp: Option<SocketAddr>,
+    tcp: Option<TcpListener>,
     stopped: tokio::sync::watch::Receiver<bool>,
 ) -> Result<(), String> {
     let stop = |mut stopped: tokio::sync::watch::Receiver<bool>| async move {
@@ -35,8 +34,7 @@ pub(super) async fn serve(
     let on_unix = router(&inbox, &dram)?
         .serve_with_incoming_shutdown(UnixListenerStream::new(unix), stop(stopped.clone()));
     let on_tcp = async {
-        let Some(address) = tcp else { return Ok(()) };
-        let listener = TcpListener::bind(address).await.map_err(|e| format!("{address}: {e}"))?;
+        let Some(listener) = tcp else { return Ok(()) };
         let incoming = TcpListenerStream::new(listener);
         let served = router(&inbox, &dram)?.serve_with_incoming_shutdown(incoming, stop(stopped.clone()));
         served.await.map_err(|e| e.to_string())
