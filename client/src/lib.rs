@@ -48,8 +48,10 @@ pub mod grpc;
 mod lease;
 mod session;
 mod transport;
+mod worker;
 
 pub use fill::Fill;
 pub use kvd_proto::wire::{ReserveState, Tier};
 pub use lease::{Match, MissReason, Read, View};
 pub use session::{ConnectOptions, Session, SpaceHandle};
+pub use worker::Worker;

@@ -1,7 +1,7 @@
 //! The kvd daemon: the node's state machine and the shells around it.
 //!
-//! Owns: `node` (decides, synchronously), `run` (sockets, devices, threads, time), `config`, `check`.
-//! Invariants: nothing in `node` waits or looks at the outside; nothing in `run` decides; only `config` reads the
+//! Owns: `node` and `workers` (decide, synchronously), `run` (sockets, devices, threads, time), `config`, `check`.
+//! Invariants: nothing in `node` or `workers` waits or looks at the outside; nothing in `run` decides; only `config` reads the
 //! environment.
 //! Leaves to others: media and policies (tiers), words and bytes (proto).
 
@@ -9,3 +9,4 @@ pub mod check;
 pub mod config;
 pub mod node;
 pub mod run;
+pub mod workers;

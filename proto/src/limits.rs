@@ -40,6 +40,16 @@ pub const CHUNK_BYTES_MAX: usize = 1 << 20;
 pub const RESERVE_WAIT_MS_MAX: u32 = 10_000;
 /// Registered spaces of one node. At the limit: the space is refused.
 pub const SPACES_MAX: usize = 4096;
+/// Workers of one node. At the limit: the worker is refused.
+pub const WORKERS_MAX: usize = 256;
+/// Requests that one worker says it can take. At the limit: the worker is refused.
+pub const WORKER_REQUESTS_MAX: u32 = 16_384;
+/// Names and addresses of workers. At the limit: the worker is refused.
+pub const WORKER_NAME_BYTES_MAX: usize = 256;
+/// Reservations claimed by one report. At the limit: the report is refused; claim the rest with the next.
+pub const CLAIMED_MAX: usize = 1024;
+/// How long a reservation may last unclaimed. Longer wishes are cut to this.
+pub const RESERVATION_TTL_MS_MAX: u32 = 60_000;
 
 const _: () = {
     assert!(CHAIN_BLOCKS_MAX * 16 + 1024 <= FRAME_BYTES_MAX, "a full chain fits a frame");

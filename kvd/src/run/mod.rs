@@ -67,7 +67,7 @@ pub fn serve(config: &Config) -> Result<(), Error> {
     let listener =
         mio::net::UnixListener::from_std(bind(&config.listen.session_socket, "listen.session_socket")?);
     let timings = Arc::new(metrics::Timings::new());
-    let servers = Servers::start(listeners, inbox.clone(), dram.clone(), timings.clone())?;
+    let servers = Servers::start(listeners, epoch, inbox.clone(), dram.clone(), timings.clone())?;
     tracing::info!(
         dram_bytes = config.dram.capacity_bytes,
         nvme = mover.as_ref().map_or("none", |mover: &Mover| mover.info.description.as_str()),
@@ -137,6 +137,7 @@ struct Servers {
 impl Servers {
     fn start(
         listeners: Listeners,
+        node_epoch: u64,
         inbox: Inbox,
         dram: Arc<DramSegments>,
         timings: Arc<metrics::Timings>,
@@ -164,7 +165,7 @@ impl Servers {
                         tracing::error!(%error, "metrics are not served");
                     }
                 };
-                let served = grpc::serve(inbox.clone(), dram, unix, tcp, stopped.clone());
+                let served = grpc::serve(inbox.clone(), dram, unix, tcp, node_epoch, stopped.clone());
                 let mut all_stopped = stopped;
                 tokio::select! {
                     (served, ()) = async { tokio::join!(served, served_http) } => {

@@ -22,3 +22,4 @@ mod stopped;
 mod victim;
 mod wait;
 mod wire_abuse;
+mod workers;

@@ -47,6 +47,8 @@ enum Command {
     Spaces,
     /// DRAM and NVMe: used, quarantined, speed now
     Tiers,
+    /// Engines of this node: role, load, what of their capacity is promised
+    Workers,
     /// Where blocks are and what fetching them costs
     Block {
         /// The beginning of the block's id, in hex
@@ -151,6 +153,7 @@ async fn run(cli: &Cli) -> Result<(), Error> {
         Command::Status => Box::new(node.status().await?),
         Command::Spaces => Box::new(node.spaces().await?),
         Command::Tiers => Box::new(node.tiers().await?),
+        Command::Workers => Box::new(node.workers().await?),
         Command::Block { prefix } => Box::new(node.block(prefix).await?),
         Command::Pin { prefix, ttl } => Box::new(node.pin(prefix, ttl.0).await?),
         Command::Unpin { prefix } => Box::new(node.pin(prefix, 0).await?),

@@ -3,6 +3,7 @@
 use crate::text::Prefix;
 use hyper_util::rt::TokioIo;
 use kvd_proto::wire::admin_client::AdminClient;
+use kvd_proto::wire::workers_client::WorkersClient;
 use kvd_proto::wire::{self, purge_request::What};
 use kvd_proto::{Code, Error};
 use std::path::{Path, PathBuf};
@@ -18,6 +19,7 @@ const USER_SOCKET: &str = ".local/share/kvd/grpc.sock";
 /// A node that answered the dial.
 pub(crate) struct Node {
     client: AdminClient<Channel>,
+    workers: WorkersClient<Channel>,
     socket: PathBuf,
 }
 
@@ -37,7 +39,10 @@ impl Node {
         });
         let dialled = tokio::time::timeout(ANSWER_WAIT, endpoint.connect_with_connector(connector)).await;
         match dialled {
-            Ok(Ok(channel)) => Ok(Self { client: AdminClient::new(channel), socket }),
+            Ok(Ok(channel)) => {
+                let workers = WorkersClient::new(channel.clone());
+                Ok(Self { client: AdminClient::new(channel), workers, socket })
+            }
             Ok(Err(error)) => Err(away(&socket, &deepest(&error))),
             Err(_) => Err(away(&socket, "it takes no connection")),
         }
@@ -55,6 +60,11 @@ impl Node {
 
     pub(crate) async fn tiers(&mut self) -> Result<wire::ListTiersReply, Error> {
         let answer = self.client.list_tiers(wire::ListTiersRequest {});
+        within(&self.socket, answer).await
+    }
+
+    pub(crate) async fn workers(&mut self) -> Result<wire::ListWorkersReply, Error> {
+        let answer = self.workers.list_workers(wire::ListWorkersRequest {});
         within(&self.socket, answer).await
     }
 

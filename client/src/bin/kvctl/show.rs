@@ -1,6 +1,6 @@
 //! Every reply as a table for people and as JSON for programs.
 //!
-//! Invariant: JSON has every field of the reply under its name in `admin.proto`, numbers as numbers, ids in hex, enums by
+//! Invariant: JSON has every field of the reply under its name in the `.proto` files, numbers as numbers, ids in hex, enums by
 //! name in lower case; tables show what a person asks for, with units.
 
 use crate::table::{columns, pairs};
@@ -86,6 +86,75 @@ fn counters_object(counters: &wire::Counters) -> Value {
         "nvme_read_bytes": counters.nvme_read_bytes, "nvme_write_bytes": counters.nvme_write_bytes,
         "nvme_errors": counters.nvme_errors, "checksum_errors": counters.checksum_errors,
         "leases_expired": counters.leases_expired, "refused_requests": counters.refused_requests,
+    })
+}
+
+/// "both" of WORKER_ROLE_BOTH.
+fn role(registration: &wire::WorkerRegistration) -> String {
+    registration.role().as_str_name().trim_start_matches("WORKER_ROLE_").to_lowercase()
+}
+
+impl Show for wire::ListWorkersReply {
+    fn table(&self) -> String {
+        let row = |worker: &wire::WorkerStatus| {
+            let registration = worker.registration.clone().unwrap_or_default();
+            let load = worker.load.clone().unwrap_or_default();
+            vec![
+                worker.worker.to_string(),
+                registration.name.clone(),
+                registration.model.clone(),
+                role(&registration),
+                registration.address.clone(),
+                format!("{} of {}", load.running_requests, registration.requests_max),
+                load.waiting_requests.to_string(),
+                worker.reserved_requests.to_string(),
+                percent(load.kv_tokens, registration.kv_tokens_max),
+                if load.draining { "draining".into() } else { duration_ms(worker.silent_ms.into()) + " ago" },
+            ]
+        };
+        columns(
+            &[
+                "WORKER", "NAME", "MODEL", "ROLE", "ADDRESS", "RUNNING", "WAITING", "PROMISED", "KV",
+                "REPORTED",
+            ],
+            &["WORKER", "RUNNING", "WAITING", "PROMISED", "KV"],
+            self.workers.iter().map(row).collect(),
+        )
+    }
+
+    fn objects(&self) -> Vec<Value> {
+        let object = |worker: &wire::WorkerStatus| {
+            json!({
+                "worker": worker.worker, "node_epoch": self.node_epoch, "silent_ms": worker.silent_ms,
+                "reserved_requests": worker.reserved_requests, "reserved_tokens": worker.reserved_tokens,
+                "reserved_kv_tokens": worker.reserved_kv_tokens,
+                "registration": worker.registration.as_ref().map(registration_object),
+                "load": worker.load.as_ref().map(load_object),
+            })
+        };
+        self.workers.iter().map(object).collect()
+    }
+}
+
+fn registration_object(registration: &wire::WorkerRegistration) -> Value {
+    let profile = registration.profile.unwrap_or_default();
+    json!({
+        "name": registration.name, "model": registration.model, "address": registration.address,
+        "role": role(registration), "requests_max": registration.requests_max,
+        "kv_tokens_max": registration.kv_tokens_max, "fingerprint": hex(&registration.fingerprint),
+        "block_tokens": registration.block_tokens,
+        "profile": {
+            "prefill_base_us": profile.prefill_base_us, "prefill_token_us": profile.prefill_token_us,
+            "prefill_pair_us": profile.prefill_pair_us, "decode_a_us": profile.decode_a_us,
+            "decode_b_us": profile.decode_b_us, "decode_c_us": profile.decode_c_us,
+        },
+    })
+}
+
+fn load_object(load: &wire::WorkerLoad) -> Value {
+    json!({
+        "running_requests": load.running_requests, "waiting_requests": load.waiting_requests,
+        "waiting_tokens": load.waiting_tokens, "kv_tokens": load.kv_tokens, "draining": load.draining,
     })
 }
 

@@ -6,13 +6,14 @@
 mod admin;
 mod cache;
 mod callers;
+mod workers;
 
 pub(super) use callers::{Callers, Grant};
 
 use super::dram::DramSegments;
 use super::inbox::{Inbox, Input};
 use crate::node::event::{Answer, Question};
-use kvd_proto::wire::{admin_server::AdminServer, cache_server::CacheServer};
+use kvd_proto::wire::{admin_server::AdminServer, cache_server::CacheServer, workers_server::WorkersServer};
 use kvd_proto::{Code, Error, wire};
 use std::sync::Arc;
 use tokio::net::{TcpListener, UnixListener};
@@ -26,24 +27,27 @@ pub(super) async fn serve(
     dram: Arc<DramSegments>,
     unix: UnixListener,
     tcp: Option<TcpListener>,
+    node_epoch: u64,
     stopped: tokio::sync::watch::Receiver<bool>,
 ) -> Result<(), String> {
+    let workers = workers::Service::start(node_epoch);
     let stop = |mut stopped: tokio::sync::watch::Receiver<bool>| async move {
         let _ = stopped.wait_for(|stopped| *stopped).await; // the sender gone is a stop too
     };
-    let on_unix = router(&inbox, &dram)?
+    let on_unix = router(&inbox, &dram, &workers)?
         .serve_with_incoming_shutdown(UnixListenerStream::new(unix), stop(stopped.clone()));
     let on_tcp = async {
         let Some(listener) = tcp else { return Ok(()) };
         let incoming = TcpListenerStream::new(listener);
-        let served = router(&inbox, &dram)?.serve_with_incoming_shutdown(incoming, stop(stopped.clone()));
+        let served =
+            router(&inbox, &dram, &workers)?.serve_with_incoming_shutdown(incoming, stop(stopped.clone()));
         served.await.map_err(|e| e.to_string())
     };
     let (unix, tcp) = tokio::join!(on_unix, on_tcp);
     unix.map_err(|e| e.to_string()).and(tcp)
 }
 
-fn router(inbox: &Inbox, dram: &Arc<DramSegments>) -> Result<Router, String> {
+fn router(inbox: &Inbox, dram: &Arc<DramSegments>, workers: &workers::Service) -> Result<Router, String> {
     let (reporter, health) = tonic_health::server::health_reporter();
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(wire::FILE_DESCRIPTOR_SET)
@@ -55,12 +59,14 @@ fn router(inbox: &Inbox, dram: &Arc<DramSegments>) -> Result<Router, String> {
     tokio::spawn(async move {
         reporter.set_serving::<CacheServer<cache::Cache>>().await;
         reporter.set_serving::<AdminServer<admin::Admin>>().await;
+        reporter.set_serving::<WorkersServer<workers::Service>>().await;
     });
     Ok(tonic::transport::Server::builder()
         .add_service(health)
         .add_service(reflection)
         .add_service(cache)
-        .add_service(admin))
+        .add_service(admin)
+        .add_service(WorkersServer::new(workers.clone())))
 }
 
 /// Asks the node's thread as a person.
