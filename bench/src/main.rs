@@ -16,6 +16,7 @@ mod nvme;
 mod replay;
 mod report;
 mod roofline;
+mod sim;
 mod trace;
 mod usage;
 mod workload;
@@ -33,6 +34,7 @@ enum Command {
     Local(local::Args),
     Nvme(nvme::Args),
     Million(million::Args),
+    Sim(sim::Args),
     /// The daemon that a benchmark starts for itself.
     #[command(hide = true)]
     Daemon(daemon::Args),
@@ -54,6 +56,7 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Nvme(args) => nvme::run(&args),
+        Command::Sim(args) => sim::run(&args),
         Command::Daemon(args) => daemon::serve(&args),
         Command::Demo(args) => block_on(demo::run(args)),
         Command::Replay(args) => block_on(replay::run(args)),

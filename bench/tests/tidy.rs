@@ -83,7 +83,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("kvd", &["kvd-proto", "kvd-tiers", "kvd-client"]),
     ("router", &["kvd-proto", "kvd-client"]),
     ("planner", &["kvd-proto", "kvd-client"]),
-    ("bench", &["kvd-proto", "kvd-tiers", "kvd-client", "kvd"]),
+    ("bench", &["kvd-proto", "kvd-tiers", "kvd-client", "kvd", "kvd-router"]),
 ];
 
 /// Dependencies that no source names, and why they are there.

@@ -295,7 +295,8 @@ fn speeds(profile: &WorkerProfile) -> Result<(), Error> {
     for (field, value, least) in [
         ("profile.prefill_base_us", profile.prefill_base_us, 0.0),
         ("profile.prefill_token_us", profile.prefill_token_us, 0.0),
-        ("profile.prefill_pair_us", profile.prefill_pair_us, 0.0),
+        ("profile.prefill_square_us", profile.prefill_square_us, 0.0),
+        ("profile.prefill_context_us", profile.prefill_context_us, 0.0),
         ("profile.decode_a_us", profile.decode_a_us, f64::MIN),
         ("profile.decode_b_us", profile.decode_b_us, f64::MIN),
         ("profile.decode_c_us", profile.decode_c_us, 0.0),
@@ -323,6 +324,7 @@ mod tests {
             kv_tokens_max: 1000,
             fingerprint: vec![7; 32].into(),
             block_tokens: 16,
+            batched_tokens_max: 8192,
         }
     }
 

@@ -3,33 +3,77 @@
 //! Owns the formulas of the design's section 5. Invariant: pure arithmetic on measured or configured numbers with units;
 //! results are finite and never negative. Estimates themselves are made where things are measured (`tiers::measure`).
 
+use crate::wire;
+
 /// How fast a worker prefills: microseconds for `n` new tokens after a context of `c` tokens are
-/// `base_us + token_us * n + pair_us * (n * c + n * n / 2)`.
+/// `base_us + token_us * n + square_us * n^2 + context_us * n * c`.
 ///
-/// `pair_us` is the attention term (query-key pairs under a causal mask), `token_us` everything linear in tokens.
+/// `token_us` is everything linear in tokens, the last two terms are attention. An engine that prefills in chunks pays this a chunk.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PrefillProfile {
     /// Launch and scheduling, once a prefill, in microseconds.
     pub base_us: f64,
     /// Microseconds a token.
     pub token_us: f64,
-    /// Microseconds a query-key pair.
-    pub pair_us: f64,
+    /// Microseconds a pair of new tokens.
+    pub square_us: f64,
+    /// Microseconds a pair of a new token and one of its context.
+    pub context_us: f64,
 }
 
 impl PrefillProfile {
+    /// Of an engine whose attention takes `pair_us` a query-key pair under a causal mask.
+    pub fn causal(base_us: f64, token_us: f64, pair_us: f64) -> Self {
+        Self { base_us, token_us, square_us: pair_us / 2.0, context_us: pair_us }
+    }
+
     /// Microseconds to prefill `new_tokens` after `context_tokens`; 0 for nothing new.
     pub fn prefill_us(&self, new_tokens: u64, context_tokens: u64) -> f64 {
         if new_tokens == 0 {
             return 0.0;
         }
         let (new, context) = (new_tokens as f64, context_tokens as f64);
-        self.base_us + self.token_us * new + self.pair_us * (new * context + new * new / 2.0)
+        self.base_us + self.token_us * new + self.square_us * new * new + self.context_us * new * context
     }
 
     /// Microseconds that having the block `[context, context + tokens)` saves a prefill that runs anyway.
     pub fn recompute_us(&self, tokens: u64, context_tokens: u64) -> f64 {
         (self.prefill_us(tokens, context_tokens) - self.base_us).max(0.0)
+    }
+}
+
+/// How long one decode step of an engine's whole batch takes: `a p^2 + b p + c` microseconds while a share `p` of its KV memory is
+/// read.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct DecodeProfile {
+    /// Microseconds at a full memory, the square's.
+    pub a_us: f64,
+    /// Microseconds at a full memory.
+    pub b_us: f64,
+    /// Microseconds of a step at no load.
+    pub c_us: f64,
+}
+
+impl DecodeProfile {
+    /// Microseconds of one step while `tokens` of `tokens_max` are read.
+    pub fn step_us(&self, tokens: u64, tokens_max: u64) -> f64 {
+        assert!(tokens_max > 0, "an engine holds tokens");
+        let share = (tokens as f64 / tokens_max as f64).min(1.0);
+        (self.a_us * share * share + self.b_us * share + self.c_us).max(0.0)
+    }
+}
+
+impl From<&wire::WorkerProfile> for (PrefillProfile, DecodeProfile) {
+    fn from(profile: &wire::WorkerProfile) -> Self {
+        let prefill = PrefillProfile {
+            base_us: profile.prefill_base_us,
+            token_us: profile.prefill_token_us,
+            square_us: profile.prefill_square_us,
+            context_us: profile.prefill_context_us,
+        };
+        let decode =
+            DecodeProfile { a_us: profile.decode_a_us, b_us: profile.decode_b_us, c_us: profile.decode_c_us };
+        (prefill, decode)
     }
 }
 
@@ -55,7 +99,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const PROFILE: PrefillProfile = PrefillProfile { base_us: 1000.0, token_us: 30.0, pair_us: 0.001 };
+    const PROFILE: PrefillProfile =
+        PrefillProfile { base_us: 1000.0, token_us: 30.0, square_us: 0.0005, context_us: 0.001 };
 
     #[test]
     fn worked_example() {
@@ -64,6 +109,13 @@ mod tests {
         assert!((fetch_us(10.0, 90.0, 2 << 20, 2048.0) - 1124.0).abs() < 1e-9);
         assert!((stall_us(100.0, 8000.0) - 400.0).abs() < 1e-9);
         assert!(worth(1.0, 50.0, 80.0, 1).abs() < 1e-12, "a copy slower than the next best is worth nothing");
+    }
+
+    #[test]
+    fn decode_follows_its_curve_up_to_a_full_memory() {
+        let decode = DecodeProfile { a_us: -25_740.0, b_us: 54_010.0, c_us: 5740.0 };
+        assert!((decode.step_us(500, 1000) - (5740.0 + 27_005.0 - 6435.0)).abs() < 1e-9);
+        assert!((decode.step_us(9000, 1000) - decode.step_us(1000, 1000)).abs() < 1e-9);
     }
 
     proptest! {

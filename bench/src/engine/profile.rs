@@ -2,7 +2,7 @@
 //!
 //! Owns the named profiles with the numbers they come from. Invariant: a profile is constants; nothing is measured here.
 
-use kvd_proto::cost::PrefillProfile;
+use kvd_proto::cost::{DecodeProfile, PrefillProfile};
 
 /// H100 SXM, dense bf16, FLOP/s (NVIDIA H100 data sheet: 989.4 TFLOPS without sparsity).
 const H100_FLOPS: f64 = 989.4e12;
@@ -37,26 +37,15 @@ pub(crate) enum ProfileName {
     #[value(name = "llama-3-8b-h100")]
     Llama38bH100,
     /// The default polynomial of NVIDIA Dynamo's mocker.
-    #[value(name = "mocker")]
+    #[value(name = "mocker", alias = "polynomial")]
     Mocker,
-}
-
-/// Time of one decode step of the whole batch, by the share of KV memory in use.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Decode {
-    /// Weights are read once a step, and all active KV.
-    Memory { weights_us: f64, all_kv_us: f64 },
-    /// `max(1, a p^2 + b p + c)` milliseconds.
-    Polynomial { a: f64, b: f64, c: f64 },
 }
 
 /// The speed of one engine.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Profile {
-    prefill: PrefillProfile,
-    /// Whether new tokens also attend to the cached ones; the mocker's polynomial knows new tokens only.
-    attends_to_cached: bool,
-    decode: Decode,
+    pub(crate) prefill: PrefillProfile,
+    pub(crate) decode: DecodeProfile,
     /// KV tokens the engine holds at once.
     pub(crate) kv_tokens: u64,
 }
@@ -74,43 +63,44 @@ impl Profile {
         let us = |flops: f64, utilisation: f64| flops / (H100_FLOPS * utilisation) * 1e6;
         let read_us = |bytes: f64| bytes / (H100_BYTES_PER_S * MEMORY_UTILISATION) * 1e6;
         Self {
-            prefill: PrefillProfile {
-                base_us: STEP_US,
-                token_us: us(2.0 * LLAMA_LINEAR_PARAMETERS, LINEAR_UTILISATION),
-                pair_us: us(LLAMA_PAIR_FLOPS, ATTENTION_UTILISATION),
-            },
-            attends_to_cached: true,
-            decode: Decode::Memory {
-                weights_us: STEP_US + read_us(LLAMA_WEIGHT_BYTES),
-                all_kv_us: read_us(LLAMA_TOKEN_KV_BYTES * LLAMA_H100_KV_TOKENS as f64),
+            prefill: PrefillProfile::causal(
+                STEP_US,
+                us(2.0 * LLAMA_LINEAR_PARAMETERS, LINEAR_UTILISATION),
+                us(LLAMA_PAIR_FLOPS, ATTENTION_UTILISATION),
+            ),
+            // weights are read once a step, and all active KV
+            decode: DecodeProfile {
+                a_us: 0.0,
+                b_us: read_us(LLAMA_TOKEN_KV_BYTES * LLAMA_H100_KV_TOKENS as f64),
+                c_us: STEP_US + read_us(LLAMA_WEIGHT_BYTES),
             },
             kv_tokens: LLAMA_H100_KV_TOKENS,
         }
     }
 
     /// Dynamo 1.6.1's mocker defaults, in milliseconds: prefill `4.209989e-7 t^2 + 1.518344e-2 t + 16.50142` for `t`
-    /// new tokens, decode `max(1, -25.74 p^2 + 54.01 p + 5.74)`; 16,384 blocks of 64 tokens.
+    /// new tokens, whatever their context, decode `max(1, -25.74 p^2 + 54.01 p + 5.74)`; 16,384 blocks of 64 tokens.
     fn mocker() -> Self {
         Self {
-            prefill: PrefillProfile { base_us: 16_501.42, token_us: 15.183_44, pair_us: 2.0 * 4.209_989e-4 },
-            attends_to_cached: false,
-            decode: Decode::Polynomial { a: -25.74, b: 54.01, c: 5.74 },
+            prefill: PrefillProfile {
+                base_us: 16_501.42,
+                token_us: 15.183_44,
+                square_us: 4.209_989e-4,
+                context_us: 0.0,
+            },
+            decode: DecodeProfile { a_us: -25_740.0, b_us: 54_010.0, c_us: 5740.0 },
             kv_tokens: 16_384 * 64,
         }
     }
 
     /// Microseconds to prefill `new_tokens` after `cached_tokens`.
     pub(crate) fn prefill_us(&self, new_tokens: u64, cached_tokens: u64) -> f64 {
-        self.prefill.prefill_us(new_tokens, if self.attends_to_cached { cached_tokens } else { 0 })
+        self.prefill.prefill_us(new_tokens, cached_tokens)
     }
 
     /// Microseconds of one decode step while `active_tokens` are in KV memory.
     pub(crate) fn decode_us(&self, active_tokens: u64) -> f64 {
-        let load = (active_tokens as f64 / self.kv_tokens as f64).min(1.0);
-        match self.decode {
-            Decode::Memory { weights_us, all_kv_us } => weights_us + all_kv_us * load,
-            Decode::Polynomial { a, b, c } => (a * load * load + b * load + c).max(1.0) * 1000.0,
-        }
+        self.decode.step_us(active_tokens, self.kv_tokens)
     }
 }
 

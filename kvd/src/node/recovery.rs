@@ -117,7 +117,7 @@ mod tests {
             lease_bytes_max: 1 << 20,
             sessions_max: 4,
             members_max: 4,
-            profile: kvd_proto::cost::PrefillProfile { base_us: 0.0, token_us: 25.0, pair_us: 0.001 },
+            profile: kvd_proto::cost::PrefillProfile::causal(0.0, 25.0, 0.001),
         })
     }
 

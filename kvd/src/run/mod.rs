@@ -325,10 +325,11 @@ fn node_config(config: &Config) -> NodeConfig {
         lease_bytes_max: config.leases.bytes_max_per_session,
         sessions_max: config.limits.sessions_max as usize,
         members_max: config.limits.members_max as usize,
-        profile: PrefillProfile {
-            base_us: 0.0, // a block is never the only thing a prefill computes
-            token_us: config.recompute.token_ns as f64 / 1e3,
-            pair_us: config.recompute.pair_ps as f64 / 1e6,
-        },
+        // no base: a block is never the only thing a prefill computes
+        profile: PrefillProfile::causal(
+            0.0,
+            config.recompute.token_ns as f64 / 1e3,
+            config.recompute.pair_ps as f64 / 1e6,
+        ),
     }
 }

@@ -24,6 +24,7 @@ fn registration(name: &str) -> WorkerRegistration {
         kv_tokens_max: 10_000,
         fingerprint: vec![3; 32].into(),
         block_tokens: 16,
+        batched_tokens_max: 8192,
     }
 }
 

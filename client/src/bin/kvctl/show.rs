@@ -142,11 +142,11 @@ fn registration_object(registration: &wire::WorkerRegistration) -> Value {
         "name": registration.name, "model": registration.model, "address": registration.address,
         "role": role(registration), "requests_max": registration.requests_max,
         "kv_tokens_max": registration.kv_tokens_max, "fingerprint": hex(&registration.fingerprint),
-        "block_tokens": registration.block_tokens,
+        "block_tokens": registration.block_tokens, "batched_tokens_max": registration.batched_tokens_max,
         "profile": {
             "prefill_base_us": profile.prefill_base_us, "prefill_token_us": profile.prefill_token_us,
-            "prefill_pair_us": profile.prefill_pair_us, "decode_a_us": profile.decode_a_us,
-            "decode_b_us": profile.decode_b_us, "decode_c_us": profile.decode_c_us,
+            "prefill_square_us": profile.prefill_square_us, "prefill_context_us": profile.prefill_context_us,
+            "decode_a_us": profile.decode_a_us, "decode_b_us": profile.decode_b_us, "decode_c_us": profile.decode_c_us,
         },
     })
 }

@@ -104,7 +104,7 @@ pub(super) fn config() -> NodeConfig {
         lease_bytes_max: 64 * BLOCK_BYTES,
         sessions_max: 8,
         members_max: 16,
-        profile: kvd_proto::cost::PrefillProfile { base_us: 0.0, token_us: 25.0, pair_us: 0.001 },
+        profile: kvd_proto::cost::PrefillProfile::causal(0.0, 25.0, 0.001),
     }
 }
 

@@ -1,0 +1,282 @@
+//! The cluster in virtual time: requests arrive, are placed, fetch, run.
+//!
+//! Owns the order of events and the router's part, with `kvd_router::place` itself. Invariants: events of one moment are all
+//! handled before a step begins; ties are handled in the order they were made; the same input gives the same run.
+//! Leaves to others: engines, kvd's nodes, the report.
+
+use super::engine::{Engine, Job};
+use super::hbm::BlockName;
+use super::store::Store;
+use crate::engine::profile::Profile;
+use kvd_router::place::{self, Candidate, Demand, Prediction, Prefix};
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
+use std::rc::Rc;
+
+/// Ways to have a prefix that are compared for one worker.
+const OPTIONS: usize = 16;
+/// Layer ranges of a block: the design's example for Llama-3-8B.
+const LAYER_RANGES: u32 = 4;
+
+/// How requests are placed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Router {
+    /// One after the other.
+    RoundRobin,
+    /// Predicted microseconds, knowing what each engine's own memory holds; no store.
+    Kv,
+    /// Predicted microseconds over all tiers of kvd's nodes, and fetching from them.
+    Cost,
+}
+
+/// One request of the trace.
+#[derive(Debug, Clone)]
+pub(super) struct Request {
+    pub(super) arrival_us: u64,
+    pub(super) prompt_tokens: u64,
+    pub(super) output_tokens: u64,
+    pub(super) chain: Rc<[BlockName]>,
+}
+
+/// What became of one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Record {
+    pub(super) worker: usize,
+    pub(super) first_us: u64,
+    pub(super) end_us: u64,
+    pub(super) cached_tokens: u64,
+}
+
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Event {
+    Arrival { request: usize },
+    Fetched { request: usize },
+    StepEnd { worker: usize },
+}
+
+/// Everything.
+pub(super) struct World<'a> {
+    requests: &'a [Request],
+    router: Router,
+    profile: Profile,
+    batched_tokens_max: u64,
+    block_tokens: u64,
+    engines: Vec<Engine>,
+    store: Store,
+    /// Blocks of requests that wait at a worker or are on their way: they will be found there, with how many want them.
+    coming: Vec<HashMap<BlockName, u32>>,
+    /// Tokens of requests whose fetch is under way, which come to the queue after it.
+    fetching_tokens: Vec<u64>,
+    jobs: HashMap<usize, Job>,
+    events: BinaryHeap<Reverse<(u64, u64, Event)>>,
+    made: u64,
+    together: bool,
+    records: Vec<Record>,
+}
+
+/// What does not change.
+pub(super) struct Setup {
+    pub(super) router: Router,
+    /// Whether requests that arrive at one moment are placed largest first.
+    pub(super) together: bool,
+    pub(super) profile: Profile,
+    pub(super) workers: usize,
+    pub(super) block_tokens: u64,
+    pub(super) hbm_blocks: u32,
+    pub(super) batched_tokens_max: u64,
+}
+
+impl<'a> World<'a> {
+    pub(super) fn new(setup: &Setup, store: Store, requests: &'a [Request]) -> Self {
+        let engine =
+            |_| Engine::new(setup.profile, setup.block_tokens, setup.hbm_blocks, setup.batched_tokens_max);
+        let kv_tokens = setup.block_tokens * u64::from(setup.hbm_blocks);
+        let mut world = Self {
+            requests,
+            router: setup.router,
+            profile: Profile { kv_tokens, ..setup.profile },
+            batched_tokens_max: setup.batched_tokens_max,
+            block_tokens: setup.block_tokens,
+            engines: (0..setup.workers).map(engine).collect(),
+            store,
+            coming: vec![HashMap::new(); setup.workers],
+            fetching_tokens: vec![0; setup.workers],
+            jobs: HashMap::new(),
+            events: BinaryHeap::new(),
+            made: 0,
+            together: setup.together && setup.router != Router::RoundRobin,
+            records: vec![Record::default(); requests.len()],
+        };
+        for (request, asked) in requests.iter().enumerate() {
+            world.push(asked.arrival_us, Event::Arrival { request });
+        }
+        world
+    }
+
+    /// Runs to the end of all requests.
+    pub(super) fn run(mut self) -> Vec<Record> {
+        while let Some(&Reverse((now_us, ..))) = self.events.peek() {
+            let mut arrived = Vec::new();
+            while let Some(Reverse((_, _, event))) = self.next_at(now_us) {
+                match event {
+                    Event::Arrival { request } => arrived.push(request),
+                    event => self.handle(event, now_us),
+                }
+            }
+            if self.together {
+                arrived.sort_by_cached_key(|&request| Reverse(self.least_new_tokens(request)));
+            }
+            arrived.into_iter().for_each(|request| self.arrive(request, now_us));
+            for worker in 0..self.engines.len() {
+                if let Some(ends_us) = self.engines[worker].start(now_us) {
+                    self.push(ends_us, Event::StepEnd { worker });
+                }
+            }
+        }
+        assert!(self.records.iter().all(|record| record.end_us > 0), "every request ends");
+        self.records
+    }
+
+    fn next_at(&mut self, now_us: u64) -> Option<Reverse<(u64, u64, Event)>> {
+        self.events.peek().is_some_and(|Reverse((at_us, ..))| *at_us == now_us).then(|| self.events.pop())?
+    }
+
+    fn push(&mut self, at_us: u64, event: Event) {
+        self.made += 1;
+        self.events.push(Reverse((at_us, self.made, event)));
+    }
+
+    fn handle(&mut self, event: Event, now_us: u64) {
+        match event {
+            Event::Arrival { .. } => unreachable!("arrivals are placed together"),
+            Event::Fetched { request } => self.enqueue(request),
+            Event::StepEnd { worker } => {
+                let outcome = self.engines[worker].end_step(now_us);
+                for (request, cached_tokens) in outcome.first {
+                    self.first(worker, request, cached_tokens, now_us);
+                }
+                outcome.ended.into_iter().for_each(|request| self.records[request].end_us = now_us);
+            }
+        }
+    }
+
+    fn first(&mut self, worker: usize, request: usize, cached_tokens: u64, now_us: u64) {
+        let record = &mut self.records[request];
+        if record.first_us > 0 {
+            return; // sent back for want of memory; its first token was long ago
+        }
+        (record.first_us, record.cached_tokens) = (now_us, cached_tokens);
+        let chain = &self.requests[request].chain;
+        for name in chain.iter() {
+            let wanted = self.coming[worker].get_mut(name).expect("it was coming");
+            *wanted -= 1;
+            if *wanted == 0 {
+                self.coming[worker].remove(name);
+            }
+        }
+        if self.router == Router::Cost {
+            self.store.commit(worker, chain);
+        }
+    }
+
+    fn arrive(&mut self, request: usize, now_us: u64) {
+        let asked = &self.requests[request];
+        let (worker, blocks, have) = match self.router {
+            Router::RoundRobin => (request % self.engines.len(), 0, 0),
+            Router::Kv | Router::Cost => {
+                let candidates = self.candidates(request, now_us);
+                let best = place::rank(
+                    Demand { prompt_tokens: asked.prompt_tokens, layer_ranges: LAYER_RANGES },
+                    &candidates,
+                )[0];
+                self.chosen(request, best)
+            }
+        };
+        self.records[request].worker = worker;
+        for &name in asked.chain.iter() {
+            *self.coming[worker].entry(name).or_default() += 1;
+        }
+        let job = Job {
+            request,
+            prompt_tokens: asked.prompt_tokens,
+            output_tokens: asked.output_tokens.max(1),
+            chain: Rc::clone(&asked.chain),
+            fetched_blocks: blocks,
+        };
+        self.jobs.insert(request, job);
+        if blocks <= have {
+            return self.enqueue(request);
+        }
+        let ends_us = self.store.fetch(worker, &asked.chain, have, blocks, now_us as f64);
+        let new_tokens = asked.prompt_tokens - blocks as u64 * self.block_tokens;
+        self.fetching_tokens[worker] += new_tokens;
+        let chunk_us = self.profile.prefill_us(new_tokens.min(self.batched_tokens_max), 0);
+        let ready_us = ends_us - place::hidden_us(chunk_us, LAYER_RANGES);
+        self.push((ready_us.ceil() as u64).max(now_us), Event::Fetched { request });
+    }
+
+    /// The worker, the blocks to have there, and those it has.
+    fn chosen(&self, request: usize, best: Prediction) -> (usize, usize, usize) {
+        let chain = &self.requests[request].chain;
+        let have = self.has(best.candidate, chain);
+        let blocks = (best.cached_tokens / self.block_tokens) as usize;
+        (best.candidate, if best.fetch_us > 0.0 { blocks.max(have) } else { 0 }, have)
+    }
+
+    fn enqueue(&mut self, request: usize) {
+        let job = self.jobs.remove(&request).expect("it waits for its fetch");
+        let worker = self.records[request].worker;
+        if job.fetched_blocks > 0 {
+            self.fetching_tokens[worker] -= job.prompt_tokens - job.fetched_blocks as u64 * self.block_tokens;
+        }
+        self.engines[worker].enqueue(job);
+    }
+
+    /// Tokens to compute if it goes where most of it is.
+    fn least_new_tokens(&self, request: usize) -> u64 {
+        let asked = &self.requests[request];
+        let at = |worker| {
+            let have = self.has(worker, &asked.chain);
+            if self.router == Router::Cost { have + self.store.holds(&asked.chain[have..]) } else { have }
+        };
+        let most = (0..self.engines.len()).map(at).max().unwrap_or(0);
+        asked.prompt_tokens - most as u64 * self.block_tokens
+    }
+
+    /// Blocks of the chain's beginning that a worker has or will have when this request's turn comes.
+    fn has(&self, worker: usize, chain: &[BlockName]) -> usize {
+        let (hbm, coming) = (&self.engines[worker].hbm, &self.coming[worker]);
+        chain.iter().take_while(|name| hbm.has(**name) || coming.contains_key(name)).count()
+    }
+
+    fn candidates(&self, request: usize, now_us: u64) -> Vec<Candidate> {
+        (0..self.engines.len()).map(|worker| self.candidate(worker, request, now_us)).collect()
+    }
+
+    fn candidate(&self, worker: usize, request: usize, now_us: u64) -> Candidate {
+        let chain = &self.requests[request].chain;
+        let load = self.engines[worker].load(now_us);
+        let have = self.has(worker, chain);
+        let tokens = |blocks: usize| blocks as u64 * self.block_tokens;
+        let mut prefixes = vec![Prefix { tokens: tokens(have), fetch_us: 0.0 }];
+        if self.router == Router::Cost {
+            let fetches = self.store.locate(worker, chain, have, now_us as f64, OPTIONS);
+            prefixes.extend(fetches.iter().map(|fetch| Prefix {
+                tokens: tokens(fetch.blocks),
+                fetch_us: fetch.ends_us - now_us as f64,
+            }));
+        }
+        Candidate {
+            prefill: self.profile.prefill,
+            decode: self.profile.decode,
+            kv_tokens_max: self.profile.kv_tokens,
+            batched_tokens_max: self.batched_tokens_max,
+            step_left_us: load.step_left_us as f64,
+            waiting_tokens: load.waiting_tokens + self.fetching_tokens[worker],
+            sharing_requests: load.sharing_requests,
+            decoding_requests: load.decoding_requests,
+            decoding_tokens: load.decoding_tokens,
+            prefixes,
+        }
+    }
+}
