@@ -3,6 +3,7 @@
 //! A vector is an input and the output that the code computes from it; `tests/vectors.rs` computes the stored inputs
 //! again. Canonical bytes are built here a second time, from the words of `FORMAT.md`, so that the page is checked too.
 
+use kvd_proto::delta::Delta;
 use kvd_proto::frame::{self, FrameHeader, HEADER_BYTES};
 use kvd_proto::slot_header::{SlotHeader, stride_bytes};
 use kvd_proto::wire::{self, client_frame, node_frame};
@@ -40,6 +41,7 @@ pub(crate) fn output_of(kind: &str, input: &Value) -> Result<Value, Error> {
         "ids" => id_output(input),
         "frames" => Ok(frame_output(input)),
         "slot_headers" => Ok(slot_header_output(input)),
+        "deltas" => Ok(delta_output(input)),
         other => panic!("no vectors of kind {other}"),
     }
 }
@@ -53,6 +55,7 @@ fn all_inputs() -> Vec<(&'static str, Vec<(&'static str, Value)>)> {
         ("ids", id_inputs()),
         ("frames", frame_inputs()),
         ("slot_headers", slot_header_inputs()),
+        ("deltas", delta_inputs()),
     ]
 }
 
@@ -325,6 +328,34 @@ fn slot_header_output(input: &Value) -> Value {
     header.encode(&mut stride);
     assert_eq!(SlotHeader::decode(&stride), Some(header), "a header reads back as it was written");
     json!({ "stride_bytes": stride.len(), "stride_hex": hex(&stride) })
+}
+
+fn delta_inputs() -> Vec<(&'static str, Value)> {
+    let delta = |here: u64, ids: &[&str]| {
+        json!({ "epoch": 1_763_700_000_000_000_000_u64, "sequence": 7, "fingerprint_hex": "11".repeat(32),
+                "parent_hex": "33".repeat(16), "depth": 41, "group": 1, "tier": 2 + here, "here": here, "ids_hex": ids })
+    };
+    let (one, two) = ("22".repeat(16), "000102030405060708090a0b0c0d0e0f");
+    vec![("a run in DRAM is gone", delta(0, &[&one, two])), ("a block is on NVMe", delta(1, &[two]))]
+}
+
+fn delta_output(input: &Value) -> Value {
+    let ids = input["ids_hex"].as_array().expect("ids").iter();
+    let delta = Delta {
+        epoch: number(input, "epoch"),
+        sequence: number(input, "sequence"),
+        fingerprint: Fingerprint(array(input, "fingerprint_hex")),
+        parent: BlockId(array(input, "parent_hex")),
+        depth: number(input, "depth") as u32,
+        group: number(input, "group") as u16,
+        tier: wire::Tier::try_from(number(input, "tier") as i32).expect("a tier"),
+        here: number(input, "here") == 1,
+        ids: ids.map(|id| BlockId(array(&json!({ "id": id }), "id"))).collect(),
+    };
+    let mut bytes = Vec::new();
+    delta.encode(&mut bytes);
+    assert_eq!(Delta::decode(&bytes), Some((delta, &[][..])), "a delta reads back as it was written");
+    json!({ "hex": hex(&bytes) })
 }
 
 // ---- FORMAT.md section 3, once more ----

@@ -50,6 +50,10 @@ pub const WORKER_NAME_BYTES_MAX: usize = 256;
 pub const CLAIMED_MAX: usize = 1024;
 /// How long a reservation may last unclaimed. Longer wishes are cut to this.
 pub const RESERVATION_TTL_MS_MAX: u32 = 60_000;
+/// Blocks in one delta of the location index. Longer runs go in several.
+pub const DELTA_BLOCKS_MAX: usize = 4096;
+/// Nodes of one cluster. At the limit: the config is refused.
+pub const NODES_MAX: usize = 1024;
 
 const _: () = {
     assert!(CHAIN_BLOCKS_MAX * 16 + 1024 <= FRAME_BYTES_MAX, "a full chain fits a frame");

@@ -31,6 +31,7 @@ impl Node {
             node.serve_deferred();
             node.purge_some();
             node.search_some();
+            node.tell_if_due();
         });
     }
 
@@ -77,6 +78,8 @@ impl Node {
             }
             Event::Recovered { slot, header } => self.recovered_block(slot, &header),
             Event::Ask { ticket, question } => self.ask(ticket, question),
+            Event::Tell(on) => self.tell(on),
+            Event::TellSlice { ticket, from } => self.tell_slice(ticket, from),
             Event::Tick => self.tick(),
         }
     }
@@ -149,5 +152,6 @@ impl Node {
         self.unpin_expired();
         self.close_idle();
         self.search_again();
+        self.telling.due = true;
     }
 }

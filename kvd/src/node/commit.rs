@@ -107,6 +107,7 @@ impl Node {
         let generation = self.memory.pools[pool].slots.generation(slot);
         let header = Box::new(self.header(handle));
         self.out.push(Effect::Publish { slot, generation, header });
+        self.tell_copy(handle, Tier::Dram, true);
     }
 
     /// The header of an entry's slot, without part checksums.

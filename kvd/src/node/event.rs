@@ -3,9 +3,11 @@
 //! Invariants: events carry facts (bytes moved, processes gone, time passed), effects carry orders; neither carries a
 //! file, socket or clock. Every `Effect` that starts something has the `Event` that ends it.
 
+use super::telling::Run;
 use kvd_proto::slot_header::SlotHeader;
 use kvd_proto::wire::{self, Tier, client_frame, node_frame};
 use kvd_proto::{Fingerprint, Space};
+use kvd_tiers::catalog::Handle;
 use kvd_tiers::segment::{Geometry, SegmentId, SlotRef};
 
 /// One connection, named by the shell; never reused.
@@ -110,6 +112,15 @@ pub enum Event {
         /// What.
         question: Question,
     },
+    /// Whether to tell of copies that come and go, from now on.
+    Tell(bool),
+    /// Somebody new follows: a slice of everything is wanted; answered by `Slice`.
+    TellSlice {
+        /// To answer with.
+        ticket: u64,
+        /// 0, then what the last slice said.
+        from: Handle,
+    },
     /// Time has passed; sent at least ten times a second.
     Tick,
 }
@@ -212,6 +223,20 @@ pub enum Effect {
         ticket: u64,
         /// What.
         answer: Answer,
+    },
+    /// Copies that came or went, in order.
+    Copies {
+        /// As chains.
+        runs: Vec<Run>,
+    },
+    /// A slice of all whole copies, in order with `Copies`.
+    Slice {
+        /// The question's.
+        ticket: u64,
+        /// As chains.
+        runs: Vec<Run>,
+        /// Where the next slice begins, if there is one.
+        next: Option<Handle>,
     },
     /// Something worth telling whoever watches.
     Note {

@@ -420,6 +420,9 @@ impl Node {
         if tier == Tier::Dram {
             self.doubted.remove(&handle); // or the next block under this handle would not be found
         }
+        if self.catalog.get(handle).readable(tier).is_some() {
+            self.tell_copy(handle, tier, false);
+        }
         let slot = self.catalog.clear_copy(handle, tier);
         self.free_slot(pool, slot);
     }

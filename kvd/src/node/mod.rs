@@ -21,11 +21,13 @@ mod purge;
 mod recovery;
 mod search;
 mod session;
+mod telling;
 
 #[cfg(test)]
 mod tests;
 
 pub use recovery::Recovered;
+pub use telling::Run;
 
 use event::Effect;
 use kvd_proto::cost::PrefillProfile;
@@ -104,6 +106,7 @@ pub struct Node {
     purges: purge::Purges,
     searches: search::Searches,
     recovered: Recovered,
+    telling: telling::Telling,
     counters: Counters,
 }
 
@@ -140,6 +143,7 @@ impl Node {
             purges: purge::Purges::default(),
             searches: search::Searches::default(),
             recovered: Recovered::default(),
+            telling: telling::Telling::default(),
             counters: Counters::default(),
             config,
         }

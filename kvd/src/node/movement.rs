@@ -248,6 +248,7 @@ impl Node {
             entry.mark(Tier::Dram, Mark::Checksummed);
             let ghost = entry.key().id.to_u64();
             self.memory.pools[dram].policy.insert(handle, ghost);
+            self.tell_copy(handle, Tier::Dram, true);
         } else {
             // neither the half-read slot nor the copy it came from is a copy of anything
             self.forget_slot(handle, Tier::Dram, dram);
@@ -269,6 +270,7 @@ impl Node {
         entry.mark(Tier::Nvme, Mark::Checksummed);
         let (ghost, idle) = (entry.key().id.to_u64(), entry.leases() == 0);
         self.memory.pools[nvme].policy.insert(handle, ghost);
+        self.tell_copy(handle, Tier::Nvme, true);
         if idle && !self.pins.contains_key(&handle) && self.catalog.is_leaf(handle, Tier::Dram) {
             self.evict(handle, dram); // it was the next to go when the write began
         }

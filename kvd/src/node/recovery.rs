@@ -70,6 +70,7 @@ impl Node {
         pool.slots.adopt(slot, handle);
         pool.policy.insert(handle, key.id.to_u64());
         self.recovered.blocks += 1;
+        self.tell_copy(handle, Tier::Nvme, true);
     }
 
     /// What it would be found by, and its pool.

@@ -467,6 +467,8 @@ impl Reactor {
                     let _ = asker.send(answer); // who stopped waiting is not told
                 }
             }
+            Effect::Copies { runs } => todo!("{runs:?}"),
+            Effect::Slice { ticket, runs, next } => todo!("{ticket} {runs:?} {next:?}"),
             Effect::Note { kind, text } => {
                 let at_ms = self.started.elapsed().as_millis() as u64;
                 self.watchers.tell(at_ms, kind, text);

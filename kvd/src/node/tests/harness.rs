@@ -87,6 +87,7 @@ pub(super) struct World {
     /// Segments open by themselves as soon as they are ordered.
     pub(super) opens_at_once: bool,
     pub(super) spaces: BTreeMap<u32, (Fingerprint, String)>,
+    pub(super) follower: super::telling::Follower,
     last: u64,
     digest: DefaultHasher,
 }
@@ -215,6 +216,7 @@ impl World {
             replies: BTreeMap::new(),
             opens_at_once: true,
             spaces: BTreeMap::new(),
+            follower: super::telling::Follower::default(),
             last: 0,
             digest: DefaultHasher::new(),
         }
@@ -282,6 +284,7 @@ impl World {
                 self.nvme.remove(&slot);
             }
             Effect::Answer { ticket, answer } => self.answers.push((ticket, answer)),
+            effect @ (Effect::Copies { .. } | Effect::Slice { .. }) => self.follower.told(effect),
             Effect::Note { .. } | Effect::Space { .. } => {}
         }
     }

@@ -14,3 +14,4 @@ mod numa;
 mod purge;
 mod sessions;
 mod simulation;
+mod telling;

@@ -90,7 +90,14 @@ impl Storm {
             88..90 => self.request(Self::small_talk),
             90 => self.ask(),
             91 if self.random.one_in(4) => self.world.pass_ms(2_500),
-            91..94 => self.world.pass_ms(50),
+            91..94 => {
+                self.world.pass_ms(50);
+                self.world.check_told();
+            }
+            94 => {
+                let stop = self.random.one_in(40);
+                self.world.follow_on(stop);
+            }
             _ => self.device(),
         }
     }
