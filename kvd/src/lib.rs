@@ -1,12 +1,13 @@
 //! The kvd daemon: the node's state machine and the shells around it.
 //!
-//! Owns: `node` and `workers` (decide, synchronously), `run` (sockets, devices, threads, time), `config`, `check`.
-//! Invariants: nothing in `node` or `workers` waits or looks at the outside; nothing in `run` decides; only `config` reads the
+//! Owns: `node`, `workers` and `index` (decide, synchronously), `run` (sockets, devices, threads, time), `config`, `check`.
+//! Invariants: nothing in them waits or looks at the outside; nothing in `run` decides; only `config` reads the
 //! environment.
 //! Leaves to others: media and policies (tiers), words and bytes (proto).
 
 pub mod check;
 pub mod config;
+pub mod index;
 pub mod node;
 pub mod run;
 pub mod workers;

@@ -24,7 +24,7 @@ const ID_BYTES: usize = 16;
 pub struct Delta {
     /// The node's, which differs after a restart.
     pub epoch: u64,
-    /// Counts the node's deltas from 1, without a gap.
+    /// Counts the node's changes from 1, without a gap; 0: what a new follower is told of the time before.
     pub sequence: u64,
     /// The space's fingerprint.
     pub fingerprint: Fingerprint,

@@ -38,6 +38,8 @@ pub(super) enum Kind {
     Text,
     /// "address:port", or "" for off.
     Address,
+    /// A list of "host:port".
+    Hosts,
     /// One of these words.
     Choice(&'static [&'static str]),
 }
@@ -203,6 +205,24 @@ pub(super) static KEYS: &[Key] = &[
         kind: Kind::Size,
         help: "Bytes one engine may have leased at once, leases included that ended and were not released. Beyond it a match leases a shorter prefix and a reserve grants fewer blocks.",
         default: half_of_dram,
+    },
+    Key {
+        name: "cluster.nodes",
+        kind: Kind::Hosts,
+        help: "gRPC addresses of all nodes of the cluster, this one's too, the same list on each: [\"10.0.0.1:7700\", \"10.0.0.2:7700\"]. Each node hears from all what blocks they have.",
+        default: |_, _| (Value::Array(vec![]), "this node is of no cluster".to_owned()),
+    },
+    Key {
+        name: "cluster.ttl_ms",
+        kind: Kind::Count,
+        help: "A node that says nothing for so long, 1000 to 3600000, is taken to have nothing. Nodes speak twice a second.",
+        default: |_, _| fixed(5_000, "ten words missed"),
+    },
+    Key {
+        name: "cluster.index_bytes",
+        kind: Kind::Size,
+        help: "Memory for knowing what all nodes have, about 20 to 40 bytes a block. Beyond it new blocks of others are not known, which costs hits.",
+        default: |_, _| fixed("256MiB", "some ten million blocks"),
     },
     Key {
         name: "recompute.token_ns",

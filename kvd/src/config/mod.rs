@@ -15,6 +15,7 @@ mod values;
 mod tests;
 
 use kvd_proto::Error;
+use kvd_proto::limits::NODES_MAX;
 use machine::Machine;
 use serde::{Deserialize, Deserializer};
 use std::net::SocketAddr;
@@ -50,6 +51,8 @@ pub struct Config {
     pub nvme: Nvme,
     /// What one session may hold.
     pub leases: Leases,
+    /// The other nodes.
+    pub cluster: Cluster,
     /// What it costs to compute a block again.
     pub recompute: Recompute,
     /// How many of each there may be.
@@ -120,6 +123,18 @@ pub struct Nvme {
     pub eviction: Eviction,
     /// Memory of the catalog's own cache.
     pub catalog_cache_bytes: u64,
+}
+
+/// The cluster this node is of.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cluster {
+    /// gRPC addresses of all nodes, this one's too; none: of no cluster.
+    pub nodes: Vec<String>,
+    /// A node that is silent for so long has nothing, in milliseconds.
+    pub ttl_ms: u32,
+    /// Memory of the location index.
+    pub index_bytes: u64,
 }
 
 /// What one session may hold.
@@ -253,6 +268,7 @@ impl Config {
         check_segments("dram", self.dram.capacity_bytes, self.dram.segment_bytes)?;
         self.nvme.check()?;
         self.leases.check(self.dram.capacity_bytes)?;
+        self.cluster.check()?;
         self.limits.check()
     }
 
@@ -268,6 +284,22 @@ impl Config {
             ));
         }
         Ok(())
+    }
+}
+
+impl Cluster {
+    fn check(&self) -> Result<(), Error> {
+        let count = self.nodes.len();
+        if count > NODES_MAX {
+            let fix = format!("list at most {NODES_MAX}");
+            return Err(Error::invalid("cluster.nodes", format!("{count} nodes"), fix));
+        }
+        let unique: std::collections::BTreeSet<_> = self.nodes.iter().collect();
+        if unique.len() < count {
+            return Err(Error::invalid("cluster.nodes", "a node stands there twice", "list each node once"));
+        }
+        check_range("cluster.ttl_ms", u64::from(self.ttl_ms), 1000, 3_600_000)?;
+        check_range("cluster.index_bytes", self.index_bytes, 1 << 20, 1 << 40)
     }
 }
 

@@ -111,9 +111,18 @@ impl Key {
             Kind::Address => {
                 value.as_str().is_some_and(|text| text.is_empty() || text.parse::<SocketAddr>().is_ok())
             }
+            Kind::Hosts => value.as_array().is_some_and(|hosts| hosts.iter().all(is_host)),
             Kind::Choice(words) => value.as_str().is_some_and(|text| words.contains(&text)),
         }
     }
+}
+
+/// "host:port".
+fn is_host(value: &Value) -> bool {
+    let parts = value.as_str().and_then(|text| text.rsplit_once(':'));
+    parts.is_some_and(|(host, port)| {
+        !host.is_empty() && !host.contains(['/', ' ']) && port.parse::<u16>().is_ok()
+    })
 }
 
 impl Kind {
@@ -125,6 +134,7 @@ impl Kind {
             Self::Path | Self::OptionalPath => "a path",
             Self::Text => "a name",
             Self::Address => "an address with a port",
+            Self::Hosts => "a list of hosts with ports",
             Self::Choice(_) => "one of its words",
         }
     }
@@ -137,6 +147,7 @@ impl Kind {
             Self::Path | Self::Text => "write a text in quotes, not empty".into(),
             Self::OptionalPath => "write a path in quotes, or \"\" for none".into(),
             Self::Address => "write one such as \"127.0.0.1:7700\" or \"[::1]:7700\", or \"\" for off".into(),
+            Self::Hosts => "write [\"10.0.0.1:7700\", \"node-2:7700\"], or [] for none".into(),
             Self::Choice(words) => format!("write \"{}\"", words.join("\" or \"")),
         }
     }

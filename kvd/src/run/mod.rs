@@ -4,11 +4,13 @@
 //! Invariant: all of them end when the node's thread ends; the data directory is locked for as long as any may write.
 
 mod dram;
+mod follower;
 mod grpc;
 mod inbox;
 mod ledger;
 mod metrics;
 mod mover;
+mod publisher;
 mod reactor;
 mod recovery;
 mod shelf;
@@ -19,6 +21,7 @@ mod workers;
 use crate::config::{Config, Engine, Wish};
 use crate::node::{Node, NodeConfig, NvmeConfig};
 use dram::DramSegments;
+use follower::Locations;
 use inbox::{Inbox, Input};
 use kvd_proto::cost::PrefillProfile;
 use kvd_proto::{Code, Error};
@@ -27,6 +30,7 @@ use kvd_tiers::media::dram::DramOptions;
 use kvd_tiers::media::nvme::{self, NvmeMedium, NvmeOptions};
 use ledger::Ledger;
 use mover::Mover;
+use publisher::{Publisher, Teller};
 use reactor::{Parts, Reactor};
 use rustix::fs::{FlockOperation, flock};
 use shelf::Shelf;
@@ -67,7 +71,8 @@ pub fn serve(config: &Config) -> Result<(), Error> {
     let listener =
         mio::net::UnixListener::from_std(bind(&config.listen.session_socket, "listen.session_socket")?);
     let timings = Arc::new(metrics::Timings::new());
-    let servers = Servers::start(listeners, epoch, inbox.clone(), dram.clone(), timings.clone())?;
+    let (servers, teller) =
+        Servers::start(config, listeners, epoch, inbox.clone(), dram.clone(), timings.clone())?;
     tracing::info!(
         dram_bytes = config.dram.capacity_bytes,
         nvme = mover.as_ref().map_or("none", |mover: &Mover| mover.info.description.as_str()),
@@ -85,6 +90,7 @@ pub fn serve(config: &Config) -> Result<(), Error> {
         connections_max: config.limits.members_max as usize,
         timings,
         started,
+        teller,
     };
     let ran = Reactor::new(parts).and_then(|mut reactor| reactor.run());
     servers.stop();
@@ -136,16 +142,20 @@ struct Servers {
 
 impl Servers {
     fn start(
+        config: &Config,
         listeners: Listeners,
         node_epoch: u64,
         inbox: Inbox,
         dram: Arc<DramSegments>,
         timings: Arc<metrics::Timings>,
-    ) -> Result<Self, Error> {
+    ) -> Result<(Self, Teller), Error> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| {
             Error::new(Code::Unavailable, "", format!("runtime: {e}"), "see the system's limits")
         })?;
         let Listeners { unix, tcp, http } = listeners;
+        let cluster = config.cluster.clone();
+        let (publisher, teller, joining) =
+            Publisher::new(inbox.clone(), config.node_name.clone(), node_epoch);
         let (stop, stopped) = tokio::sync::watch::channel(false);
         let thread = workers::spawn("kvd-servers", move || {
             runtime.block_on(async move {
@@ -154,6 +164,9 @@ impl Servers {
                     let listener = listener.map(tokio::net::TcpListener::from_std).transpose();
                     listener.expect("a listener in a runtime")
                 });
+                tokio::spawn(publisher.run());
+                let locations = (!cluster.nodes.is_empty())
+                    .then(|| Locations::start(&cluster.nodes, cluster.ttl_ms, cluster.index_bytes));
                 let app = metrics::router(inbox.clone(), timings);
                 let mut http_stopped = stopped.clone();
                 let served_http = async {
@@ -165,7 +178,15 @@ impl Servers {
                         tracing::error!(%error, "metrics are not served");
                     }
                 };
-                let served = grpc::serve(inbox.clone(), dram, unix, tcp, node_epoch, stopped.clone());
+                let served = grpc::serve(
+                    inbox.clone(),
+                    dram,
+                    unix,
+                    tcp,
+                    node_epoch,
+                    (joining, locations),
+                    stopped.clone(),
+                );
                 let mut all_stopped = stopped;
                 tokio::select! {
                     (served, ()) = async { tokio::join!(served, served_http) } => {
@@ -182,7 +203,7 @@ impl Servers {
                 }
             });
         });
-        Ok(Self { stop, thread })
+        Ok((Self { stop, thread }, teller))
     }
 
     fn stop(self) {

@@ -9,6 +9,7 @@ use super::grpc::Callers;
 use super::inbox::{Inbox, Input};
 use super::metrics::Timings;
 use super::mover::{Mover, Order};
+use super::publisher::{Teller, Told};
 use super::socket::{Left, Socket};
 use super::watch::Watchers;
 use super::workers::{Checksumming, checksummer, populator};
@@ -52,6 +53,7 @@ pub(super) struct Parts {
     pub(super) connections_max: usize,
     pub(super) timings: Arc<Timings>,
     pub(super) started: Instant,
+    pub(super) teller: Teller,
 }
 
 pub(super) struct Reactor {
@@ -76,6 +78,7 @@ pub(super) struct Reactor {
     opening: Vec<MemberId>,
     callers: Callers,
     watchers: Watchers,
+    teller: Teller,
     questions: HashMap<u64, oneshot::Sender<Answer>>,
     /// By token: the header to show once every part agrees.
     promotions: HashMap<u64, (SlotRef, u32, Box<SlotHeader>)>,
@@ -127,6 +130,7 @@ impl Reactor {
             opening: Vec::new(),
             callers: Callers::default(),
             watchers: Watchers::default(),
+            teller: parts.teller,
             questions: HashMap::new(),
             promotions: HashMap::new(),
             last_ticket: 0,
@@ -467,8 +471,10 @@ impl Reactor {
                     let _ = asker.send(answer); // who stopped waiting is not told
                 }
             }
-            Effect::Copies { runs } => todo!("{runs:?}"),
-            Effect::Slice { ticket, runs, next } => todo!("{ticket} {runs:?} {next:?}"),
+            Effect::Copies { runs } => self.teller.tell(Told::Copies(runs)),
+            Effect::Slice { ticket, runs, next } => {
+                self.teller.tell(Told::Slice { follower: ticket, runs, next });
+            }
             Effect::Note { kind, text } => {
                 let at_ms = self.started.elapsed().as_millis() as u64;
                 self.watchers.tell(at_ms, kind, text);

@@ -13,6 +13,8 @@ use tokio::sync::OnceCell;
 use tonic::transport::Channel;
 
 pub(crate) const MIB: u64 = 1 << 20;
+/// A node that is silent for so long has nothing.
+pub(crate) const CLUSTER_TTL_MS: u32 = 1000;
 
 /// What a test's daemon has.
 #[derive(Clone)]
@@ -25,6 +27,9 @@ pub(crate) struct Setup {
     pub(crate) ttl_ms: u32,
     pub(crate) members_max: u32,
     pub(crate) metrics_address: String,
+    pub(crate) grpc_address: String,
+    /// gRPC addresses of the whole cluster.
+    pub(crate) nodes: Vec<String>,
 }
 
 impl Default for Setup {
@@ -37,6 +42,8 @@ impl Default for Setup {
             ttl_ms: 30_000,
             members_max: 64,
             metrics_address: String::new(),
+            grpc_address: String::new(),
+            nodes: Vec::new(),
         }
     }
 }
@@ -52,13 +59,16 @@ impl Setup {
         let nvme_bytes = if self.nvme_bytes == 0 { self.segment_bytes } else { self.nvme_bytes };
         let text = format!(
             "data_dir = \"{}\"\n\
-             [listen]\ngrpc_address = \"\"\nmetrics_address = {:?}\n\
+             [listen]\ngrpc_address = {:?}\nmetrics_address = {:?}\n\
+             [cluster]\nnodes = {:?}\nttl_ms = {CLUSTER_TTL_MS}\n\
              [dram]\ncapacity_bytes = {}\nsegment_bytes = {}\n\
              [nvme]\npath = \"{}\"\ncapacity_bytes = {nvme_bytes}\nsegment_bytes = {}\n\
              [leases]\nttl_ms = {}\nbytes_max_per_session = {}\n\
              [limits]\nsessions_max = {}\nmembers_max = {}\n",
             folder.display(),
+            self.grpc_address,
             self.metrics_address,
+            self.nodes,
             self.dram_bytes,
             self.segment_bytes,
             nvme_path.display(),

@@ -10,6 +10,7 @@ mod engine;
 mod fake_node;
 mod full_device;
 mod grpc;
+mod index;
 mod killed;
 mod kvctl;
 mod lost_socket;

@@ -17,7 +17,7 @@ use show::Show;
 use std::io::{IsTerminal as _, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use text::{Prefix, Ttl};
+use text::{Id, Prefix, Ttl};
 
 /// Look inside a kvd node.
 #[derive(Debug, Parser)]
@@ -49,6 +49,17 @@ enum Command {
     Tiers,
     /// Engines of this node: role, load, what of their capacity is promised
     Workers,
+    /// Nodes of the cluster, and what this one has heard of each
+    Nodes,
+    /// Which nodes have the beginning of a chain, how deep, and in which tiers
+    Locate {
+        /// The chain's block ids, in hex, in order
+        #[arg(required = true)]
+        ids: Vec<Id>,
+        /// Group of the model's layout
+        #[arg(long, default_value_t = 0)]
+        group: u8,
+    },
     /// Where blocks are and what fetching them costs
     Block {
         /// The beginning of the block's id, in hex
@@ -153,6 +164,8 @@ async fn run(cli: &Cli) -> Result<(), Error> {
         Command::Status => Box::new(node.status().await?),
         Command::Spaces => Box::new(node.spaces().await?),
         Command::Tiers => Box::new(node.tiers().await?),
+        Command::Nodes => Box::new(node.nodes().await?),
+        Command::Locate { ids, group } => Box::new(node.locate(ids, *group).await?),
         Command::Workers => Box::new(node.workers().await?),
         Command::Block { prefix } => Box::new(node.block(prefix).await?),
         Command::Pin { prefix, ttl } => Box::new(node.pin(prefix, ttl.0).await?),

@@ -1,8 +1,9 @@
 //! One node, by its gRPC Unix socket: dialling, deadlines, and errors that say what to do.
 
-use crate::text::Prefix;
+use crate::text::{Id, Prefix};
 use hyper_util::rt::TokioIo;
 use kvd_proto::wire::admin_client::AdminClient;
+use kvd_proto::wire::index_client::IndexClient;
 use kvd_proto::wire::workers_client::WorkersClient;
 use kvd_proto::wire::{self, purge_request::What};
 use kvd_proto::{Code, Error};
@@ -20,6 +21,7 @@ const USER_SOCKET: &str = ".local/share/kvd/grpc.sock";
 pub(crate) struct Node {
     client: AdminClient<Channel>,
     workers: WorkersClient<Channel>,
+    index: IndexClient<Channel>,
     socket: PathBuf,
 }
 
@@ -41,7 +43,8 @@ impl Node {
         match dialled {
             Ok(Ok(channel)) => {
                 let workers = WorkersClient::new(channel.clone());
-                Ok(Self { client: AdminClient::new(channel), workers, socket })
+                let index = IndexClient::new(channel.clone());
+                Ok(Self { client: AdminClient::new(channel), workers, index, socket })
             }
             Ok(Err(error)) => Err(away(&socket, &deepest(&error))),
             Err(_) => Err(away(&socket, "it takes no connection")),
@@ -60,6 +63,17 @@ impl Node {
 
     pub(crate) async fn tiers(&mut self) -> Result<wire::ListTiersReply, Error> {
         let answer = self.client.list_tiers(wire::ListTiersRequest {});
+        within(&self.socket, answer).await
+    }
+
+    pub(crate) async fn nodes(&mut self) -> Result<wire::ListNodesReply, Error> {
+        let answer = self.index.list_nodes(wire::ListNodesRequest {});
+        within(&self.socket, answer).await
+    }
+
+    pub(crate) async fn locate(&mut self, ids: &[Id], group: u8) -> Result<wire::LocateReply, Error> {
+        let chain: Vec<u8> = ids.iter().flat_map(|id| id.0).collect();
+        let answer = self.index.locate(wire::LocateRequest { chain: chain.into(), group: group.into() });
         within(&self.socket, answer).await
     }
 

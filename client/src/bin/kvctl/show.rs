@@ -89,6 +89,67 @@ fn counters_object(counters: &wire::Counters) -> Value {
     })
 }
 
+impl Show for wire::ListNodesReply {
+    fn table(&self) -> String {
+        let row = |node: &wire::NodeStatus| {
+            let state = match (node.connected, node.complete) {
+                (true, true) => "heard".to_owned(),
+                (true, false) => "hearing".to_owned(),
+                (false, _) => format!("away: {}", node.trouble),
+            };
+            vec![
+                node.address.clone(),
+                node.node_name.clone(),
+                format!("{:x}", node.node_epoch),
+                count(node.blocks),
+                size(node.index_bytes),
+                count(node.dropped_blocks),
+                count(node.resyncs),
+                duration_ms(node.silent_ms.into()) + " ago",
+                state,
+            ]
+        };
+        columns(
+            &["ADDRESS", "NODE", "EPOCH", "BLOCKS", "INDEX", "LEFT OUT", "RESYNCS", "HEARD", "STATE"],
+            &["BLOCKS", "INDEX", "LEFT OUT", "RESYNCS"],
+            self.nodes.iter().map(row).collect(),
+        )
+    }
+
+    fn objects(&self) -> Vec<Value> {
+        let object = |node: &wire::NodeStatus| {
+            json!({
+                "address": node.address, "node_name": node.node_name, "node_epoch": node.node_epoch,
+                "connected": node.connected, "complete": node.complete, "silent_ms": node.silent_ms,
+                "blocks": node.blocks, "index_bytes": node.index_bytes, "dropped_blocks": node.dropped_blocks,
+                "resyncs": node.resyncs, "trouble": node.trouble,
+            })
+        };
+        self.nodes.iter().map(object).collect()
+    }
+}
+
+impl Show for wire::LocateReply {
+    fn table(&self) -> String {
+        let run = |run: &wire::TierRun| format!("{} {}", count(run.blocks.into()), tier(run.tier));
+        let row = |node: &wire::NodeLocation| {
+            let runs: Vec<String> = node.runs.iter().map(run).collect();
+            vec![node.node_name.clone(), node.address.clone(), count(node.blocks.into()), runs.join(", ")]
+        };
+        columns(&["NODE", "ADDRESS", "BLOCKS", "WHERE"], &["BLOCKS"], self.nodes.iter().map(row).collect())
+    }
+
+    fn objects(&self) -> Vec<Value> {
+        let run = |run: &wire::TierRun| json!({ "tier": tier(run.tier), "blocks": run.blocks });
+        let object = |node: &wire::NodeLocation| {
+            let runs: Vec<Value> = node.runs.iter().map(run).collect();
+            json!({ "node_name": node.node_name, "address": node.address, "node_epoch": node.node_epoch,
+                    "blocks": node.blocks, "runs": runs })
+        };
+        self.nodes.iter().map(object).collect()
+    }
+}
+
 /// "both" of WORKER_ROLE_BOTH.
 fn role(registration: &wire::WorkerRegistration) -> String {
     registration.role().as_str_name().trim_start_matches("WORKER_ROLE_").to_lowercase()

@@ -37,6 +37,21 @@ impl fmt::Display for Prefix {
     }
 }
 
+/// A whole block id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Id(pub(crate) [u8; ID_BYTES]);
+
+impl FromStr for Id {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let whole = text.parse::<Prefix>()?.0.try_into();
+        whole
+            .map(Self)
+            .map_err(|bytes: Vec<u8>| format!("{} digits; an id has {}", 2 * bytes.len(), 2 * ID_BYTES))
+    }
+}
+
 /// A time to live in milliseconds, at least 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Ttl(pub(crate) u32);

@@ -1,0 +1,395 @@
+//! The location index: which nodes have which blocks, as they told it.
+//!
+//! Owns what is known of every node of the cluster, this one included. Invariants: it is a hint (law 5), the node that is named
+//! re-checks; what a node told is applied in its order and without a gap, or not at all; a node that is silent for `ttl` is known to have
+//! nothing; all nodes together take at most `bytes_max`, beyond it new copies are left out and counted. Keeps 64 bits of an
+//! id: two blocks of one node that agree in those look like one. Time is an argument.
+//! Leaves to others: who is in the cluster and hearing them (`run/follower`), telling (`run/publisher`).
+
+use hashbrown::HashMap;
+use kvd_proto::delta::Delta;
+use kvd_proto::wire::{self, FollowReply, NodeLocation, NodeStatus, Tier, TierRun};
+use kvd_proto::{BlockId, Chain, Code, Error};
+use std::collections::BTreeMap;
+
+/// One copy's place in a hash table: a key, its tiers, padding, a byte of control.
+const BUCKET_BYTES: u64 = 17;
+/// Tiers, the fastest first.
+const TIERS: [Tier; 4] = [Tier::Hbm, Tier::Dram, Tier::Nvme, Tier::S3];
+/// Spreads groups over the keys.
+const GROUP_MIX: u64 = 0x9E37_79B9_7F4A_7C15;
+
+/// All nodes.
+#[derive(Debug)]
+pub struct Index {
+    nodes: BTreeMap<String, Known>,
+    bytes_max: u64,
+    ttl_us: u64,
+}
+
+/// What is known of one node.
+#[derive(Debug, Default)]
+struct Known {
+    name: String,
+    epoch: u64,
+    sequence: u64,
+    /// By 64 bits of id and group: a bit for each tier.
+    copies: HashMap<u64, u8>,
+    connected: bool,
+    complete: bool,
+    heard_us: u64,
+    dropped: u64,
+    resyncs: u64,
+    trouble: String,
+}
+
+impl Index {
+    /// Of nodes that will be told by their addresses.
+    pub fn new(bytes_max: u64, ttl_ms: u32) -> Self {
+        Self { nodes: BTreeMap::new(), bytes_max, ttl_us: u64::from(ttl_ms) * 1000 }
+    }
+
+    /// A node is of the cluster, wherever it may be now.
+    pub fn expect(&mut self, address: &str) {
+        self.nodes.entry(address.to_owned()).or_default();
+    }
+
+    /// It is heard anew, from its first word.
+    pub fn begin(&mut self, address: &str, now_us: u64) {
+        let node = self.nodes.entry(address.to_owned()).or_default();
+        let (resyncs, dropped) = (node.resyncs + u64::from(node.epoch != 0), node.dropped);
+        *node = Known { resyncs, dropped, connected: true, heard_us: now_us, ..Known::default() };
+    }
+
+    /// What it said. An error: what is known of it may be wrong from now on, so that it must be heard anew.
+    pub fn hear(&mut self, address: &str, reply: &FollowReply, now_us: u64) -> Result<(), Error> {
+        let taken: u64 = self.nodes.values().map(Known::bytes).sum();
+        let room = self.bytes_max.saturating_sub(taken);
+        let node = self.nodes.get_mut(address).ok_or_else(|| garbled("it was never begun"))?;
+        if node.epoch == 0 {
+            (node.epoch, node.sequence, node.name) =
+                (reply.node_epoch, reply.sequence, reply.node_name.clone());
+        }
+        if reply.node_epoch != node.epoch || reply.node_epoch == 0 {
+            return Err(garbled(&format!("epoch {:x} after {:x}", reply.node_epoch, node.epoch)));
+        }
+        let mut rest = &reply.deltas[..];
+        while !rest.is_empty() {
+            let (delta, after) = Delta::decode(rest).ok_or_else(|| garbled("no delta of this version"))?;
+            node.apply(&delta, room)?;
+            rest = after;
+        }
+        if reply.sequence != node.sequence {
+            return Err(garbled(&format!("{} deltas sent, {} heard", reply.sequence, node.sequence)));
+        }
+        node.complete |= reply.complete;
+        node.heard_us = now_us;
+        node.trouble.clear();
+        Ok(())
+    }
+
+    /// It is not heard any more. What it said stands until its time is over.
+    pub fn lost(&mut self, address: &str, trouble: String) {
+        if let Some(node) = self.nodes.get_mut(address) {
+            (node.connected, node.trouble) = (false, trouble);
+        }
+    }
+
+    /// Forgets what nodes said that have been silent for too long.
+    pub fn expire(&mut self, now_us: u64) {
+        let ttl_us = self.ttl_us;
+        for node in self.nodes.values_mut() {
+            if now_us.saturating_sub(node.heard_us) > ttl_us && !node.copies.is_empty() {
+                (node.copies, node.complete) = (HashMap::new(), false);
+            }
+        }
+    }
+
+    /// Nodes that have the chain's beginning, the deepest first, then those that have more of it in faster tiers.
+    pub fn locate(&self, chain: &Chain, group: u8) -> Vec<NodeLocation> {
+        let mut found: Vec<NodeLocation> = self
+            .nodes
+            .iter()
+            .map(|(address, node)| NodeLocation {
+                node_name: node.name.clone(),
+                address: address.clone(),
+                node_epoch: node.epoch,
+                runs: node.runs(chain.ids(), group),
+                blocks: 0,
+            })
+            .filter(|node| !node.runs.is_empty())
+            .collect();
+        for node in &mut found {
+            node.blocks = node.runs.iter().map(|run| run.blocks).sum();
+        }
+        let slow = |node: &NodeLocation| -> u64 {
+            node.runs.iter().map(|run| u64::from(run.blocks) * run.tier.cast_unsigned() as u64).sum()
+        };
+        found.sort_by_key(|node| (std::cmp::Reverse(node.blocks), slow(node)));
+        found
+    }
+
+    /// Every node of the cluster.
+    pub fn list(&self, now_us: u64) -> Vec<NodeStatus> {
+        let status = |(address, node): (&String, &Known)| NodeStatus {
+            address: address.clone(),
+            node_name: node.name.clone(),
+            node_epoch: node.epoch,
+            connected: node.connected,
+            complete: node.complete,
+            silent_ms: u32::try_from(now_us.saturating_sub(node.heard_us) / 1000).unwrap_or(u32::MAX),
+            blocks: node.copies.len() as u64,
+            index_bytes: node.bytes(),
+            dropped_blocks: node.dropped,
+            resyncs: node.resyncs,
+            trouble: node.trouble.clone(),
+        };
+        self.nodes.iter().map(status).collect()
+    }
+}
+
+impl Known {
+    /// `room`: bytes that all nodes together may still take.
+    fn apply(&mut self, delta: &Delta, room: u64) -> Result<(), Error> {
+        if delta.epoch != self.epoch {
+            return Err(garbled(&format!("a delta of epoch {:x}", delta.epoch)));
+        }
+        if delta.sequence != 0 {
+            if delta.sequence != self.sequence + 1 {
+                return Err(garbled(&format!("delta {} after {}", delta.sequence, self.sequence)));
+            }
+            self.sequence = delta.sequence;
+        }
+        let group = u8::try_from(delta.group).map_err(|_| garbled(&format!("group {}", delta.group)))?;
+        let keys = delta.ids.iter().map(|id| key(*id, group));
+        let bit = 1_u8 << delta.tier as u8;
+        if !delta.here {
+            keys.for_each(|key| self.forget(key, bit));
+            return Ok(());
+        }
+        let before = self.bytes();
+        for key in keys {
+            if let Some(tiers) = self.copies.get_mut(&key) {
+                *tiers |= bit;
+            } else if self.may_grow(room.saturating_sub(self.bytes() - before)) {
+                self.copies.insert(key, bit);
+            } else {
+                self.dropped += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// A full table doubles, and has both while it moves.
+    fn may_grow(&self, room: u64) -> bool {
+        self.copies.len() < self.copies.capacity() || 2 * self.bytes().max(4 * BUCKET_BYTES) <= room
+    }
+
+    fn forget(&mut self, key: u64, bit: u8) {
+        if let Some(tiers) = self.copies.get_mut(&key) {
+            *tiers &= !bit;
+            if *tiers == 0 {
+                self.copies.remove(&key);
+            }
+        }
+    }
+
+    /// Of the hash table: it fills seven eighths.
+    fn bytes(&self) -> u64 {
+        self.copies.capacity() as u64 * 8 / 7 * BUCKET_BYTES
+    }
+
+    fn runs(&self, ids: &[BlockId], group: u8) -> Vec<TierRun> {
+        let mut runs: Vec<TierRun> = Vec::new();
+        for tiers in ids.iter().map_while(|id| self.copies.get(&key(*id, group))) {
+            let fastest = TIERS.into_iter().find(|tier| tiers & (1 << *tier as u8) != 0);
+            let tier = fastest.expect("a copy is in a tier").into();
+            match runs.last_mut().filter(|run| run.tier == tier) {
+                Some(run) => run.blocks += 1,
+                None => runs.push(wire::TierRun { tier, blocks: 1 }),
+            }
+        }
+        runs
+    }
+}
+
+fn key(id: BlockId, group: u8) -> u64 {
+    id.to_u64() ^ u64::from(group).wrapping_mul(GROUP_MIX)
+}
+
+fn garbled(what: &str) -> Error {
+    Error::new(
+        Code::Internal,
+        "deltas",
+        what,
+        "it is heard anew by itself; if it stays so, run one version of kvd everywhere",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvd_proto::Fingerprint;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    const EPOCH: u64 = 5;
+    const TTL_MS: u32 = 1000;
+
+    fn id(number: u64) -> BlockId {
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&number.to_le_bytes());
+        BlockId(bytes)
+    }
+
+    fn chain(numbers: impl IntoIterator<Item = u64>) -> Chain {
+        Chain::from_ids("chain", numbers.into_iter().map(id).collect()).unwrap()
+    }
+
+    /// Deltas as one message: sequence (0: of a slice), tier, here, ids.
+    fn said(sequence: u64, deltas: &[(u64, Tier, bool, &[u64])]) -> FollowReply {
+        let mut bytes = Vec::new();
+        for (sequence, tier, here, ids) in deltas {
+            let delta = Delta {
+                epoch: EPOCH,
+                sequence: *sequence,
+                fingerprint: Fingerprint([1; 32]),
+                parent: id(0),
+                depth: 0,
+                group: 0,
+                tier: *tier,
+                here: *here,
+                ids: ids.iter().copied().map(id).collect(),
+            };
+            delta.encode(&mut bytes);
+        }
+        FollowReply {
+            node_epoch: EPOCH,
+            sequence,
+            deltas: bytes.into(),
+            complete: false,
+            node_name: "one".into(),
+        }
+    }
+
+    fn index() -> Index {
+        let mut index = Index::new(1 << 20, TTL_MS);
+        index.expect("a");
+        index.begin("a", 0);
+        index
+    }
+
+    fn runs(index: &Index, numbers: std::ops::Range<u64>) -> Vec<(Tier, u32)> {
+        let found = index.locate(&chain(numbers), 0);
+        found.first().map_or(vec![], |node| node.runs.iter().map(|run| (run.tier(), run.blocks)).collect())
+    }
+
+    #[test]
+    fn a_chain_is_found_in_runs_of_its_fastest_tiers() {
+        let mut index = index();
+        let first = said(9, &[(0, Tier::Dram, true, &[1, 2]), (0, Tier::Nvme, true, &[2, 3, 5])]);
+        index.hear("a", &first, 0).unwrap();
+        assert_eq!(runs(&index, 1..9), [(Tier::Dram, 2), (Tier::Nvme, 1)]);
+        index.hear("a", &said(10, &[(10, Tier::Dram, false, &[2, 7])]), 0).unwrap();
+        assert_eq!(runs(&index, 1..9), [(Tier::Dram, 1), (Tier::Nvme, 2)]);
+        assert!(index.locate(&chain(1..3), 1).is_empty(), "another group");
+        assert!(index.locate(&chain(2..2), 0).is_empty());
+    }
+
+    #[test]
+    fn the_deepest_node_comes_first_and_among_equals_the_fastest() {
+        let mut index = index();
+        index.hear("a", &said(0, &[(0, Tier::Nvme, true, &[1, 2])]), 0).unwrap();
+        for (address, tier, ids) in [("b", Tier::Dram, &[1, 2][..]), ("c", Tier::Nvme, &[1, 2, 3])] {
+            index.begin(address, 0);
+            index.hear(address, &said(0, &[(0, tier, true, ids)]), 0).unwrap();
+        }
+        let found = index.locate(&chain(1..9), 0);
+        let order: Vec<_> = found.iter().map(|node| (node.address.as_str(), node.blocks)).collect();
+        assert_eq!(order, [("c", 3), ("b", 2), ("a", 2)]);
+    }
+
+    #[test]
+    fn a_gap_another_epoch_or_garbage_is_an_error_and_a_new_beginning_forgets() {
+        let wrong: [(&str, FollowReply); 5] = [
+            ("delta 11 after 9", said(11, &[(11, Tier::Dram, true, &[1])])),
+            ("12 deltas sent", said(12, &[])),
+            ("epoch 6 after 5", FollowReply { node_epoch: 6, ..said(9, &[]) }),
+            ("no delta", FollowReply { deltas: vec![1; 200].into(), ..said(9, &[]) }),
+            ("no delta", {
+                let mut reply = said(10, &[(10, Tier::Dram, true, &[1])]);
+                let mut bytes = reply.deltas.to_vec();
+                bytes[97] ^= 1;
+                reply.deltas = bytes.into();
+                reply
+            }),
+        ];
+        for (named, reply) in wrong {
+            let mut index = index();
+            index.hear("a", &said(9, &[(0, Tier::Dram, true, &[1])]), 0).unwrap();
+            let error = index.hear("a", &reply, 0).unwrap_err();
+            assert!(error.message.contains(named), "{error}");
+            index.lost("a", error.to_string());
+            index.begin("a", 0);
+            assert!(index.locate(&chain(1..2), 0).is_empty());
+            assert_eq!(index.list(0)[0].resyncs, 1);
+        }
+        assert!(Index::new(0, 1).hear("nobody", &said(0, &[]), 0).is_err());
+    }
+
+    #[test]
+    fn a_silent_node_has_nothing_after_its_time() {
+        let mut index = index();
+        index
+            .hear("a", &FollowReply { complete: true, ..said(0, &[(0, Tier::Dram, true, &[1])]) }, 0)
+            .unwrap();
+        index.lost("a", "gone".into());
+        let ttl_us = u64::from(TTL_MS) * 1000;
+        index.expire(ttl_us);
+        assert_eq!(index.locate(&chain(1..2), 0).len(), 1, "it may come back in time");
+        index.expire(ttl_us + 1);
+        assert!(index.locate(&chain(1..2), 0).is_empty());
+        let status = &index.list(ttl_us)[0];
+        assert_eq!((status.complete, status.connected, status.trouble.as_str()), (false, false, "gone"));
+    }
+
+    #[test]
+    fn it_takes_no_more_than_it_may_and_counts_what_it_leaves_out() {
+        let bytes_max = 64 << 10;
+        let mut index = Index::new(bytes_max, TTL_MS);
+        for address in ["a", "b"] {
+            index.begin(address, 0);
+            for slice in 0..40 {
+                let ids: Vec<u64> = (slice * 100..(slice + 1) * 100).collect();
+                index.hear(address, &said(0, &[(0, Tier::Dram, true, &ids)]), 0).unwrap();
+            }
+        }
+        let nodes = index.list(0);
+        let bytes: u64 = nodes.iter().map(|node| node.index_bytes).sum();
+        assert!(bytes <= bytes_max, "{nodes:?}");
+        for node in &nodes {
+            assert_eq!(node.blocks + node.dropped_blocks, 4000, "{nodes:?}");
+        }
+        assert!(nodes[0].blocks > 1000 && nodes[1].dropped_blocks > 0, "{nodes:?}");
+    }
+
+    proptest! {
+        /// Against a set of (block, tier).
+        #[test]
+        fn what_was_told_adds_up(steps in proptest::collection::vec((0_u64..20, 1_usize..8, 0_usize..4, any::<bool>()), 1..60)) {
+            let (mut index, mut model) = (index(), BTreeSet::new());
+            for (sequence, (first, count, tier, here)) in (1..).zip(steps) {
+                let ids: Vec<u64> = (first..first + count as u64).collect();
+                index.hear("a", &said(sequence - 1, &[]), 0).unwrap();
+                index.hear("a", &said(sequence, &[(sequence, TIERS[tier], here, &ids)]), 0).unwrap();
+                for id in ids {
+                    let _ = if here { model.insert((id, tier)) } else { model.remove(&(id, tier)) };
+                }
+                for id in 0..30 {
+                    let fastest = model.range((id, 0)..(id + 1, 0)).next().map(|(_, tier)| (TIERS[*tier], 1));
+                    prop_assert_eq!(runs(&index, id..id + 1).first().copied(), fastest);
+                }
+            }
+        }
+    }
+}
