@@ -113,6 +113,40 @@ async fn every_command_works_on_a_live_node() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_cluster_can_be_looked_at() {
+    let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let setup = Setup { grpc_address: address.clone(), nodes: vec![address.clone()], ..Setup::default() };
+    let mut daemon = Daemon::start(&setup).await;
+    let engine = Engine::open(&daemon.socket()).await;
+    engine.put(&[1, 2]).await;
+    let kvctl = Kvctl::of(&daemon).await;
+    let ids: Vec<String> = engine.chain(&[1, 2]).ids().iter().map(ToString::to_string).collect();
+    let found = crate::wait::until("the blocks", crate::wait::DEADLINE, async || {
+        kvctl.json(&["locate", &ids[0], &ids[1]]).pop().filter(|node| node["blocks"] == 2)
+    })
+    .await;
+    assert_eq!((&found["address"], &found["runs"][0]["tier"]), (&Value::from(address), &Value::from("dram")));
+    assert!(kvctl.table(&["locate", &ids[0]]).contains("1 dram"));
+    assert_eq!(kvctl.json(&["nodes"])[0]["blocks"].as_u64(), Some(2));
+    assert!(kvctl.table(&["nodes"]).contains("heard"));
+
+    let registration = crate::workers::registration("engine-0");
+    let worker = kvd_client::Worker::register(daemon.client().await.channel(), registration);
+    let listed =
+        crate::wait::until("the worker", crate::wait::DEADLINE, async || kvctl.json(&["workers"]).pop())
+            .await;
+    assert_eq!(listed["registration"]["name"], "engine-0", "{listed}");
+    assert!(kvctl.table(&["workers"]).contains("engine-0"));
+    assert!(
+        kvctl
+            .refused(&["locate", &"0".repeat(32), "--group", "7", "--socket", "/no/where"])
+            .contains("/no/where")
+    );
+    drop(worker);
+    daemon.is_well().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn events_arrive_as_they_happen() {
     let mut daemon = Daemon::start(&Setup::default()).await;
     let engine = Engine::open(&daemon.socket()).await;

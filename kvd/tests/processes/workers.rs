@@ -9,7 +9,7 @@ use kvd_proto::wire::{self, WorkerLoad, WorkerProfile, WorkerRegistration, Worke
 use kvd_proto::{Code, Error};
 use tonic::transport::Channel;
 
-fn registration(name: &str) -> WorkerRegistration {
+pub(crate) fn registration(name: &str) -> WorkerRegistration {
     WorkerRegistration {
         name: name.into(),
         model: "small".into(),
