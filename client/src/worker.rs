@@ -77,7 +77,6 @@ async fn serve(
     load: &watch::Sender<WorkerLoad>,
     trouble: &watch::Sender<Option<Error>>,
 ) -> Error {
-    let gone = || Error::new(Code::Unavailable, "", "the node ended the stream", "start the node again");
     let report = |report| WorkerReport { report: Some(report) };
     let (reports, told) = mpsc::channel(1);
     let mut changes = load.subscribe();
@@ -95,7 +94,7 @@ async fn serve(
             notice = notices.message() => return ended(notice),
         };
         if now.is_err() {
-            return gone();
+            return ended(notices.message().await); // nobody takes reports any more: the stream's last word says why
         }
         tokio::select! {
             notice = notices.message() => return ended(notice),
