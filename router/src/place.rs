@@ -62,6 +62,8 @@ pub struct Candidate {
     pub decoding_requests: u64,
     /// KV tokens they read each step.
     pub decoding_tokens: u64,
+    /// Share of its time that goes to prefills, as measured lately; 0 to 1.
+    pub prefill_share: f64,
     /// What it could start from, shortest first. Nothing cached is always possible and need not be listed.
     pub prefixes: Vec<Prefix>,
 }
@@ -90,6 +92,70 @@ impl Prediction {
     pub fn total_us(&self) -> f64 {
         self.first_token_us + self.others_us
     }
+}
+
+/// What users were promised, in microseconds.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Targets {
+    /// Until the first token.
+    pub first_token_us: f64,
+    /// Between tokens, on average.
+    pub next_token_us: f64,
+}
+
+/// Where a request is prefilled, and where it is decoded.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Plan {
+    /// Of the worker that prefills.
+    pub prefill: Prediction,
+    /// The worker that decodes; the same one: nothing is handed over.
+    pub decode: usize,
+    /// Between tokens there, handing over included.
+    pub next_token_us: f64,
+}
+
+impl Plan {
+    /// How far beyond the targets it is, 1 being just met; within them all are alike.
+    fn beyond(&self, targets: Targets) -> f64 {
+        let first = self.prefill.first_token_us / targets.first_token_us;
+        first.max(self.next_token_us / targets.next_token_us).max(1.0)
+    }
+}
+
+/// The best pair of workers. `prefill_on` and `decode_on` say who may do what; `hand_over_us(decode worker)` is what handing over takes
+/// after the first token, of an answer of about `output_tokens`. What meets the targets comes before what does not, what misses
+/// them by less before what misses them by more; among equals the least total counts, and then not to hand over.
+pub fn pair(
+    demand: Demand,
+    candidates: &[Candidate],
+    targets: Targets,
+    output_tokens: f64,
+    may: impl Fn(usize, usize) -> bool,
+    hand_over_us: impl Fn(usize) -> f64,
+) -> Option<Plan> {
+    let mut best: Option<Plan> = None;
+    for prefill in rank(demand, candidates) {
+        for (decode, candidate) in candidates.iter().enumerate() {
+            if !may(prefill.candidate, decode) {
+                continue;
+            }
+            let apart_us = if decode == prefill.candidate { 0.0 } else { hand_over_us(decode) };
+            let next_token_us =
+                candidate.next_token_us(demand.prompt_tokens) + apart_us / output_tokens.max(1.0);
+            let plan = Plan { prefill, decode, next_token_us };
+            let key = |plan: &Plan| {
+                let apart = plan.decode != plan.prefill.candidate;
+                (plan.beyond(targets), plan.prefill.total_us(), apart, plan.next_token_us)
+            };
+            if best
+                .as_ref()
+                .is_none_or(|best| key(&plan).partial_cmp(&key(best)) == Some(std::cmp::Ordering::Less))
+            {
+                best = Some(plan);
+            }
+        }
+    }
+    best
 }
 
 /// How much of a fetch its own prefill hides: of so many layer ranges all but the first come while earlier ones are computed with.
@@ -153,6 +219,12 @@ impl Candidate {
         }
     }
 
+    /// Between tokens of a request of so many: a step of the batch with it, as much longer as prefills take turns with steps.
+    fn next_token_us(&self, tokens: u64) -> f64 {
+        let step_us = self.decode.step_us(self.decoding_tokens + tokens, self.kv_tokens_max);
+        step_us / (1.0 - self.prefill_share.clamp(0.0, 0.99))
+    }
+
     /// Tokens of a prompt that go in one step.
     fn chunk(&self) -> u64 {
         self.batched_tokens_max.saturating_sub(self.decoding_requests).max(1)
@@ -191,6 +263,7 @@ mod tests {
             sharing_requests: 0,
             decoding_requests: 0,
             decoding_tokens: 0,
+            prefill_share: 0.0,
             prefixes: vec![],
         }
     }
@@ -243,6 +316,25 @@ mod tests {
         let ranked = rank(demand(64), &[idle(), all.clone(), all]);
         assert_eq!(ranked.iter().map(|prediction| prediction.candidate).collect::<Vec<_>>(), [1, 2, 0]);
         assert!(ranked[0].cached_tokens == 63 && close(ranked[0].first_token_us, 10_010.0));
+    }
+
+    #[test]
+    fn a_request_is_split_only_where_that_keeps_a_promise() {
+        let targets = Targets { first_token_us: 100_000.0, next_token_us: 10_000.0 };
+        let pair = |candidates: &[Candidate], may: fn(usize, usize) -> bool, hand_over_us: f64| {
+            let plan = super::pair(demand(1000), candidates, targets, 100.0, may, |_| hand_over_us);
+            plan.map(|plan| (plan.prefill.candidate, plan.decode))
+        };
+        // steps of 5 ms: both promises are kept where it is prefilled
+        assert_eq!(pair(&[idle(), idle()], |_, _| true, 0.0), Some((0, 0)));
+        // with six tenths of its time for prefills a step takes 12.5 ms there
+        let torn = Candidate { prefill_share: 0.6, ..idle() };
+        let far = Candidate { waiting_tokens: 9000, ..idle() };
+        assert_eq!(pair(&[torn.clone(), far.clone()], |_, _| true, 1000.0), Some((0, 1)));
+        // handing over would take 7.5 ms a token: 12.5 ms either way, and then it stays
+        assert_eq!(pair(&[torn.clone(), far.clone()], |_, _| true, 750_000.0), Some((0, 0)));
+        assert_eq!(pair(&[torn, far], |prefill, decode| prefill == 1 && decode == 0, 0.0), Some((1, 0)));
+        assert_eq!(pair(&[idle()], |_, _| false, 0.0), None);
     }
 
     fn candidate() -> impl Strategy<Value = Candidate> {

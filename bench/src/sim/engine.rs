@@ -29,6 +29,8 @@ pub(super) struct Job {
     pub(super) chain: Rc<[BlockName]>,
     /// Blocks of the beginning that were fetched for it, in other memory than the engine's own.
     pub(super) fetched_blocks: usize,
+    /// Another engine has prefilled it and yielded its first token: all its KV was fetched.
+    pub(super) prefilled: bool,
 }
 
 /// What came of a step, by request number.
@@ -61,6 +63,7 @@ pub(super) struct Engine {
     waiting: VecDeque<Job>,
     running: Vec<Running>,
     step_ends_us: Option<u64>,
+    prefill_us: f64,
 }
 
 /// What a router may know of an engine.
@@ -86,7 +89,13 @@ impl Engine {
             waiting: VecDeque::new(),
             running: Vec::new(),
             step_ends_us: None,
+            prefill_us: 0.0,
         }
+    }
+
+    /// Time it has spent on prefills since its beginning.
+    pub(super) fn prefill_us(&self) -> f64 {
+        self.prefill_us
     }
 
     /// A request joins the queue.
@@ -135,6 +144,7 @@ impl Engine {
             self.running.iter().filter(|running| running.prefilled()).map(Running::tokens).sum();
         let mut step_us = self.profile.prefill.prefill_us(new_tokens, 0)
             + self.profile.prefill.context_us * context_pairs as f64;
+        self.prefill_us += step_us;
         if decoding_tokens > 0 {
             step_us += self.profile.decode_us(decoding_tokens);
         }
@@ -169,6 +179,9 @@ impl Engine {
 
     /// Tokens of a waiting request that need no computing.
     fn cached(&self, job: &Job) -> u64 {
+        if job.prefilled {
+            return job.prompt_tokens;
+        }
         let blocks = self.hbm.prefix(&job.chain).max(job.fetched_blocks) as u64;
         let tokens = blocks * self.block_tokens;
         // a prompt that is all there still computes its last block: that yields the first token
@@ -204,8 +217,8 @@ impl Engine {
             let cached = self.cached(job);
             let chunk = (job.prompt_tokens - cached).min(budget);
             let job = self.waiting.pop_front().expect("there is a front");
-            let mut running =
-                Running { job, computed: cached, cached, generated: 0, chunk, blocks: Vec::new() };
+            let generated = u64::from(job.prefilled);
+            let mut running = Running { job, computed: cached, cached, generated, chunk, blocks: Vec::new() };
             if !hold(&mut self.hbm, &mut running, cached + chunk, self.block_tokens) {
                 let alone = self.running.is_empty();
                 assert!(!alone, "a prompt of {} tokens fits the memory", running.job.prompt_tokens);
@@ -225,6 +238,7 @@ impl Engine {
         let job = Job {
             prompt_tokens: running.job.prompt_tokens + running.generated,
             output_tokens: running.job.output_tokens - running.generated,
+            prefilled: false,
             ..running.job
         };
         self.waiting.push_front(job);
@@ -274,6 +288,7 @@ mod tests {
             output_tokens,
             chain: (first..first + prompt_tokens / 64).collect(),
             fetched_blocks: 0,
+            prefilled: false,
         }
     }
 
@@ -330,6 +345,17 @@ mod tests {
         let fetched = Job { fetched_blocks: 70, ..job(0, 5120, 1) };
         let told = run(&mut engine(16_384), &[(0, fetched)]);
         assert_eq!((told[0].2, told[0].0), (70 * 64, told[0].1), "one token: its first is its last");
+    }
+
+    #[test]
+    fn what_another_engine_has_prefilled_only_decodes() {
+        let told = run(
+            &mut engine(16_384),
+            &[(0, job(0, 1000, 5)), (0, Job { prefilled: true, ..job(1, 1000, 5) })],
+        );
+        let handed_over = run(&mut engine(16_384), &[(0, Job { prefilled: true, ..job(0, 1000, 5) })]);
+        assert!(close(handed_over[0].1, 4.0 * 5.7917), "four more tokens, no prefill: {handed_over:?}");
+        assert_eq!((handed_over[0].0, told[1].0), (0, 0), "its first token was another's");
     }
 
     #[test]

@@ -17,10 +17,11 @@ use crate::engine::profile::{Profile, ProfileName};
 use crate::failure::Failure;
 use crate::report::{Output, median, percentile};
 use crate::trace::{self, Row};
+use kvd_router::place::Targets;
 use std::path::PathBuf;
 use std::rc::Rc;
 use store::Store;
-use world::{Record, Request, Router, Setup, World};
+use world::{Record, Request, Router, Setup, Split, World};
 
 /// KV bytes of one token: Llama-3-8B in bf16, 32 layers x 8 heads x 128 numbers x K and V x 2 bytes.
 const TOKEN_BYTES: u64 = 131_072;
@@ -33,6 +34,9 @@ const TRACE_BLOCK_TOKENS: u64 = 512;
 /// at modelled DGX H100 bandwidths (bench/src/sim/store.rs) while the engines compute. Every request arrives at its time in the
 /// trace, however busy the engines are. `reuse` is the share of prompt tokens that was not computed; `digest` is over every
 /// request's worker and times: equal arguments, equal digest.
+///
+/// With `--split`, a request may be decoded by another worker than prefills it: its KV goes there by the network while it is
+/// computed, the last layer range after it. `goodput` is the share of requests that met both `--ttft-ms` and `--itl-ms`.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Args {
     /// Requests in Mooncake's JSONL, gzipped or not.
@@ -47,6 +51,18 @@ pub(crate) struct Args {
     /// Place requests that arrive at the same moment in the order of the trace, not largest first.
     #[arg(long)]
     one_by_one: bool,
+    /// Whether prefill and decode of a request may be on different workers.
+    #[arg(long, value_enum, default_value = "never")]
+    split: Split,
+    /// Workers that only prefill, of a fixed split.
+    #[arg(long, default_value_t = 3)]
+    prefill_workers: u16,
+    /// The time to first token that users were promised.
+    #[arg(long, default_value_t = 500.0, value_parser = positive)]
+    ttft_ms: f64,
+    /// The mean time between tokens that they were promised.
+    #[arg(long, default_value_t = 50.0, value_parser = positive)]
+    itl_ms: f64,
     /// How many times faster than in the trace requests arrive.
     #[arg(long, default_value_t = 1.0, value_parser = positive)]
     rate: f64,
@@ -100,6 +116,8 @@ struct Report {
     ttft_p50_ms: f64,
     ttft_p99_ms: f64,
     itl_p50_ms: f64,
+    /// Share of requests that met both promises.
+    goodput: f64,
     reuse: f64,
     digest: String,
 }
@@ -109,7 +127,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let report = simulate(args)?;
     match args.output {
         Output::Json => println!("{}", serde_json::to_string(&report)?),
-        Output::Table => print!("{}", table(&report)),
+        Output::Table => print!("{}", table(&report, args)),
     }
     Ok(())
 }
@@ -122,6 +140,18 @@ fn simulate(args: &Args) -> Result<Report, Failure> {
         )
         .into());
     }
+    if args.split != Split::Never && args.router == Router::RoundRobin {
+        return Err("--split: round-robin predicts nothing to split by; give --router kv or cost".into());
+    }
+    if args.split == Split::Fixed && !(1..args.workers).contains(&args.prefill_workers) {
+        return Err(format!(
+            "--prefill-workers: {} of {} workers leave nobody to decode or to prefill; give 1 to {}",
+            args.prefill_workers,
+            args.workers,
+            args.workers - 1
+        )
+        .into());
+    }
     let rows = trace::read_file(&args.trace, TRACE_BLOCK_TOKENS, args.limit)?;
     let requests: Vec<Request> = rows.iter().map(|row| request(row, args)).collect();
     check_memory(&requests, args)?;
@@ -131,6 +161,9 @@ fn simulate(args: &Args) -> Result<Report, Failure> {
     let setup = Setup {
         router: args.router,
         together: !args.one_by_one,
+        split: args.split,
+        prefill_workers: usize::from(args.prefill_workers),
+        targets: Targets { first_token_us: args.ttft_ms * 1e3, next_token_us: args.itl_ms * 1e3 },
         profile: Profile::named(args.profile),
         workers,
         block_tokens: args.block_tokens,
@@ -186,6 +219,12 @@ fn report(args: &Args, requests: &[Request], records: &[Record]) -> Report {
             (record.end_us - record.first_us) as f64 / 1e3 / (request.output_tokens - 1) as f64
         })
         .collect();
+    let good = pairs().filter(|(request, record)| {
+        let ttft_us = (record.first_us - request.arrival_us) as f64;
+        let itl_us = (record.end_us - record.first_us) as f64 / (request.output_tokens - 1).max(1) as f64;
+        ttft_us <= args.ttft_ms * 1e3 && itl_us <= args.itl_ms * 1e3
+    });
+    let goodput = good.count() as f64 / requests.len() as f64;
     let tokens: u64 = requests.iter().map(|request| request.prompt_tokens).sum();
     let cached: u64 = records.iter().map(|record| record.cached_tokens).sum();
     let name = clap::ValueEnum::to_possible_value(&args.router).expect("no router is hidden");
@@ -199,16 +238,18 @@ fn report(args: &Args, requests: &[Request], records: &[Record]) -> Report {
         ttft_p50_ms: median(ttft_ms.clone()),
         ttft_p99_ms: percentile(ttft_ms, 0.99),
         itl_p50_ms: if itl_ms.is_empty() { 0.0 } else { median(itl_ms) },
+        goodput,
         reuse: cached as f64 / tokens as f64,
         digest: digest.finalize().to_hex().chars().take(32).collect(),
     }
 }
 
-fn table(report: &Report) -> String {
+fn table(report: &Report, args: &Args) -> String {
     format!(
         "{} requests, {} workers, {} x the trace's rate, {}\n\
          first token  mean {:.0} ms, p50 {:.0} ms, p99 {:.0} ms\n\
          next tokens  p50 {:.1} ms\n\
+         promises     {:.1} % of requests had their first token within {} ms and the next ones within {} ms each\n\
          reuse        {:.1} % of prompt tokens were not computed\n\
          digest       {}\n",
         report.requests,
@@ -219,6 +260,9 @@ fn table(report: &Report) -> String {
         report.ttft_p50_ms,
         report.ttft_p99_ms,
         report.itl_p50_ms,
+        report.goodput * 100.0,
+        args.ttft_ms,
+        args.itl_ms,
         report.reuse * 100.0,
         report.digest
     )
@@ -284,6 +328,19 @@ mod tests {
     }
 
     #[test]
+    fn prefill_and_decode_apart_end_every_request() {
+        let trace = trace();
+        let run = |split| {
+            let arguments = ["--router", "cost", "--workers", "4", "--hbm-blocks", "1000", "--split", split];
+            simulated(&trace, &[&arguments[..], &["--prefill-workers", "2"]].concat()).unwrap()
+        };
+        let [never, fixed, chosen] = ["never", "fixed", "chosen"].map(run);
+        assert!(fixed.digest != never.digest && fixed.digest == run("fixed").digest);
+        assert!(fixed.itl_p50_ms > never.itl_p50_ms, "half the workers decode: {never:?} {fixed:?}");
+        assert!(chosen.goodput >= 0.97 * never.goodput.max(fixed.goodput), "{never:?} {fixed:?} {chosen:?}");
+    }
+
+    #[test]
     fn bad_arguments_name_themselves() {
         let trace = trace();
         for (arguments, named) in [
@@ -292,6 +349,8 @@ mod tests {
             (&["--router", "kv", "--rate", "0"], "--rate"),
             (&["--router", "cost", "--eviction", "lfu"], "\"lfu\""),
             (&["--router", "random"], "--router"),
+            (&["--router", "round-robin", "--split", "chosen"], "--split: round-robin predicts nothing"),
+            (&["--router", "kv", "--split", "fixed", "--workers", "3"], "--prefill-workers: 3 of 3"),
         ] {
             let error = simulated(&trace, arguments).unwrap_err();
             assert!(error.contains(named), "{error}");

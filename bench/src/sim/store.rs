@@ -164,6 +164,22 @@ impl Store {
         ends_us
     }
 
+    /// A prompt's KV from the worker that computes it to another: it streams behind the computing, which ends at `computed_us`
+    /// and hides `hidden` of it. When all is there.
+    pub(super) fn hand_over(&mut self, to: usize, blocks: usize, computed_us: f64, hidden: f64) -> f64 {
+        let us = blocks as f64 * self.block_bytes / NETWORK_BYTES_PER_US;
+        let begins_us = self.network_free_us[to].max(computed_us - hidden * us);
+        self.network_free_us[to] = begins_us + us;
+        (begins_us + us).max(computed_us) + NETWORK_LATENCY_US
+    }
+
+    /// What `hand_over` would take beyond the computing.
+    pub(super) fn hand_over_us(&self, to: usize, blocks: usize, computed_us: f64, hidden: f64) -> f64 {
+        let us = blocks as f64 * self.block_bytes / NETWORK_BYTES_PER_US;
+        let begins_us = self.network_free_us[to].max(computed_us - hidden * us);
+        (begins_us + us - computed_us).max(0.0) + NETWORK_LATENCY_US
+    }
+
     fn ends_us(&self, worker: usize, cargo: &Cargo, now_us: f64) -> f64 {
         let over = |free_us: f64, blocks: usize, bytes_per_us: f64, latency_us: f64| match blocks {
             0 => now_us,

@@ -8,7 +8,7 @@ use super::engine::{Engine, Job};
 use super::hbm::BlockName;
 use super::store::Store;
 use crate::engine::profile::Profile;
-use kvd_router::place::{self, Candidate, Demand, Prediction, Prefix};
+use kvd_router::place::{self, Candidate, Demand, Prediction, Prefix, Targets};
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 use std::rc::Rc;
@@ -17,6 +17,10 @@ use std::rc::Rc;
 const OPTIONS: usize = 16;
 /// Layer ranges of a block: the design's example for Llama-3-8B.
 const LAYER_RANGES: u32 = 4;
+/// What of a handing over the prefill hides: all layer ranges but the last.
+const HIDDEN: f64 = 1.0 - 1.0 / LAYER_RANGES as f64;
+/// Over which a worker's share of prefills is measured.
+const SHARE_WINDOW_US: u64 = 5_000_000;
 
 /// How requests are placed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -27,6 +31,17 @@ pub(crate) enum Router {
     Kv,
     /// Predicted microseconds over all tiers of kvd's nodes, and fetching from them.
     Cost,
+}
+
+/// Whether prefill and decode may be apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Split {
+    /// Every worker does both for its requests.
+    Never,
+    /// The first workers only prefill, the others only decode.
+    Fixed,
+    /// As is predicted to be best for each request.
+    Chosen,
 }
 
 /// One request of the trace.
@@ -52,6 +67,7 @@ enum Event {
     Arrival { request: usize },
     Fetched { request: usize },
     StepEnd { worker: usize },
+    HandedOver { request: usize },
 }
 
 /// Everything.
@@ -71,6 +87,15 @@ pub(super) struct World<'a> {
     events: BinaryHeap<Reverse<(u64, u64, Event)>>,
     made: u64,
     together: bool,
+    split: Split,
+    prefill_workers: usize,
+    targets: Targets,
+    /// By worker: when its share of prefills was last looked at, how much it had prefilled by then, and the share.
+    shares: Vec<(u64, f64, f64)>,
+    /// Where requests decode that are prefilled elsewhere.
+    decode_on: HashMap<usize, usize>,
+    /// Tokens of answers so far, and answers.
+    answered: (u64, u64),
     records: Vec<Record>,
 }
 
@@ -79,6 +104,10 @@ pub(super) struct Setup {
     pub(super) router: Router,
     /// Whether requests that arrive at one moment are placed largest first.
     pub(super) together: bool,
+    pub(super) split: Split,
+    /// Of a fixed split.
+    pub(super) prefill_workers: usize,
+    pub(super) targets: Targets,
     pub(super) profile: Profile,
     pub(super) workers: usize,
     pub(super) block_tokens: u64,
@@ -105,6 +134,12 @@ impl<'a> World<'a> {
             events: BinaryHeap::new(),
             made: 0,
             together: setup.together && setup.router != Router::RoundRobin,
+            split: setup.split,
+            prefill_workers: setup.prefill_workers,
+            targets: setup.targets,
+            shares: vec![(0, 0.0, 0.0); setup.workers],
+            decode_on: HashMap::new(),
+            answered: (0, 0),
             records: vec![Record::default(); requests.len()],
         };
         for (request, asked) in requests.iter().enumerate() {
@@ -149,15 +184,38 @@ impl<'a> World<'a> {
     fn handle(&mut self, event: Event, now_us: u64) {
         match event {
             Event::Arrival { .. } => unreachable!("arrivals are placed together"),
-            Event::Fetched { request } => self.enqueue(request),
+            Event::Fetched { request } | Event::HandedOver { request } => self.enqueue(request),
             Event::StepEnd { worker } => {
                 let outcome = self.engines[worker].end_step(now_us);
                 for (request, cached_tokens) in outcome.first {
                     self.first(worker, request, cached_tokens, now_us);
                 }
-                outcome.ended.into_iter().for_each(|request| self.records[request].end_us = now_us);
+                outcome.ended.into_iter().for_each(|request| self.ended(request, now_us));
             }
         }
+    }
+
+    /// On one worker; what decodes elsewhere is handed over.
+    fn ended(&mut self, request: usize, now_us: u64) {
+        let asked = &self.requests[request];
+        let Some(decode) = self.decode_on.remove(&request).filter(|_| asked.output_tokens > 1) else {
+            self.records[request].end_us = now_us;
+            self.answered = (self.answered.0 + asked.output_tokens, self.answered.1 + 1);
+            return;
+        };
+        let blocks = asked.prompt_tokens.div_ceil(self.block_tokens) as usize;
+        let ends_us = self.store.hand_over(decode, blocks, now_us as f64, HIDDEN);
+        let job = Job {
+            request,
+            prompt_tokens: asked.prompt_tokens,
+            output_tokens: asked.output_tokens,
+            chain: Rc::clone(&asked.chain),
+            fetched_blocks: 0,
+            prefilled: true,
+        };
+        self.jobs.insert(request, job);
+        self.records[request].worker = decode;
+        self.push(ends_us.ceil() as u64, Event::HandedOver { request });
     }
 
     fn first(&mut self, worker: usize, request: usize, cached_tokens: u64, now_us: u64) {
@@ -184,11 +242,7 @@ impl<'a> World<'a> {
         let (worker, blocks, have) = match self.router {
             Router::RoundRobin => (request % self.engines.len(), 0, 0),
             Router::Kv | Router::Cost => {
-                let candidates = self.candidates(request, now_us);
-                let best = place::rank(
-                    Demand { prompt_tokens: asked.prompt_tokens, layer_ranges: LAYER_RANGES },
-                    &candidates,
-                )[0];
+                let best = self.placed(request, now_us);
                 self.chosen(request, best)
             }
         };
@@ -199,9 +253,10 @@ impl<'a> World<'a> {
         let job = Job {
             request,
             prompt_tokens: asked.prompt_tokens,
-            output_tokens: asked.output_tokens.max(1),
+            output_tokens: if self.decode_on.contains_key(&request) { 1 } else { asked.output_tokens },
             chain: Rc::clone(&asked.chain),
             fetched_blocks: blocks,
+            prefilled: false,
         };
         self.jobs.insert(request, job);
         if blocks <= have {
@@ -213,6 +268,41 @@ impl<'a> World<'a> {
         let chunk_us = self.profile.prefill_us(new_tokens.min(self.batched_tokens_max), 0);
         let ready_us = ends_us - place::hidden_us(chunk_us, LAYER_RANGES);
         self.push((ready_us.ceil() as u64).max(now_us), Event::Fetched { request });
+    }
+
+    /// Where it is prefilled; noted, where it is decoded if that is elsewhere.
+    fn placed(&mut self, request: usize, now_us: u64) -> Prediction {
+        self.look_at_shares(now_us);
+        let asked = &self.requests[request];
+        let demand = Demand { prompt_tokens: asked.prompt_tokens, layer_ranges: LAYER_RANGES };
+        let candidates = self.candidates(request, now_us);
+        let first_decode = self.prefill_workers;
+        let may = |prefill: usize, decode: usize| match self.split {
+            Split::Never => prefill == decode,
+            Split::Fixed => prefill < first_decode && decode >= first_decode,
+            Split::Chosen => true,
+        };
+        if self.split == Split::Never {
+            return place::rank(demand, &candidates)[0];
+        }
+        let blocks = asked.prompt_tokens.div_ceil(self.block_tokens) as usize;
+        let hand_over_us = |decode| self.store.hand_over_us(decode, blocks, now_us as f64, HIDDEN);
+        let output_tokens = self.answered.0 as f64 / self.answered.1.max(1) as f64;
+        let plan = place::pair(demand, &candidates, self.targets, output_tokens, may, hand_over_us);
+        let plan = plan.expect("some pair may");
+        if plan.decode != plan.prefill.candidate {
+            self.decode_on.insert(request, plan.decode);
+        }
+        plan.prefill
+    }
+
+    fn look_at_shares(&mut self, now_us: u64) {
+        for (engine, (at_us, before_us, share)) in self.engines.iter().zip(&mut self.shares) {
+            if now_us >= *at_us + SHARE_WINDOW_US {
+                *share = (engine.prefill_us() - *before_us) / (now_us - *at_us) as f64;
+                (*at_us, *before_us) = (now_us, engine.prefill_us());
+            }
+        }
     }
 
     /// The worker, the blocks to have there, and those it has.
@@ -276,6 +366,7 @@ impl<'a> World<'a> {
             sharing_requests: load.sharing_requests,
             decoding_requests: load.decoding_requests,
             decoding_tokens: load.decoding_tokens,
+            prefill_share: self.shares[worker].2,
             prefixes,
         }
     }
