@@ -5,9 +5,15 @@
 //! never outside its limits; every number in a reason has a unit. It knows numbers, never ids of blocks or requests.
 //! Leaves to others: where a request runs (router), what is stored where (kvd).
 
+pub mod apply;
+pub mod config;
 pub mod decide;
 pub mod forecast;
+pub mod metrics;
 pub mod observe;
 pub mod plan;
 pub mod predict;
+pub mod report;
+pub mod serve;
 pub mod size;
+pub mod source;

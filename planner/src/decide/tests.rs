@@ -113,7 +113,8 @@ fn does_not_shrink_what_measured_latency_needs_and_grows_where_it_is_late() {
 fn plans_for_the_demand_when_a_worker_will_have_started() {
     let ramp = |startup_ms: u64| {
         let mut planner = Planner::new(Settings { startup_ms, ..settings(Shape::Both) });
-        let plans = (1..=30).map(|n| planner.apply(&seen(4.0 * n as f64, running(1)), n * INTERVAL_MS).unwrap());
+        let plans =
+            (1..=30).map(|n| planner.apply(&seen(4.0 * n as f64, running(1)), n * INTERVAL_MS).unwrap());
         plans.last().unwrap()
     };
     let (quick, slow) = (ramp(INTERVAL_MS), ramp(10 * INTERVAL_MS));
