@@ -298,7 +298,7 @@ mod tests {
 
     #[test]
     fn missed_steps_keep_the_season_in_phase_and_a_long_gap_begins_anew() {
-        let wave = |t: u32| if t % 4 == 0 { 8.0 } else { 1.0 };
+        let wave = |t: u32| if t.is_multiple_of(4) { 8.0 } else { 1.0 };
         let mut forecaster = Forecaster::new(20, 4);
         (0..40).for_each(|t| forecaster.learn(wave(t), 0));
         forecaster.learn(wave(43), 3);

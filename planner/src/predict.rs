@@ -46,6 +46,7 @@ pub struct Demand {
 
 impl Demand {
     /// The same requests, `factor` times as many.
+    #[must_use]
     pub fn times(self, factor: f64) -> Self {
         Self { requests_per_s: self.requests_per_s * factor, ..self }
     }

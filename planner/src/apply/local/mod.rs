@@ -207,8 +207,16 @@ fn spawn(mut command: Command) -> std::io::Result<(Child, AsyncFd<OwnedFd>)> {
     // SAFETY: the closure runs between fork and exec; it makes two system calls, and neither allocates nor locks.
     unsafe { command.pre_exec(die_with_us) };
     let child = command.spawn()?;
-    let pidfd = rustix::process::pidfd_open(pid(&child), PidfdFlags::NONBLOCK)?;
-    Ok((child, AsyncFd::new(pidfd)?))
+    let pidfd = watch(pid(&child))?;
+    Ok((child, pidfd))
+}
+
+/// Readable once the process has ended, whether or not it was waited for.
+fn watch(pid: Pid) -> std::io::Result<AsyncFd<OwnedFd>> {
+    let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK)?;
+    // SAFETY: the `OwnedFd` holds a valid descriptor, and nobody replaces or closes it while the `AsyncFd` has it.
+    let pidfd = unsafe { AsyncFd::register(pidfd)? };
+    Ok(pidfd)
 }
 
 /// Waits for the process's end, or drains it when told; its group ends with it.

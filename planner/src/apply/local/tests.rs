@@ -47,7 +47,7 @@ struct Watched(AsyncFd<OwnedFd>);
 impl Watched {
     fn new(pid: &str) -> Self {
         let pid = Pid::from_raw(pid.parse().unwrap()).unwrap();
-        Self(AsyncFd::new(rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK).unwrap()).unwrap())
+        Self(watch(pid).unwrap())
     }
 
     async fn ends(self) {
@@ -142,7 +142,7 @@ async fn a_death_is_noticed_and_replaced_and_one_at_the_start_pauses() {
     assert_eq!(local.next_end().await.unwrap().status.unwrap().code(), Some(3));
     assert_eq!(local.deaths(), 1);
     assert_eq!(local.apply(&plan(&[(Role::Both, 1)])).unwrap().len(), 1, "replaced");
-    local.template.startup = Duration::from_secs(3600);
+    local.template.startup = Duration::from_hours(1);
     local.next_end().await.unwrap();
     assert!(local.apply(&plan(&[(Role::Both, 1)])).unwrap().is_empty(), "it would only die again");
 }
