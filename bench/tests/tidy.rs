@@ -73,6 +73,12 @@ const DECIDING: &[&str] = &[
     "tiers/src/segment.rs",
     "tiers/src/measure.rs",
     "kvd/src/node/",
+    "planner/src/decide/",
+    "planner/src/forecast.rs",
+    "planner/src/observe.rs",
+    "planner/src/plan.rs",
+    "planner/src/predict.rs",
+    "planner/src/size.rs",
 ];
 
 /// What each crate may import of ours: downwards only, and no service another service.
