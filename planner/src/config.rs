@@ -4,7 +4,7 @@
 //! error names the key, the value and the fix. The environment is not read.
 
 use crate::apply::local::{Template, WORKERS_MAX};
-use crate::decide::Settings;
+use crate::decide::{HOLD_OBSERVATIONS_MAX, Settings};
 use crate::forecast::SEASON_MAX;
 use crate::observe::WINDOW_MAX;
 use crate::predict::Profile;
@@ -283,6 +283,8 @@ impl Config {
         times
             .into_iter()
             .try_for_each(|(key, ms, least)| range(key, ms as f64, least as f64, TIME_MS_MAX as f64))?;
+        let hold_ms_max = self.interval_ms.saturating_mul(HOLD_OBSERVATIONS_MAX);
+        range("fleet.shrink_hold_ms", self.fleet.shrink_hold_ms as f64, 0.0, hold_ms_max as f64)?;
         self.check_model()?;
         self.check_fleet()?;
         if self.apply.mode == Mode::Local && self.local.command.is_empty() {
@@ -453,6 +455,7 @@ mod tests {
             ("[profile]\ndecode_load2_us = -20000", "profile.decode_load2_us"),
             ("[apply]\nmode = \"local\"", "local.command"),
             ("[forecast]\nwindow = 2", "forecast.window"),
+            ("interval_ms = 100\n[fleet]\nshrink_hold_ms = 10000001", "fleet.shrink_hold_ms"),
             ("\n[fleet]\nshape = \"round\"", "config"),
             ("[fleet]\nunheard = 1", "config"),
         ] {

@@ -1,12 +1,17 @@
-//! What comes next: moving average and additive Holt-Winters side by side, and the one with the least rolling one-step error.
+//! What comes next: moving average and additive Holt-Winters side by side, and the one whose rolling one-step error is clearly least.
 //!
 //! Invariants: pure and deterministic; a forecast is finite, never negative, and at most `EXTRAPOLATION_MAX` times the
 //! largest value seen lately, so that a burst's trend cannot order a thousand workers.
 
 use std::collections::VecDeque;
 
-/// Values a moving average is over.
-const AVERAGE_OF: usize = 6;
+/// Values the moving averages are over: a steady one and a quick one.
+const AVERAGES: [usize; 2] = [30, 6];
+/// A model must have less than this share of the error of every steadier one: where it is all noise, errors differ by
+/// chance, and a forecast that changes models by chance makes workers come and go.
+const BETTER: f64 = 0.9;
+/// So many values in a row, each by so many mean errors above the forecast, are a jump and no noise.
+const JUMP: (usize, f64) = (3, 3.0);
 /// One-step errors a candidate needs before it may be chosen over a simpler one.
 const ERRORS_MIN: usize = 5;
 /// A forecast goes at most this many times beyond the largest value in the window. At the limit: cut off.
@@ -27,8 +32,9 @@ trait Model: std::fmt::Debug {
     fn ahead(&self, steps: usize) -> Option<f64>;
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct MovingAverage {
+    over: usize,
     last: VecDeque<f64>,
 }
 
@@ -38,7 +44,7 @@ impl Model for MovingAverage {
     }
 
     fn learn(&mut self, value: f64) {
-        if self.last.len() == AVERAGE_OF {
+        if self.last.len() == self.over {
             self.last.pop_front();
         }
         self.last.push_back(value);
@@ -161,6 +167,7 @@ pub struct Forecast {
 pub struct Forecaster {
     window: usize,
     season: usize,
+    /// The steadiest first.
     candidates: Vec<Candidate>,
     /// The latest values, for the bound on extrapolation.
     seen: VecDeque<f64>,
@@ -170,12 +177,12 @@ impl Forecaster {
     /// Judges models over the last `window` values; `season` is a period in values, 0 for none.
     pub fn new(window: usize, season: usize) -> Self {
         assert!(window >= ERRORS_MIN && season <= SEASON_MAX, "the config checks the forecast");
-        let mut candidates = vec![Candidate::new(MovingAverage::default())];
-        for smoothing in SMOOTHINGS {
-            candidates.push(Candidate::new(HoltWinters::new(smoothing, 1)));
-            if season > 1 {
-                candidates.push(Candidate::new(HoltWinters::new(smoothing, season)));
-            }
+        let averages = AVERAGES.map(|over| Candidate::new(MovingAverage { over, last: VecDeque::new() }));
+        let winters =
+            |period| SMOOTHINGS.map(|smoothing| Candidate::new(HoltWinters::new(smoothing, period)));
+        let mut candidates: Vec<Candidate> = averages.into_iter().chain(winters(1)).collect();
+        if season > 1 {
+            candidates.extend(winters(season));
         }
         Self { window, season, candidates, seen: VecDeque::new() }
     }
@@ -211,19 +218,32 @@ impl Forecaster {
     /// A worker that takes several steps to start must be there for the worst of them, not for the last.
     pub fn peak(&self, steps: usize) -> Option<Forecast> {
         let best = self.best()?;
+        let error = best.error().unwrap_or(0.0);
         let top = self.seen.iter().copied().fold(0.0, f64::max) * EXTRAPOLATION_MAX;
         let peak = (1..=steps.max(1)).filter_map(|step| best.model.ahead(step)).fold(0.0, f64::max);
-        let forecast =
-            Forecast { value: peak.min(top), error: best.error().unwrap_or(0.0), model: best.model.name() };
-        assert!(forecast.value.is_finite() && forecast.value >= 0.0);
-        Some(forecast)
+        let jump = self.jump().filter(|value| *value > peak + JUMP.1 * error);
+        let (value, model) = jump.map_or((peak.min(top), best.model.name()), |value| (value, "jump"));
+        assert!(value.is_finite() && value >= 0.0);
+        Some(Forecast { value, error, model })
     }
 
-    /// The least error wins; among equals, and before there are errors, the simplest.
+    /// What the latest values in a row were at least.
+    fn jump(&self) -> Option<f64> {
+        let latest = self.seen.iter().rev().take(JUMP.0);
+        (self.seen.len() >= JUMP.0).then(|| latest.copied().fold(f64::INFINITY, f64::min))
+    }
+
+    /// The steadiest, unless another's error is clearly less; before there are errors, the first.
     fn best(&self) -> Option<&Candidate> {
-        let judged = self.candidates.iter().filter_map(|candidate| Some((candidate.error()?, candidate)));
-        let best = judged.min_by(|(a, _), (b, _)| a.total_cmp(b)).map(|(_, candidate)| candidate);
-        best.or_else(|| self.candidates.first().filter(|candidate| candidate.model.ahead(1).is_some()))
+        let mut best = self.candidates.first().filter(|candidate| candidate.model.ahead(1).is_some())?;
+        for candidate in &self.candidates[1..] {
+            if let (Some(least), Some(error)) = (best.error(), candidate.error())
+                && error < BETTER * least
+            {
+                best = candidate;
+            }
+        }
+        Some(best)
     }
 }
 
@@ -294,6 +314,20 @@ mod tests {
         assert!(peak.value <= EXTRAPOLATION_MAX * 2048.0, "{peak:?}");
         (0..40).for_each(|_| forecaster.learn(0.0, 0));
         assert!(forecaster.peak(6).unwrap().value.abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_jump_is_believed_once_it_has_been_seen_three_times_and_noise_never() {
+        let mut forecaster = Forecaster::new(60, 0);
+        let mut seed = 5;
+        for _ in 0..200 {
+            forecaster.learn(20.0 + 4.0 * noise(&mut seed), 0);
+            assert_ne!(forecaster.peak(6).unwrap().model, "jump");
+        }
+        forecaster.learn(90.0, 0);
+        assert!(forecaster.peak(6).unwrap().value < 25.0, "one may be chance");
+        (0..2).for_each(|_| forecaster.learn(90.0, 0));
+        assert!(forecaster.peak(6).unwrap().value >= 90.0, "{:?}", forecaster.peak(6));
     }
 
     #[test]

@@ -154,7 +154,7 @@ fn check(field: &str, value: f64, most: f64) -> Result<(), Error> {
     Err(Error::invalid(field, format!("{value} cannot be"), fix))
 }
 
-/// The latest observations, oldest first.
+/// The latest observations, oldest first; their workers are not kept, which would be most of the memory.
 #[derive(Debug, Clone)]
 pub struct Window {
     capacity: usize,
@@ -169,7 +169,7 @@ impl Window {
     }
 
     /// Takes an observation of `now_ms`; the oldest leaves a full window.
-    pub fn push(&mut self, now_ms: u64, observation: Observation) -> Result<(), Error> {
+    pub fn push(&mut self, now_ms: u64, observation: &Observation) -> Result<(), Error> {
         observation.check()?;
         if let Some(latest_ms) = self.latest_ms().filter(|latest_ms| now_ms <= *latest_ms) {
             let message = format!("{now_ms} ms is not after {latest_ms} ms");
@@ -178,7 +178,8 @@ impl Window {
         if self.seen.len() == self.capacity {
             self.seen.pop_front();
         }
-        self.seen.push_back((now_ms, observation));
+        let workers = Vec::new();
+        self.seen.push_back((now_ms, Observation { workers, ..*observation }));
         assert!(self.seen.len() <= self.capacity);
         Ok(())
     }
@@ -216,10 +217,10 @@ mod tests {
     #[test]
     fn the_window_is_bounded_and_runs_forward() {
         let mut window = Window::new(3);
-        (1..=10).for_each(|at| window.push(at, of(at as f64)).unwrap());
+        (1..=10).for_each(|at| window.push(at, &of(at as f64)).unwrap());
         assert_eq!(window.seen.len(), 3);
         assert_eq!(window.latest_ms(), Some(10));
-        assert_eq!(window.push(10, of(1.0)).unwrap_err().field, "now_ms");
+        assert_eq!(window.push(10, &of(1.0)).unwrap_err().field, "now_ms");
     }
 
     #[test]
@@ -240,8 +241,8 @@ mod tests {
     #[test]
     fn busy_observations_weigh_more_in_the_hit_share() {
         let mut window = Window::new(8);
-        window.push(1, Observation { prefix_hit_share: 0.0, ..of(1.0) }).unwrap();
-        window.push(2, Observation { prefix_hit_share: 0.8, ..of(3.0) }).unwrap();
+        window.push(1, &Observation { prefix_hit_share: 0.0, ..of(1.0) }).unwrap();
+        window.push(2, &Observation { prefix_hit_share: 0.8, ..of(3.0) }).unwrap();
         assert!((window.prefix_hit_share() - 0.6).abs() < 1e-9);
         assert!(Window::new(1).prefix_hit_share().abs() < 1e-9);
     }

@@ -1,6 +1,7 @@
 //! How many workers a demand needs, and how a budget that is too small is divided.
 //!
-//! Invariants: pure; more demand never needs fewer workers of a role, and never takes fewer GPUs in all; an allotment is
+//! Invariants: pure; more demand never needs fewer workers of a role, and never takes fewer GPUs in all (to
+//! within one worker where roles take unequally many); an allotment is
 //! inside each role's limits and inside the budget. An unreachable target is said, and replaced by the nearest reachable one.
 
 use crate::observe::Role;

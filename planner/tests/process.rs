@@ -56,8 +56,12 @@ impl Planner {
         let mut line = String::new();
         BufReader::new(process.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let address = line.trim().strip_prefix("listening on http://").unwrap().to_owned();
+        let (accepted, connections) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            listener.incoming().try_for_each(|stream| accepted.send(stream.unwrap()).map_err(drop))
+        });
         let worker = |_| {
-            let (stream, _) = listener.accept().unwrap();
+            let stream = connections.recv_timeout(DEADLINE).expect("a worker should have started");
             stream.set_read_timeout(Some(DEADLINE)).unwrap();
             let (mut reader, mut line) = (BufReader::new(stream), String::new());
             reader.read_line(&mut line).unwrap();
@@ -88,6 +92,13 @@ impl Planner {
         for worker in &mut self.workers {
             assert_eq!(worker.read(&mut [0; 16]).expect("the worker outlived the planner"), 0);
         }
+    }
+}
+
+impl Drop for Planner {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
     }
 }
 

@@ -19,8 +19,8 @@ use kvd_proto::Error;
 use notes::Notes;
 use std::collections::{BTreeMap, VecDeque};
 
-/// Needs remembered for the hold time, a role. At the limit: the oldest leaves, which can only shorten the hold.
-const NEEDS_MAX: usize = 100_000;
+/// Observations the hold time may span. At the limit: the config refuses it.
+pub const HOLD_OBSERVATIONS_MAX: u64 = 100_000;
 /// A worker that is starting for this many start-up times is reported as stuck.
 const STUCK_STARTUPS: u64 = 2;
 
@@ -77,10 +77,11 @@ impl Track {
     fn held(&mut self, now_ms: u64, need: u32, hold_ms: u64) -> Option<u32> {
         let from_ms = now_ms.saturating_sub(hold_ms);
         // the newest one from before the hold time stays: it says that all of it is known
-        while self.needs.len() > 1 && self.needs[1].0 <= from_ms || self.needs.len() >= NEEDS_MAX {
+        while self.needs.len() > 1 && self.needs[1].0 <= from_ms {
             self.needs.pop_front();
         }
         self.needs.push_back((now_ms, need));
+        assert!(self.needs.len() as u64 <= HOLD_OBSERVATIONS_MAX + 2, "the config checks the hold time");
         let known = self.needs[0].0 <= from_ms && now_ms >= hold_ms;
         known.then(|| self.needs.iter().map(|(_, need)| *need).max().expect("one was pushed"))
     }
@@ -119,7 +120,7 @@ impl Planner {
     /// Learns what was seen at `now_ms` of a monotonic clock and decides; a bad observation changes nothing.
     pub fn apply(&mut self, observation: &Observation, now_ms: u64) -> Result<Plan, Error> {
         let missed = self.missed(now_ms);
-        self.window.push(now_ms, observation.clone())?;
+        self.window.push(now_ms, observation)?;
         self.requests_per_s.learn(observation.requests_per_s, missed);
         if observation.requests_per_s > 0.0 {
             self.prompt_tokens.learn(observation.prompt_tokens, 0);

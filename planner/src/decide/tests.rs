@@ -219,8 +219,9 @@ fn turns(planned: &[u32]) -> usize {
 
 #[test]
 fn an_hour_of_constant_noisy_demand_does_not_flap() {
-    for seed in 1..=20 {
-        let planned = simulate(|_, dice| 40.0 * (0.8 + 0.4 * dice.roll()), 360, seed);
+    // demands from 31 to 130 requests/s: some of them lie where the noise goes to and fro over a step of the need
+    for seed in 1..=100 {
+        let planned = simulate(|_, dice| (30.0 + seed as f64) * (0.8 + 0.4 * dice.roll()), 360, seed);
         let settled = &planned[90..];
         assert!(turns(settled) <= 2, "seed {seed}: {} changes in 45 minutes: {settled:?}", turns(settled));
     }
@@ -232,6 +233,7 @@ fn an_hour_with_bursts_is_served_and_given_back() {
     let demand = |n: u64, dice: &mut Dice| if burst(n) { 90.0 } else { 20.0 } * (0.9 + 0.2 * dice.roll());
     let planned = simulate(demand, 360, 7);
     let (before, within, after) = (planned[100], planned[140], planned[235]);
+    assert!(planned[126] >= 2 * before, "a jump is seen within a minute: {:?}", &planned[118..130]);
     assert!(within >= 3 * before, "{before} workers at 20 requests/s, {within} at 90");
     assert!(after < within, "given back: {after}");
     // up at most twice a burst's length in plans, and down one by one
