@@ -2,13 +2,14 @@
 //!
 //! Invariant: a number stands here only if something else counts it; names end in their base unit.
 
+use super::follower::Locations;
 use super::inbox::Inbox;
 use crate::node::event::{Answer, Question};
 use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::get;
-use kvd_proto::wire::{Counters, StatusReply, TierStatus};
+use kvd_proto::wire::{Counters, NodeStatus, StatusReply, TierStatus};
 use prometheus::{
     Encoder as _, Histogram, HistogramOpts, IntCounter, IntGaugeVec, Opts, Registry, TextEncoder,
 };
@@ -33,15 +34,15 @@ impl Timings {
 }
 
 /// Serves `/metrics` and `/healthz`.
-pub(super) fn router(inbox: Inbox, timings: Arc<Timings>) -> Router {
+pub(super) fn router(inbox: Inbox, timings: Arc<Timings>, locations: Option<Locations>) -> Router {
     Router::new()
         .route("/metrics", get(scrape))
         .route("/healthz", get(|| async { "ok\n" }))
-        .with_state((inbox, timings))
+        .with_state((inbox, timings, locations))
 }
 
 async fn scrape(
-    State((inbox, timings)): State<(Inbox, Arc<Timings>)>,
+    State((inbox, timings, locations)): State<(Inbox, Arc<Timings>, Option<Locations>)>,
 ) -> Result<Vec<u8>, (StatusCode, String)> {
     let failed = |why: String| (StatusCode::SERVICE_UNAVAILABLE, why);
     let status = super::grpc::ask(&inbox, Question::Status).await.map_err(|e| failed(e.to_string()))?;
@@ -49,12 +50,17 @@ async fn scrape(
     let (Answer::Status(status), Answer::Tiers(tiers)) = (status, tiers) else {
         unreachable!("the node answers what it is asked")
     };
-    render(&status, &tiers.tiers, &timings).map_err(|e| failed(e.to_string()))
+    let nodes = match locations {
+        Some(locations) => locations.list().await.map_err(|e| failed(e.to_string()))?.nodes,
+        None => Vec::new(),
+    };
+    render(&status, &tiers.tiers, &nodes, &timings).map_err(|e| failed(e.to_string()))
 }
 
 fn render(
     status: &StatusReply,
     tiers: &[TierStatus],
+    nodes: &[NodeStatus],
     timings: &Timings,
 ) -> Result<Vec<u8>, prometheus::Error> {
     let registry = Registry::new();
@@ -79,6 +85,7 @@ fn render(
         registry.register(Box::new(gauge))?;
     }
     by_tier(&registry, tiers)?;
+    by_node(&registry, nodes)?;
     let mut text = Vec::new();
     TextEncoder::new().encode(&registry.gather(), &mut text)?;
     Ok(text)
@@ -117,6 +124,29 @@ fn counters(all: &Counters) -> [(&'static str, &'static str, u64); 20] {
     ]
 }
 
+/// What is known of each node of the cluster; nothing where there is none.
+fn by_node(registry: &Registry, nodes: &[NodeStatus]) -> Result<(), prometheus::Error> {
+    type Read = fn(&NodeStatus) -> u64;
+    let metrics: [(&str, &str, Read); 6] = [
+        ("kvd_index_connected", "Whether the node is being heard", |node| node.connected.into()),
+        ("kvd_index_complete", "Whether it has been heard out", |node| node.complete.into()),
+        ("kvd_index_blocks", "Blocks known of the node", |node| node.blocks),
+        ("kvd_index_bytes", "Memory for knowing them", |node| node.index_bytes),
+        ("kvd_index_dropped_blocks", "Blocks left out for want of cluster.index_bytes", |node| {
+            node.dropped_blocks
+        }),
+        ("kvd_index_resyncs", "Times the node was heard anew", |node| node.resyncs),
+    ];
+    for (name, help, read) in metrics.into_iter().filter(|_| !nodes.is_empty()) {
+        let gauges = IntGaugeVec::new(Opts::new(name, help), &["node"])?;
+        for node in nodes {
+            gauges.with_label_values(&[&node.address]).set(read(node) as i64);
+        }
+        registry.register(Box::new(gauges))?;
+    }
+    Ok(())
+}
+
 fn by_tier(registry: &Registry, tiers: &[TierStatus]) -> Result<(), prometheus::Error> {
     type Read = fn(&TierStatus) -> u64;
     let metrics: [(&str, &str, Read); 6] = [
@@ -146,9 +176,12 @@ mod tests {
     fn every_counter_is_rendered_under_a_valid_name() {
         let counters = Counters { checksum_errors: 3, ..Counters::default() };
         let status = StatusReply { counters: Some(counters), ..StatusReply::default() };
+        let nodes = [NodeStatus { address: "a:1".into(), blocks: 7, ..NodeStatus::default() }];
         let text =
-            String::from_utf8(render(&status, &[TierStatus::default()], &Timings::new()).unwrap()).unwrap();
+            String::from_utf8(render(&status, &[TierStatus::default()], &nodes, &Timings::new()).unwrap())
+                .unwrap();
         assert!(text.contains("\nkvd_checksum_errors_total 3\n"), "{text}");
+        assert!(text.contains("\nkvd_index_blocks{node=\"a:1\"} 7\n"), "{text}");
         assert!(text.contains("kvd_tier_used_bytes{tier=\"unspecified\"} 0"), "{text}");
     }
 }

@@ -167,7 +167,7 @@ impl Servers {
                 tokio::spawn(publisher.run());
                 let locations = (!cluster.nodes.is_empty())
                     .then(|| Locations::start(&cluster.nodes, cluster.ttl_ms, cluster.index_bytes));
-                let app = metrics::router(inbox.clone(), timings);
+                let app = metrics::router(inbox.clone(), timings, locations.clone());
                 let mut http_stopped = stopped.clone();
                 let served_http = async {
                     let Some(http) = http else { return };
