@@ -19,8 +19,8 @@ pub fn render(report: &Report) -> Result<Vec<u8>, prometheus::Error> {
             counts.failed_observations,
         ),
         ("kvd_planner_failed_applies_total", "Plans that could not be applied", counts.failed_applies),
-        ("kvd_planner_started_workers_total", "Workers started, or advised to be", counts.started),
-        ("kvd_planner_drained_workers_total", "Workers drained, or advised to be", counts.drained),
+        ("kvd_planner_started_workers_total", "Local workers started", counts.started),
+        ("kvd_planner_drained_workers_total", "Local workers drained", counts.drained),
         ("kvd_planner_dead_workers_total", "Local workers that ended untold", counts.deaths),
     ] {
         let counter = IntCounter::new(name, help)?;

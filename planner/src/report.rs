@@ -32,9 +32,9 @@ pub struct Counts {
     pub failed_observations: u64,
     /// Plans that could not be applied.
     pub failed_applies: u64,
-    /// Workers started, or advised to be.
+    /// Local workers started.
     pub started: u64,
-    /// Workers drained, or advised to be.
+    /// Local workers drained.
     pub drained: u64,
     /// Local workers that ended without having been told to.
     pub deaths: u64,

@@ -99,14 +99,15 @@ async fn rounds(config: &Config, mut source: impl Source, applier: &mut Applier,
         };
         let applied = applier.apply(&plan);
         board.update(|report, made| {
-            note(report, applied);
+            note(report, applied, config.apply.mode);
             report.plan = Some(plan);
             *made = Some(Instant::now());
         });
     }
 }
 
-fn note(report: &mut Report, applied: Result<Vec<Action>, Error>) {
+/// Advice is not counted: the same is given again until somebody follows it.
+fn note(report: &mut Report, applied: Result<Vec<Action>, Error>, mode: Mode) {
     report.counts.plans += 1;
     report.trouble = None;
     report.actions = applied.unwrap_or_else(|error| {
@@ -115,7 +116,7 @@ fn note(report: &mut Report, applied: Result<Vec<Action>, Error>) {
         report.trouble = Some(error.to_string());
         Vec::new()
     });
-    for action in &report.actions {
+    for action in report.actions.iter().filter(|_| mode == Mode::Local) {
         match action {
             Action::Start { count, .. } => report.counts.started += u64::from(*count),
             Action::Drain { count, .. } => report.counts.drained += u64::from(*count),
