@@ -9,6 +9,7 @@
 pub mod block_id;
 pub mod chain;
 pub mod cost;
+pub mod data;
 pub mod error;
 pub mod frame;
 pub mod layout;
