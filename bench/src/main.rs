@@ -13,6 +13,7 @@ mod folder;
 mod local;
 mod million;
 mod nvme;
+mod peer;
 mod replay;
 mod report;
 mod roofline;
@@ -32,6 +33,7 @@ enum Command {
     Replay(replay::Args),
     Local(local::Args),
     Nvme(nvme::Args),
+    Peer(peer::Args),
     Million(million::Args),
     /// The daemon that a benchmark starts for itself.
     #[command(hide = true)]
@@ -54,6 +56,7 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Nvme(args) => nvme::run(&args),
+        Command::Peer(args) => peer::run(&args),
         Command::Daemon(args) => daemon::serve(&args),
         Command::Demo(args) => block_on(demo::run(args)),
         Command::Replay(args) => block_on(replay::run(args)),
