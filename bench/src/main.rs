@@ -13,6 +13,7 @@ mod folder;
 mod local;
 mod million;
 mod nvme;
+mod peer;
 mod replay;
 mod report;
 mod roofline;
@@ -33,6 +34,7 @@ enum Command {
     Replay(replay::Args),
     Local(local::Args),
     Nvme(nvme::Args),
+    Peer(peer::Args),
     Million(million::Args),
     Sim(sim::Args),
     /// The daemon that a benchmark starts for itself.
@@ -57,6 +59,7 @@ fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Nvme(args) => nvme::run(&args),
         Command::Sim(args) => sim::run(&args),
+        Command::Peer(args) => peer::run(&args),
         Command::Daemon(args) => daemon::serve(&args),
         Command::Demo(args) => block_on(demo::run(args)),
         Command::Replay(args) => block_on(replay::run(args)),

@@ -3,7 +3,7 @@
 //! Owns: the session socket's client side, mapping the node's memory, leases as values, coming back by itself after a
 //! lost socket or a restarted daemon; the plain-gRPC path for clients that map nothing; `kvctl`.
 //! Invariants: a daemon that is away, slow or restarted is `Unavailable` or a miss, never a hang and never a panic;
-//! bytes are handed out only after id, generation and part checksums agree; `unsafe` only in `transport::shm`.
+//! bytes are handed out only after id, generation and part checksums agree; `unsafe` only in `transport`.
 //! Leaves to others: what is stored where (the node), hashing (proto).
 //!
 //! ```no_run
@@ -47,7 +47,7 @@ mod fill;
 pub mod grpc;
 mod lease;
 mod session;
-mod transport;
+pub mod transport;
 mod worker;
 
 pub use fill::Fill;

@@ -3,6 +3,7 @@
 //! A vector is an input and the output that the code computes from it; `tests/vectors.rs` computes the stored inputs
 //! again. Canonical bytes are built here a second time, from the words of `FORMAT.md`, so that the page is checked too.
 
+use kvd_proto::data::{Answer, Hello, PieceAnswer, Read};
 use kvd_proto::delta::Delta;
 use kvd_proto::frame::{self, FrameHeader, HEADER_BYTES};
 use kvd_proto::slot_header::{SlotHeader, stride_bytes};
@@ -42,6 +43,7 @@ pub(crate) fn output_of(kind: &str, input: &Value) -> Result<Value, Error> {
         "frames" => Ok(frame_output(input)),
         "slot_headers" => Ok(slot_header_output(input)),
         "deltas" => Ok(delta_output(input)),
+        "data" => Ok(data_output(input)),
         other => panic!("no vectors of kind {other}"),
     }
 }
@@ -56,6 +58,7 @@ fn all_inputs() -> Vec<(&'static str, Vec<(&'static str, Value)>)> {
         ("frames", frame_inputs()),
         ("slot_headers", slot_header_inputs()),
         ("deltas", delta_inputs()),
+        ("data", data_inputs()),
     ]
 }
 
@@ -473,4 +476,62 @@ pub(crate) fn frame_reads_back(input: &Value, frame: &[u8]) -> bool {
     } else {
         wire::NodeFrame::decode(body).is_ok_and(|frame| frame.body == Some(node_body(input)))
     }
+}
+
+// ---- the data connection ----
+
+fn data_inputs() -> Vec<(&'static str, Value)> {
+    let piece = |slot: u32, part: Option<u16>, offset: u32, bytes: u32| json!({ "segment": 3, "slot": slot, "generation": 7, "part": part, "offset": offset, "bytes": bytes });
+    let read =
+        |pieces: &[Value]| json!({ "message": "read", "request_id": 513, "lease": 77, "pieces": pieces });
+    vec![
+        ("hello", json!({ "message": "hello", "major_min": 1, "major_max": 1, "features": 0 })),
+        ("a whole slot", read(&[piece(9, None, 0, 2 << 20)])),
+        ("parts of two slots", read(&[piece(9, Some(31), 0, 65_536), piece(10, Some(0), 4096, 1)])),
+        ("one whole, one gone", json!({ "message": "answer", "request_id": 513, "bytes": [65_536, 0] })),
+        (
+            "refused",
+            json!({ "message": "answer", "request_id": 513, "code": 6, "text": "lease 77 has ended" }),
+        ),
+    ]
+}
+
+fn data_output(input: &Value) -> Value {
+    let request_id = number(input, "request_id");
+    let message = match text(input, "message").as_str() {
+        "hello" => {
+            let field = |name: &str| number(input, name) as u16;
+            let features = number(input, "features") as u32;
+            Hello { major_min: field("major_min"), major_max: field("major_max"), features }.encode()
+        }
+        "read" => {
+            let pieces: Vec<kvd_proto::data::Piece> =
+                input["pieces"].as_array().expect("pieces").iter().map(data_piece).collect();
+            Read::encode(request_id, number(input, "lease"), pieces.into_iter())
+        }
+        "answer" => data_answer(input).encode(request_id),
+        other => panic!("no message {other}"),
+    };
+    json!({ "message_hex": hex(&message) })
+}
+
+fn data_piece(piece: &Value) -> kvd_proto::data::Piece {
+    let field = |name: &str| number(piece, name) as u32;
+    kvd_proto::data::Piece {
+        segment: field("segment"),
+        slot: field("slot"),
+        generation: field("generation"),
+        part: piece["part"].as_u64().map(|part| part as u16),
+        offset: field("offset"),
+        bytes: field("bytes"),
+    }
+}
+
+fn data_answer(input: &Value) -> Answer {
+    if let Some(code) = input["code"].as_i64() {
+        let code = kvd_proto::Code::try_from(code as i32).expect("a code");
+        return Answer::Refused { code, text: text(input, "text") };
+    }
+    let piece = |bytes: u32| if bytes == 0 { PieceAnswer::Gone } else { PieceAnswer::Whole(bytes) };
+    Answer::Pieces(numbers(input, "bytes").into_iter().map(piece).collect())
 }

@@ -9,6 +9,7 @@
 pub mod block_id;
 pub mod chain;
 pub mod cost;
+pub mod data;
 pub mod delta;
 pub mod error;
 pub mod frame;

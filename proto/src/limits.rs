@@ -52,6 +52,12 @@ pub const CLAIMED_MAX: usize = 1024;
 pub const RESERVATION_TTL_MS_MAX: u32 = 60_000;
 /// Blocks in one delta of the location index. Longer runs go in several.
 pub const DELTA_BLOCKS_MAX: usize = 4096;
+/// Pieces of one batch on a data connection. At the limit: ask in several batches; a longer request ends the connection.
+pub const PIECES_MAX: usize = 4096;
+/// Payload of one batch on a data connection. At the limit: as above.
+pub const BATCH_BYTES_MAX: u64 = 256 << 20;
+/// The sentence of a refusal on a data connection. Longer ones are cut.
+pub const REFUSAL_BYTES_MAX: usize = 512;
 /// Nodes of one cluster. At the limit: the config is refused.
 pub const NODES_MAX: usize = 1024;
 
