@@ -116,6 +116,7 @@ impl Index {
                 node_epoch: node.epoch,
                 runs: node.runs(chain.ids(), group),
                 blocks: 0,
+                sending: None,
             })
             .filter(|node| !node.runs.is_empty())
             .collect();
@@ -206,7 +207,7 @@ impl Known {
             let tier = fastest.expect("a copy is in a tier").into();
             match runs.last_mut().filter(|run| run.tier == tier) {
                 Some(run) => run.blocks += 1,
-                None => runs.push(wire::TierRun { tier, blocks: 1 }),
+                None => runs.push(wire::TierRun { tier, blocks: 1, fetch_us: 0.0 }),
             }
         }
         runs
@@ -267,8 +268,8 @@ mod tests {
             node_epoch: EPOCH,
             sequence,
             deltas: bytes.into(),
-            complete: false,
             node_name: "one".into(),
+            ..FollowReply::default()
         }
     }
 

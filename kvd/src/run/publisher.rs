@@ -191,7 +191,7 @@ impl Publisher {
             sequence: self.sequence,
             deltas: deltas.into(),
             complete: false,
-            node_name: String::new(),
+            ..FollowReply::default()
         }
     }
 

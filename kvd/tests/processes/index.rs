@@ -33,7 +33,7 @@ async fn index_of(daemon: &Daemon) -> IndexClient<Channel> {
 
 async fn locate(index: &mut IndexClient<Channel>, ids: &[BlockId]) -> Vec<NodeLocation> {
     let chain: Vec<u8> = ids.iter().flat_map(|id| id.0).collect();
-    let request = LocateRequest { chain: chain.into(), group: 0 };
+    let request = LocateRequest { chain: chain.into(), ..LocateRequest::default() };
     within("locate", index.locate(request)).await.unwrap().into_inner().nodes
 }
 
@@ -121,7 +121,7 @@ async fn tiers_and_drops_are_told_and_a_restart_tells_what_it_found() {
 async fn questions_that_make_no_sense_are_refused() {
     let mut alone = Daemon::start(&Setup::default()).await;
     let mut index = index_of(&alone).await;
-    let chain = |bytes: &[u8], group| LocateRequest { chain: bytes.to_vec().into(), group };
+    let chain = |bytes: &[u8], group| LocateRequest { chain: bytes.to_vec().into(), group, block_bytes: 0 };
     let refused: Error = within("locate", index.locate(chain(&[1; 16], 0))).await.unwrap_err().into();
     assert_eq!((refused.code, refused.field.as_str()), (Code::Unavailable, "cluster.nodes"));
     let refused: Error = within("locate", index.locate(chain(&[1; 17], 0))).await.unwrap_err().into();

@@ -73,7 +73,11 @@ impl Node {
 
     pub(crate) async fn locate(&mut self, ids: &[Id], group: u8) -> Result<wire::LocateReply, Error> {
         let chain: Vec<u8> = ids.iter().flat_map(|id| id.0).collect();
-        let answer = self.index.locate(wire::LocateRequest { chain: chain.into(), group: group.into() });
+        let answer = self.index.locate(wire::LocateRequest {
+            chain: chain.into(),
+            group: group.into(),
+            block_bytes: 0,
+        });
         within(&self.socket, answer).await
     }
 
