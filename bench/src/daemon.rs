@@ -7,6 +7,7 @@
 use crate::failure::Failure;
 use crate::usage::Usage;
 use rustix::process::{Signal, set_parent_process_death_signal};
+use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -29,12 +30,29 @@ pub(crate) struct Args {
     /// NVMe tier; 0 for none.
     #[arg(long)]
     nvme_bytes: u64,
+    /// gRPC on TCP.
+    #[arg(long)]
+    grpc_address: Option<SocketAddr>,
+    /// gRPC addresses of its cluster's nodes.
+    #[arg(long, value_delimiter = ',')]
+    nodes: Vec<String>,
+}
+
+/// A daemon's place among others.
+pub(crate) struct Cluster {
+    /// Its gRPC address.
+    pub(crate) address: String,
+    /// Of all, this one's too.
+    pub(crate) nodes: Vec<String>,
 }
 
 /// Serves until killed.
 pub(crate) fn serve(args: &Args) -> Result<(), Failure> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
-    let config = kvd::config::Config::embedded(&args.data_dir, args.dram_bytes, args.nvme_bytes)?;
+    let mut config = kvd::config::Config::embedded(&args.data_dir, args.dram_bytes, args.nvme_bytes)?;
+    config.listen.grpc_address = args.grpc_address;
+    config.listen.data_address = args.grpc_address.map(|address| SocketAddr::new(address.ip(), 0));
+    config.cluster.nodes.clone_from(&args.nodes);
     Ok(kvd::run::serve(&config)?)
 }
 
@@ -48,11 +66,23 @@ pub(crate) struct Daemon {
 impl Daemon {
     /// Starts one in `folder` and waits until it answers.
     pub(crate) fn start(folder: &Path, dram_bytes: u64, nvme_bytes: u64) -> Result<Self, Failure> {
+        Self::start_in(folder, dram_bytes, nvme_bytes, None)
+    }
+
+    /// As `start`, a node of a cluster.
+    pub(crate) fn start_in(
+        folder: &Path,
+        dram_bytes: u64,
+        nvme_bytes: u64,
+        cluster: Option<&Cluster>,
+    ) -> Result<Self, Failure> {
         let folder = folder.canonicalize()?;
         let child = Command::new(std::env::current_exe()?)
             .args(["daemon", "--data-dir"])
             .arg(&folder)
             .args(["--dram-bytes", &dram_bytes.to_string(), "--nvme-bytes", &nvme_bytes.to_string()])
+            .args(cluster.map(|it| format!("--grpc-address={}", it.address)))
+            .args(cluster.map(|it| format!("--nodes={}", it.nodes.join(","))))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()?;

@@ -59,7 +59,7 @@ fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Nvme(args) => nvme::run(&args),
         Command::Sim(args) => sim::run(&args),
-        Command::Peer(args) => peer::run(&args),
+        Command::Peer(args) => block_on(peer::run(args)),
         Command::Daemon(args) => daemon::serve(&args),
         Command::Demo(args) => block_on(demo::run(args)),
         Command::Replay(args) => block_on(replay::run(args)),

@@ -1,12 +1,16 @@
-//! `bench peer`: reads of KV blocks from another node over TCP, beside a plain stream of the same bytes in the same run.
+//! `bench peer`: reads of KV blocks from another node over TCP, beside a plain stream of as many bytes in the same run.
 //!
-//! Owns the command. Both sides of ours and of the raw stream are threads of this process over loopback, and take turns. They read and
-//! write the same memory, larger than any cache; CPU seconds are those of both ends.
+//! Owns the command. Two cases: the transport alone, both of its ends threads of this process as those of the raw stream are, in the same
+//! memory, larger than any cache; and two daemons, from a match on one to the last block that only the other had, leased, read, verified
+//! and published. Ours and raw take turns; CPU seconds are those of both ends.
+
+mod daemons;
 
 use crate::failure::Failure;
 use crate::report::{Case, Output, Pairs, Reporter, parse_bytes};
 use crate::roofline::{COLD_BYTES, us_since};
 use crate::usage::Usage;
+use daemons::Daemons;
 use kvd_client::transport::serve::{ServeOptions, Server, Source};
 use kvd_client::transport::tcp::{CONNECTIONS_MAX, PeerOptions, PeerPool};
 use kvd_client::transport::{Batch, Destination, Held, Outcome, Piece, Transport};
@@ -25,11 +29,12 @@ const PAIRS_WARM: usize = 2;
 /// How long a batch may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Reads KV blocks over loopback TCP through the transport between nodes, as a share of one plain TCP stream.
+/// Reads KV blocks over loopback TCP from another node, as a share of one plain TCP stream.
 ///
 /// One call reads half of a span of 1 GiB in batches, `in-flight` of them at a time, into another span; the raw half of a pair
-/// streams as many bytes between the same spans over one connection, block by block, asking for nothing. `ratio` is the median over
-/// pairs of ours and raw, taken in turn: 1 is the plain stream.
+/// streams as many bytes between two such spans over one connection, block by block, asking for nothing. `ratio` is the median over
+/// pairs of ours and raw, taken in turn: 1 is the plain stream. `fetch` is two daemons and matches of a batch each, every part verified;
+/// `read_tcp` the transport alone.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Args {
     /// Bytes of one block.
@@ -53,7 +58,8 @@ pub(crate) struct Args {
 }
 
 /// Runs the command.
-pub(crate) fn run(args: &Args) -> Result<(), Failure> {
+pub(crate) async fn run(args: Args) -> Result<(), Failure> {
+    let args = &args;
     let batch_bytes = args.block_bytes.saturating_mul(args.batch as u64);
     if batch_bytes == 0 || batch_bytes > BATCH_BYTES_MAX || args.pairs == 0 || args.in_flight == 0 {
         return Err(
@@ -64,8 +70,13 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         return Err(format!("--connections must be 1 to {CONNECTIONS_MAX}").into());
     }
     let mut bench = Bench::open(args, COLD_BYTES)?;
+    let mut reporter = Reporter::new(args.output);
+    let chains = bench.batches() * CALLS_OF_A_SPAN;
+    let mut daemons = Daemons::start(args.block_bytes, args.batch, chains).await?;
+    reporter.case(&bench.measure_daemons(&mut daemons).await?)?;
+    drop(daemons);
     let case = bench.measure()?;
-    Ok(Reporter::new(args.output).case(&case)?)
+    Ok(reporter.case(&case)?)
 }
 
 /// The span that is read from; slot n is its block n.
@@ -133,13 +144,37 @@ impl Bench {
         Ok(Self { args: args.clone(), from, to, next_slot: 0, pool, raw, _server: server })
     }
 
-    fn measure(&mut self) -> Result<Case, Failure> {
-        let mut pairs = Pairs {
+    fn pairs(&self) -> Pairs {
+        Pairs {
             call_bytes: (self.batches() * self.args.batch) as u64 * self.args.block_bytes,
             ours_cpu_s: Some(0.0),
             raw_cpu_s: Some(0.0),
             ..Pairs::default()
-        };
+        }
+    }
+
+    async fn measure_daemons(&mut self, daemons: &mut Daemons) -> Result<Case, Failure> {
+        let mut pairs = self.pairs();
+        for pair in 0..PAIRS_WARM + self.args.pairs {
+            let before = (daemons.cpu_s(), Usage::own_cpu_s());
+            let ours_us = daemons.call_us(self.batches(), self.args.in_flight).await?;
+            let between = (daemons.cpu_s(), Usage::own_cpu_s());
+            let raw_us = self.raw_us()?;
+            let after_s = Usage::own_cpu_s();
+            if pair >= PAIRS_WARM {
+                pairs.ours_us.push(ours_us);
+                pairs.raw_us.push(raw_us);
+                let used_s = between.0.zip(before.0).map(|(between, before)| between - before);
+                let used_s = used_s.map(|used_s| used_s + between.1 - before.1);
+                pairs.ours_cpu_s = pairs.ours_cpu_s.zip(used_s).map(|(sum, used_s)| sum + used_s);
+                pairs.raw_cpu_s = pairs.raw_cpu_s.map(|sum| sum + after_s - between.1);
+            }
+        }
+        Ok(pairs.case("peer", "fetch", self.args.block_bytes, self.args.batch as u64))
+    }
+
+    fn measure(&mut self) -> Result<Case, Failure> {
+        let mut pairs = self.pairs();
         for pair in 0..PAIRS_WARM + self.args.pairs {
             let before = Usage::own_cpu_s();
             let ours_us = self.ours_us()?;
