@@ -36,6 +36,9 @@ pub(crate) struct Args {
     /// gRPC addresses of its cluster's nodes.
     #[arg(long, value_delimiter = ',')]
     nodes: Vec<String>,
+    /// What prefilling a token costs; else what the daemon assumes.
+    #[arg(long)]
+    recompute_token_ns: Option<u32>,
 }
 
 /// A daemon's place among others.
@@ -44,6 +47,8 @@ pub(crate) struct Cluster {
     pub(crate) address: String,
     /// Of all, this one's too.
     pub(crate) nodes: Vec<String>,
+    /// What prefilling a token costs, where it is not what the daemon assumes.
+    pub(crate) recompute_token_ns: Option<u32>,
 }
 
 /// Serves until killed.
@@ -53,6 +58,9 @@ pub(crate) fn serve(args: &Args) -> Result<(), Failure> {
     config.listen.grpc_address = args.grpc_address;
     config.listen.data_address = args.grpc_address.map(|address| SocketAddr::new(address.ip(), 0));
     config.cluster.nodes.clone_from(&args.nodes);
+    if let Some(token_ns) = args.recompute_token_ns {
+        config.recompute.token_ns = token_ns;
+    }
     Ok(kvd::run::serve(&config)?)
 }
 
@@ -83,6 +91,7 @@ impl Daemon {
             .args(["--dram-bytes", &dram_bytes.to_string(), "--nvme-bytes", &nvme_bytes.to_string()])
             .args(cluster.map(|it| format!("--grpc-address={}", it.address)))
             .args(cluster.map(|it| format!("--nodes={}", it.nodes.join(","))))
+            .args(cluster.and_then(|it| it.recompute_token_ns).map(|ns| format!("--recompute-token-ns={ns}")))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()?;

@@ -22,6 +22,8 @@ use tonic::transport::Channel;
 const ROOM: u64 = 2;
 /// How long the asking daemon may take to hear of everything, and to forget it.
 const SETTLE: Duration = Duration::from_secs(30);
+/// Recomputing a token is made so dear that fetching always pays, however slow this machine is.
+const ALWAYS_NS: u32 = 100_000_000;
 const POLL: Duration = Duration::from_millis(5);
 /// How long storing waits for a slot.
 const RESERVE_WAIT: Duration = Duration::from_secs(5);
@@ -48,8 +50,11 @@ impl Daemons {
         let start = |name: &str, own: &str, other: &str| {
             let place = folder.path().join(name);
             std::fs::create_dir(&place)?;
-            let cluster =
-                daemon::Cluster { address: own.to_owned(), nodes: vec![own.to_owned(), other.to_owned()] };
+            let cluster = daemon::Cluster {
+                address: own.to_owned(),
+                nodes: vec![own.to_owned(), other.to_owned()],
+                recompute_token_ns: Some(ALWAYS_NS),
+            };
             Daemon::start_in(&place, dram_bytes, 0, Some(&cluster))
         };
         let (owner, asker) = (start("owner", &first, &second)?, start("asker", &second, &first)?);
