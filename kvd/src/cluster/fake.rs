@@ -230,8 +230,12 @@ impl Life {
             if event == Event::Lost {
                 heard = None;
             }
+            let listed = matches!(event, Event::Listing { .. });
             let effects = self.roster.apply(event, self.started.elapsed().as_millis() as u64);
             self.seat.show(self.roster.members(), self.roster.ignored());
+            if listed {
+                self.seat.joined();
+            }
             if effects.list_again {
                 heard = None; // the next beat listens anew
             }
@@ -240,7 +244,7 @@ impl Life {
 
     fn keep(&self) -> Result<(), Error> {
         self.fake.lock().keep(&self.me, self.node, Instant::now(), self.fake.ttl)?;
-        self.seat.joined();
+        self.seat.untroubled();
         Ok(())
     }
 }

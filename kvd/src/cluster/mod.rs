@@ -125,9 +125,9 @@ struct Seat {
 impl Seat {
     /// Tells the set of members, if it is another than before.
     fn show(&self, members: Members, ignored: u64) {
-        let more = self.standing.send_if_modified(|standing| {
-            ignored > std::mem::replace(&mut standing.ignored, ignored) // waking is for whoever counts them
-        });
+        let more = self
+            .standing
+            .send_if_modified(|standing| ignored > std::mem::replace(&mut standing.ignored, ignored));
         if more {
             let max = kvd_proto::limits::NODES_MAX;
             tracing::warn!(ignored, "there are more than {max} nodes; further ones are left out");
@@ -139,23 +139,28 @@ impl Seat {
         });
     }
 
-    fn joined(&self) {
-        self.standing.send_if_modified(|standing| {
-            let changed = !standing.joined || standing.trouble.is_some();
-            (standing.joined, standing.trouble) = (true, None);
-            changed
-        });
+    /// The registry answers; before the members are told, so that who hears of them finds no old trouble.
+    fn untroubled(&self) {
+        let was = self.standing.send_if_modified(|standing| standing.trouble.take().is_some());
+        if was {
+            tracing::info!("membership is well again");
+        }
     }
 
-    /// Logs it when it is new.
+    /// It has answered all: who is there was told, and this node is among them.
+    fn joined(&self) {
+        self.standing.send_if_modified(|standing| !std::mem::replace(&mut standing.joined, true));
+    }
+
+    /// A word to people when it begins or becomes another kind; every attempt would be too many.
     fn troubled(&self, error: Error) {
         self.standing.send_if_modified(|standing| {
-            let changed = standing.trouble.as_ref() != Some(&error);
-            if changed {
+            if standing.trouble.as_ref().is_some_and(|trouble| trouble.code == error.code) {
+                tracing::debug!(%error, "membership");
+            } else {
                 tracing::warn!(%error, "membership");
             }
-            standing.trouble = Some(error);
-            changed
+            standing.trouble.replace(error).is_none()
         });
     }
 }

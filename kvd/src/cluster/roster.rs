@@ -131,7 +131,8 @@ impl Roster {
         }
     }
 
-    /// While the registry is lost, its next listing decides.
+    /// While the registry is lost, its next listing decides. In the time after it a leave looks like a lease that ended
+    /// while the registry was away, so it is seen up to one time to live later than usually.
     fn delete(&mut self, name: &str, now_ms: u64) {
         if self.lost {
             return;

@@ -30,7 +30,7 @@ static MISSING: LazyLock<Option<String>> = LazyLock::new(|| {
 });
 
 /// One server. Dropping it kills it.
-pub struct Server {
+pub(crate) struct Server {
     child: Option<Child>,
     folder: TempDir,
     ports: [u16; 2],
@@ -38,13 +38,13 @@ pub struct Server {
 
 impl Server {
     /// None where there is no etcd, which is said.
-    pub fn start() -> Option<Self> {
+    pub(crate) fn start() -> Option<Self> {
         let server = Self::planned()?;
         Some(server.started())
     }
 
     /// Ports and a folder, and nothing there yet.
-    pub fn planned() -> Option<Self> {
+    pub(crate) fn planned() -> Option<Self> {
         if let Some(why) = &*MISSING {
             println!("SKIPPED: {why}");
             return None;
@@ -63,12 +63,12 @@ impl Server {
         panic!("etcd does not start");
     }
 
-    pub fn endpoint(&self) -> String {
+    pub(crate) fn endpoint(&self) -> String {
         format!("127.0.0.1:{}", self.ports[0])
     }
 
     /// Starts it where it was; false: it ended before it served.
-    pub fn run(&mut self) -> bool {
+    pub(crate) fn run(&mut self) -> bool {
         let [client, peer] = self.ports.map(|port| format!("http://127.0.0.1:{port}"));
         let mut child = Command::new("etcd")
             .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
@@ -88,26 +88,26 @@ impl Server {
     }
 
     /// With SIGKILL.
-    pub fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {
             child.kill().unwrap();
             child.wait().unwrap();
         }
     }
 
-    pub fn lose_data(&self) {
+    pub(crate) fn lose_data(&self) {
         assert!(self.child.is_none(), "it is not running");
         std::fs::remove_dir_all(self.folder.path().join("data")).unwrap();
     }
 
-    pub async fn put(&self, pairs: impl IntoIterator<Item = (String, String)>) {
+    pub(crate) async fn put(&self, pairs: impl IntoIterator<Item = (String, String)>) {
         let mut etcd = self.dial().await;
         for (key, value) in pairs {
             call(&mut etcd, "/etcdserverpb.KV/Put", Pair { key, value }).await;
         }
     }
 
-    pub async fn delete(&self, key: String) {
+    pub(crate) async fn delete(&self, key: String) {
         call(&mut self.dial().await, "/etcdserverpb.KV/DeleteRange", Pair { key, value: String::new() })
             .await;
     }

@@ -154,7 +154,7 @@ fn led<T>(message: T) -> Request<T> {
 }
 
 async fn in_time<T>(endpoint: &str, time_max: Duration, call: impl Future<Output = T>) -> Result<T, Error> {
-    let slow = |_| away(endpoint, &format!("no answer for {} ms", time_max.as_millis()));
+    let slow = |_| away(endpoint, format!("no answer for {} ms", time_max.as_millis()));
     tokio::time::timeout(time_max, call).await.map_err(slow)
 }
 

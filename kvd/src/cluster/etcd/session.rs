@@ -94,6 +94,7 @@ impl Session {
             let listed = client.list(&self.folder, &self.folder_end).await?;
             let mut watch = client.watch(&self.folder, &self.folder_end, listed.revision + 1).await?;
             let members = listed.found.iter().filter_map(|found| self.member(found)).collect();
+            self.seat.untroubled();
             self.hear(Event::Listing { members, beyond: listed.beyond });
             self.seat.joined();
             *failures %= self.settings.endpoints.len();
@@ -109,9 +110,7 @@ impl Session {
             let effects = tokio::select! {
                 _ = beat.tick() => self.beat(client).await?,
                 reply = watch.message() => match reply {
-                    Ok(Some(reply)) if reply.compact_revision > 0 => return Ok(()),
-                    Ok(Some(reply)) if reply.canceled => return Err(client.away(&reply.cancel_reason)),
-                    Ok(Some(reply)) => self.hear_all(&reply.events),
+                    Ok(Some(reply)) => self.hear_all(&reply).map_err(|why| client.away(&why))?,
                     Ok(None) => return Err(client.away("it ended the watch")),
                     Err(status) => return Err(client.away(status.message())),
                 },
@@ -186,15 +185,20 @@ impl Session {
         }
     }
 
-    fn hear_all(&mut self, changes: &[Change]) -> Effects {
-        let mut effects = Effects::default();
-        for change in changes {
+    /// An error is why etcd ended the watch. That changes were thrown away (compacted) before this node heard them is
+    /// none: what they came to is in the listing.
+    fn hear_all(&mut self, reply: &WatchResponse) -> Result<Effects, String> {
+        if reply.canceled && reply.compact_revision == 0 {
+            return Err(reply.cancel_reason.clone());
+        }
+        let mut effects = Effects { list_again: reply.compact_revision > 0, ..Effects::default() };
+        for change in &reply.events {
             let Some(event) = self.event(change) else { continue };
             let more = self.hear(event);
             effects.join_again |= more.join_again;
             effects.list_again |= more.list_again;
         }
-        effects
+        Ok(effects)
     }
 
     fn event(&self, change: &Change) -> Option<Event> {
@@ -230,6 +234,54 @@ fn pause(failures: usize, endpoints: usize, beat: Duration) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cluster::{Members, Standing};
+    use tokio::sync::watch;
+
+    fn member(name: &str) -> Member {
+        Member { name: name.to_owned(), address: format!("{name}:7700"), epoch: 1 }
+    }
+
+    fn session() -> (Session, watch::Receiver<Members>) {
+        let (members, shown) = watch::channel(Members::from([member("a")]));
+        let seat = Seat { members, standing: watch::channel(Standing::default()).0 };
+        let settings = Settings { endpoints: vec![], prefix: "/kvd".to_owned(), ttl_ms: 1000 };
+        (Session::new(settings, member("a"), seat), shown)
+    }
+
+    fn change(kind: Type, of: &Member) -> Change {
+        let key = format!("/kvd/nodes/{}", of.name).into();
+        let value = if kind == Type::Put { record::encode(of).into() } else { Vec::new().into() };
+        Change { r#type: kind.into(), kv: Some(KeyValue { key, value, ..KeyValue::default() }) }
+    }
+
+    #[test]
+    fn changes_are_told_and_an_end_of_the_watch_is_told_apart_from_one_that_fell_behind() {
+        let (mut session, shown) = session();
+        let [a, b] = ["a", "b"].map(member);
+        let changes = |events| WatchResponse { events, ..WatchResponse::default() };
+        let came = session.hear_all(&changes(vec![change(Type::Put, &b), Change::default()]));
+        assert_eq!((came, shown.borrow().to_vec()), (Ok(Effects::default()), vec![a.clone(), b.clone()]));
+        let went = session.hear_all(&changes(vec![change(Type::Delete, &a), change(Type::Delete, &b)]));
+        assert_eq!(went, Ok(Effects { join_again: true, list_again: false }));
+        assert_eq!(shown.borrow().to_vec(), [a]);
+        let behind = WatchResponse { canceled: true, compact_revision: 7, ..WatchResponse::default() };
+        assert_eq!(session.hear_all(&behind), Ok(Effects { join_again: false, list_again: true }));
+        let ended = WatchResponse { canceled: true, cancel_reason: "no leader".to_owned(), ..behind };
+        assert!(session.hear_all(&ended).is_ok(), "it says both");
+        let ended = WatchResponse { compact_revision: 0, ..ended };
+        assert_eq!(session.hear_all(&ended), Err("no leader".to_owned()));
+    }
+
+    #[test]
+    fn only_an_earlier_life_of_this_node_is_replaced() {
+        let (session, _shown) = session();
+        let found = |holder: &Member| KeyValue { mod_revision: 5, ..change(Type::Put, holder).kv.unwrap() };
+        assert_eq!(session.may_replace(&found(&Member { epoch: 9, ..member("a") })), Ok(5));
+        let other = Member { address: "b:1".to_owned(), ..member("a") };
+        assert_eq!(session.may_replace(&found(&other)).unwrap_err().field, "node_name");
+        let odd = KeyValue { value: Vec::new().into(), ..found(&other) };
+        assert_eq!(session.may_replace(&odd).unwrap_err().field, "node_name");
+    }
 
     #[test]
     fn the_next_endpoint_is_asked_soon_and_all_of_them_less_and_less_often() {
