@@ -195,6 +195,7 @@ mod tests {
         let mut roster = settled();
         roster.apply(Event::Lost, 1000);
         roster.apply(Event::Tick, 60_000);
+        roster.apply(delete("c"), 60_000);
         assert_eq!(names(&roster), ["b", "c", "me"]);
         roster.apply(listing(&[]), 60_000);
         roster.apply(delete("b"), 60_050);
