@@ -19,7 +19,7 @@ use tonic::Streaming;
 const PUT_TRIES_MAX: u32 = 4;
 /// Between two attempts, at first.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
-/// And at most, if a third of the time to live is not less.
+/// And at most, if a third of the time to live, shared by all endpoints, is not less.
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 
 /// This node.
@@ -194,10 +194,11 @@ impl Session {
         let mut effects = Effects { list_again: reply.compact_revision > 0, ..Effects::default() };
         for change in &reply.events {
             let Some(event) = self.event(change) else { continue };
-            let more = self.hear(event);
+            let more = self.apply(event);
             effects.join_again |= more.join_again;
             effects.list_again |= more.list_again;
         }
+        self.seat.show(self.roster.members(), self.roster.ignored()); // once, as many may come at a time
         Ok(effects)
     }
 
@@ -219,16 +220,21 @@ impl Session {
     }
 
     fn hear(&mut self, event: Event) -> Effects {
-        let effects = self.roster.apply(event, self.started.elapsed().as_millis() as u64);
+        let effects = self.apply(event);
         self.seat.show(self.roster.members(), self.roster.ignored());
         effects
     }
+
+    fn apply(&mut self, event: Event) -> Effects {
+        self.roster.apply(event, self.started.elapsed().as_millis() as u64)
+    }
 }
 
-/// Twice as long after every round of all endpoints; always well within a lease, so that one that etcd kept is not lost.
+/// Twice as long after every round of all endpoints; a round always well within a lease, so that one that etcd kept is
+/// not lost for being late.
 fn pause(failures: usize, endpoints: usize, beat: Duration) -> Duration {
     let rounds = u32::try_from(failures / endpoints).unwrap_or(u32::MAX).min(16);
-    (PAUSE_MIN * 2_u32.pow(rounds)).min(beat).min(PAUSE_MAX)
+    (PAUSE_MIN * 2_u32.pow(rounds)).min(PAUSE_MAX).min(beat / endpoints as u32)
 }
 
 #[cfg(test)]
@@ -292,5 +298,6 @@ mod tests {
         assert_eq!(pauses_ms(1, 100_000), [100, 200, 400, 800, 5000, 5000]);
         assert_eq!(pauses_ms(3, 100_000), [100, 100, 100, 200, 800, 5000]);
         assert_eq!(pauses_ms(1, 333), [100, 200, 333, 333, 333, 333]);
+        assert_eq!(pauses_ms(4, 333), [83; 6]);
     }
 }
