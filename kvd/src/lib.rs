@@ -6,6 +6,7 @@
 //! Leaves to others: media and policies (tiers), words and bytes (proto).
 
 pub mod check;
+pub mod cluster;
 pub mod config;
 pub mod index;
 pub mod links;
