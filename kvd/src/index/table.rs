@@ -1,10 +1,10 @@
-//! The location index: which nodes have which blocks, as they told it.
+//! What is known of every node: which blocks it has, as it told.
 //!
 //! Owns what is known of every node of the cluster, this one included. Invariants: it is a hint (law 5), the node that is named
 //! re-checks; what a node told is applied in its order and without a gap, or not at all; a node that is silent for `ttl` is known to have
 //! nothing; all nodes together take at most `bytes_max`, beyond it new copies are left out and counted. Keeps 64 bits of an
 //! id: two blocks of one node that agree in those look like one. Time is an argument.
-//! Leaves to others: who is in the cluster and hearing them (`run/follower`), telling (`run/publisher`).
+//! Leaves to others: who is in the cluster and hearing them (`follow`), telling (`publish`).
 
 use hashbrown::HashMap;
 use kvd_proto::delta::Delta;
@@ -29,7 +29,7 @@ pub struct Index {
 
 /// What is known of one node.
 #[derive(Debug, Default)]
-struct Known {
+pub struct Known {
     name: String,
     epoch: u64,
     sequence: u64,
@@ -63,8 +63,7 @@ impl Index {
 
     /// What it said. An error: what is known of it may be wrong from now on, so that it must be heard anew.
     pub fn hear(&mut self, address: &str, reply: &FollowReply, now_us: u64) -> Result<(), Error> {
-        let taken: u64 = self.nodes.values().map(Known::bytes).sum();
-        let room = self.bytes_max.saturating_sub(taken);
+        let room = if reply.deltas.is_empty() { 0 } else { self.room() };
         let node = self.nodes.get_mut(address).ok_or_else(|| garbled("it was never begun"))?;
         if node.epoch == 0 {
             (node.epoch, node.sequence, node.name) =
@@ -86,6 +85,11 @@ impl Index {
         node.heard_us = now_us;
         node.trouble.clear();
         Ok(())
+    }
+
+    /// Bytes that all nodes together may still take.
+    fn room(&self) -> u64 {
+        self.bytes_max.saturating_sub(self.nodes.values().map(Known::bytes).sum())
     }
 
     /// It is not heard any more. What it said stands until its time is over.
@@ -110,24 +114,27 @@ impl Index {
         let mut found: Vec<NodeLocation> = self
             .nodes
             .iter()
-            .map(|(address, node)| NodeLocation {
+            .map(|(address, node)| (address, node, node.runs(chain.ids(), group)))
+            .filter(|(_, _, runs)| !runs.is_empty())
+            .map(|(address, node, runs)| NodeLocation {
                 node_name: node.name.clone(),
                 address: address.clone(),
                 node_epoch: node.epoch,
-                runs: node.runs(chain.ids(), group),
-                blocks: 0,
+                blocks: runs.iter().map(|run| run.blocks).sum(),
+                runs,
                 sending: None,
             })
-            .filter(|node| !node.runs.is_empty())
             .collect();
-        for node in &mut found {
-            node.blocks = node.runs.iter().map(|run| run.blocks).sum();
-        }
         let slow = |node: &NodeLocation| -> u64 {
             node.runs.iter().map(|run| u64::from(run.blocks) * run.tier.cast_unsigned() as u64).sum()
         };
         found.sort_by_key(|node| (std::cmp::Reverse(node.blocks), slow(node)));
         found
+    }
+
+    /// One node of the cluster.
+    pub fn node(&self, address: &str) -> Option<&Known> {
+        self.nodes.get(address)
     }
 
     /// Every node of the cluster.
@@ -150,6 +157,21 @@ impl Index {
 }
 
 impl Known {
+    /// The node's, or 0 before its first word.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// Copies known.
+    pub fn blocks(&self) -> usize {
+        self.copies.len()
+    }
+
+    /// Whether it has the block in a tier.
+    pub fn has(&self, id: BlockId, group: u8, tier: Tier) -> bool {
+        self.copies.get(&key(id, group)).is_some_and(|tiers| tiers & (1 << tier as u8) != 0)
+    }
+
     /// `room`: bytes that all nodes together may still take.
     fn apply(&mut self, delta: &Delta, room: u64) -> Result<(), Error> {
         if delta.epoch != self.epoch {
