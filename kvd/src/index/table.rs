@@ -23,6 +23,8 @@ const GROUP_MIX: u64 = 0x9E37_79B9_7F4A_7C15;
 #[derive(Debug)]
 pub struct Index {
     nodes: BTreeMap<String, Known>,
+    /// Of all nodes together.
+    bytes: u64,
     bytes_max: u64,
     ttl_us: u64,
 }
@@ -46,7 +48,7 @@ pub struct Known {
 impl Index {
     /// Of nodes that will be told by their addresses.
     pub fn new(bytes_max: u64, ttl_ms: u32) -> Self {
-        Self { nodes: BTreeMap::new(), bytes_max, ttl_us: u64::from(ttl_ms) * 1000 }
+        Self { nodes: BTreeMap::new(), bytes: 0, bytes_max, ttl_us: u64::from(ttl_ms) * 1000 }
     }
 
     /// A node is of the cluster, wherever it may be now.
@@ -57,39 +59,22 @@ impl Index {
     /// It is heard anew, from its first word.
     pub fn begin(&mut self, address: &str, now_us: u64) {
         let node = self.nodes.entry(address.to_owned()).or_default();
+        self.bytes -= node.bytes();
         let (resyncs, dropped) = (node.resyncs + u64::from(node.epoch != 0), node.dropped);
         *node = Known { resyncs, dropped, connected: true, heard_us: now_us, ..Known::default() };
     }
 
     /// What it said. An error: what is known of it may be wrong from now on, so that it must be heard anew.
     pub fn hear(&mut self, address: &str, reply: &FollowReply, now_us: u64) -> Result<(), Error> {
-        let room = if reply.deltas.is_empty() { 0 } else { self.room() };
+        let room = self.bytes_max.saturating_sub(self.bytes);
         let node = self.nodes.get_mut(address).ok_or_else(|| garbled("it was never begun"))?;
-        if node.epoch == 0 {
-            (node.epoch, node.sequence, node.name) =
-                (reply.node_epoch, reply.sequence, reply.node_name.clone());
+        let before = node.bytes();
+        let heard = node.hear(reply, room);
+        self.bytes = self.bytes - before + node.bytes();
+        if heard.is_ok() {
+            node.heard_us = now_us;
         }
-        if reply.node_epoch != node.epoch || reply.node_epoch == 0 {
-            return Err(garbled(&format!("epoch {:x} after {:x}", reply.node_epoch, node.epoch)));
-        }
-        let mut rest = &reply.deltas[..];
-        while !rest.is_empty() {
-            let (delta, after) = Delta::decode(rest).ok_or_else(|| garbled("no delta of this version"))?;
-            node.apply(&delta, room)?;
-            rest = after;
-        }
-        if reply.sequence != node.sequence {
-            return Err(garbled(&format!("{} deltas sent, {} heard", reply.sequence, node.sequence)));
-        }
-        node.complete |= reply.complete;
-        node.heard_us = now_us;
-        node.trouble.clear();
-        Ok(())
-    }
-
-    /// Bytes that all nodes together may still take.
-    fn room(&self) -> u64 {
-        self.bytes_max.saturating_sub(self.nodes.values().map(Known::bytes).sum())
+        heard
     }
 
     /// It is not heard any more. What it said stands until its time is over.
@@ -104,6 +89,7 @@ impl Index {
         let ttl_us = self.ttl_us;
         for node in self.nodes.values_mut() {
             if now_us.saturating_sub(node.heard_us) > ttl_us && !node.copies.is_empty() {
+                self.bytes -= node.bytes();
                 (node.copies, node.complete) = (HashMap::new(), false);
             }
         }
@@ -170,6 +156,30 @@ impl Known {
     /// Whether it has the block in a tier.
     pub fn has(&self, id: BlockId, group: u8, tier: Tier) -> bool {
         self.copies.get(&key(id, group)).is_some_and(|tiers| tiers & (1 << tier as u8) != 0)
+    }
+
+    /// `room`: bytes that all nodes together may still take.
+    fn hear(&mut self, reply: &FollowReply, room: u64) -> Result<(), Error> {
+        if self.epoch == 0 {
+            (self.epoch, self.sequence, self.name) =
+                (reply.node_epoch, reply.sequence, reply.node_name.clone());
+        }
+        if reply.node_epoch != self.epoch || reply.node_epoch == 0 {
+            return Err(garbled(&format!("epoch {:x} after {:x}", reply.node_epoch, self.epoch)));
+        }
+        let before = self.bytes();
+        let mut rest = &reply.deltas[..];
+        while !rest.is_empty() {
+            let (delta, after) = Delta::decode(rest).ok_or_else(|| garbled("no delta of this version"))?;
+            self.apply(&delta, (room + before).saturating_sub(self.bytes()))?;
+            rest = after;
+        }
+        if reply.sequence != self.sequence {
+            return Err(garbled(&format!("{} deltas sent, {} heard", reply.sequence, self.sequence)));
+        }
+        self.complete |= reply.complete;
+        self.trouble.clear();
+        Ok(())
     }
 
     /// `room`: bytes that all nodes together may still take.
@@ -394,6 +404,10 @@ mod tests {
             assert_eq!(node.blocks + node.dropped_blocks, 4000, "{nodes:?}");
         }
         assert!(nodes[0].blocks > 1000 && nodes[1].dropped_blocks > 0, "{nodes:?}");
+        assert_eq!(index.bytes, bytes);
+        index.begin("a", 0);
+        index.expire(u64::from(TTL_MS) * 1000 + 1);
+        assert_eq!(index.bytes, 0, "forgotten, and room for others");
     }
 
     proptest! {

@@ -132,7 +132,7 @@ impl World {
         for _ in 0..machines {
             let (one, other) = (self.chance.below(machines) as u16, self.chance.below(machines) as u16);
             let at_us = self.chance.between(self.setup.busy_us / 10, self.setup.busy_us);
-            let us = self.chance.between(STILL_US.0, STILL_US.1);
+            let us = self.chance.between(STILL_US.0, STILL_US.1).min(self.setup.busy_us - at_us);
             let cut = self.chance.happens(0.5);
             let event = if cut { Event::Cut { one, other } } else { Event::Still { one, other, us } };
             self.clock.at(at_us, event);
