@@ -3,7 +3,13 @@ use prost::Message as _;
 
 #[expect(clippy::disallowed_methods, reason = "OUT_DIR is cargo's word to a build script")]
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["kvd/v1/session.proto", "kvd/v1/admin.proto", "kvd/v1/workers.proto", "kvd/v1/index.proto"];
+    let files = [
+        "kvd/v1/session.proto",
+        "kvd/v1/admin.proto",
+        "kvd/v1/workers.proto",
+        "kvd/v1/index.proto",
+        "kvd/v1/peer.proto",
+    ];
     let descriptors = protox::compile(files, ["."])?;
     let out = std::path::PathBuf::from(std::env::var("OUT_DIR")?);
     std::fs::write(out.join("kvd.v1.bin"), descriptors.encode_to_vec())?;

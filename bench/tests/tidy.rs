@@ -74,6 +74,7 @@ const DECIDING: &[&str] = &[
     "tiers/src/measure.rs",
     "kvd/src/node/",
     "kvd/src/index.rs",
+    "kvd/src/links.rs",
     "kvd/src/workers.rs",
     "router/src/place.rs",
     "planner/src/decide/",

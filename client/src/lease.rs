@@ -149,6 +149,11 @@ impl Match {
         self.place(block, 0).map_or(Tier::Unspecified, |(run, ..)| run.source())
     }
 
+    /// Whether it was on another node when it was asked for.
+    pub fn is_remote(&self, block: u32) -> bool {
+        self.place(block, 0).is_some_and(|(run, ..)| run.remote)
+    }
+
     /// Until every block is ready and copied, as predicted when asked.
     pub fn predicted(&self) -> Duration {
         self.predicted

@@ -195,6 +195,7 @@ impl SpaceHandle {
             request_key: request_key.to_vec().into(),
             chain: chain.to_packed().into(),
             skip_blocks,
+            this_node_only: false,
         };
         let Answer::Match(reply) = inner.call_of(incarnation, Ask::Match(request)).await? else {
             return Err(unexpected());

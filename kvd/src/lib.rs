@@ -1,6 +1,6 @@
 //! The kvd daemon: the node's state machine and the shells around it.
 //!
-//! Owns: `node`, `workers` and `index` (decide, synchronously), `run` (sockets, devices, threads, time), `config`, `check`.
+//! Owns: `node`, `workers`, `index` and `links` (decide, synchronously), `run` (sockets, devices, threads, time), `config`, `check`.
 //! Invariants: nothing in them waits or looks at the outside; nothing in `run` decides; only `config` reads the
 //! environment.
 //! Leaves to others: media and policies (tiers), words and bytes (proto).
@@ -8,6 +8,7 @@
 pub mod check;
 pub mod config;
 pub mod index;
+pub mod links;
 pub mod node;
 pub mod run;
 pub mod workers;

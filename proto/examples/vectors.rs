@@ -284,7 +284,7 @@ fn client_body(input: &Value) -> client_frame::Body {
             space: number(input, "space") as u32,
             request_key: bytes(input, "request_key_hex").into(),
             chain: bytes(input, "chain_hex").into(),
-            skip_blocks: 0,
+            ..Default::default()
         }),
         "release" => client_frame::Body::Release(wire::ReleaseRequest { lease: number(input, "lease") }),
         other => panic!("no client frame {other}"),

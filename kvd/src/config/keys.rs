@@ -101,6 +101,12 @@ pub(super) static KEYS: &[Key] = &[
         default: |_, _| fixed("127.0.0.1:7701", "this machine only"),
     },
     Key {
+        name: "listen.data_address",
+        kind: Kind::Address,
+        help: "TCP address where other nodes of the cluster read blocks; port 0: any that is free, they are told which; \"\": this node serves none. It is not encrypted.",
+        default: |_, values| beside_grpc(values),
+    },
+    Key {
         name: "dram.capacity_bytes",
         kind: Kind::Size,
         help: "Memory for blocks, rounded down to whole segments. When it is full, the coldest blocks go to NVMe.",
@@ -268,6 +274,13 @@ fn data_dir(machine: &Machine, _: &Values) -> Found {
 fn in_data_dir(values: &Values, name: &str) -> Found {
     let path = Path::new(values.text("data_dir")).join(name).to_string_lossy().into_owned();
     fixed(path, "in data_dir")
+}
+
+fn beside_grpc(values: &Values) -> Found {
+    match values.text("listen.grpc_address").rsplit_once(':') {
+        Some((host, _)) => fixed(format!("{host}:0"), "the host of listen.grpc_address, any free port"),
+        None => fixed("", "without listen.grpc_address no other node can ask"),
+    }
 }
 
 fn dram_capacity(machine: &Machine, _: &Values) -> Found {

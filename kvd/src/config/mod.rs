@@ -70,6 +70,9 @@ pub struct Listen {
     /// gRPC on TCP; `None` is off.
     #[serde(deserialize_with = "address")]
     pub grpc_address: Option<SocketAddr>,
+    /// Blocks for other nodes; `None` is off.
+    #[serde(deserialize_with = "address")]
+    pub data_address: Option<SocketAddr>,
     /// Prometheus over HTTP; `None` is off.
     #[serde(deserialize_with = "address")]
     pub metrics_address: Option<SocketAddr>,
@@ -288,6 +291,11 @@ impl Config {
 }
 
 impl Cluster {
+    /// Whether there are other nodes, or may be.
+    pub fn is_one(&self) -> bool {
+        !self.nodes.is_empty()
+    }
+
     fn check(&self) -> Result<(), Error> {
         let count = self.nodes.len();
         if count > NODES_MAX {

@@ -28,6 +28,7 @@ impl Node {
             node.tell_policies();
             node.make_room();
             node.serve_waiting();
+            node.serve_held();
             node.serve_deferred();
             node.purge_some();
             node.search_some();
@@ -72,6 +73,7 @@ impl Node {
                 self.checksummed(slot, generation, elapsed_us);
             }
             Event::Moved { token, result, elapsed_us } => self.moved(token, result, elapsed_us),
+            Event::Offered { ticket, offer } => self.offered(ticket, offer),
             Event::RecoveredSpace { space } => self.recovered_space(*space),
             Event::RecoveredSegment { segment, geometry, tenant } => {
                 self.recovered_segment(segment, geometry, &tenant);
@@ -96,8 +98,8 @@ impl Node {
                 "open another connection for another session",
             )),
             Ask::RegisterSpace(request) => self.register_space(member, &request).map(Reply::SpaceRegistered),
-            Ask::Match(request) => match self.match_or_defer(member, request_id, request) {
-                Ok(None) => return, // its loads are started in slices
+            Ask::Match(request) => match self.match_now_or_later(member, request_id, request, true) {
+                Ok(None) => return, // asks other nodes first, or its loads are started in slices
                 Ok(Some(reply)) => Ok(Reply::Match(reply)),
                 Err(error) => Err(error),
             },
@@ -149,6 +151,7 @@ impl Node {
     fn tick(&mut self) {
         self.end_leases();
         self.give_up_stalled();
+        self.give_up_seeking();
         self.unpin_expired();
         self.close_idle();
         self.search_again();

@@ -4,9 +4,10 @@
 //! file, socket or clock. Every `Effect` that starts something has the `Event` that ends it.
 
 use super::telling::Run;
+use kvd_proto::cost::PrefillProfile;
 use kvd_proto::slot_header::SlotHeader;
 use kvd_proto::wire::{self, Tier, client_frame, node_frame};
-use kvd_proto::{Fingerprint, Space};
+use kvd_proto::{BlockId, Fingerprint, Space};
 use kvd_tiers::catalog::Handle;
 use kvd_tiers::segment::{Geometry, SegmentId, SlotRef};
 
@@ -75,7 +76,7 @@ pub enum Event {
         /// How long reading it took.
         elapsed_us: u64,
     },
-    /// Ends `Effect::Demote` or `Effect::Promote`.
+    /// Ends `Effect::Demote`, `Effect::Promote` or one order of `Effect::Fetch`.
     Moved {
         /// The effect's token.
         token: u64,
@@ -83,6 +84,13 @@ pub enum Event {
         result: Result<(), MoveError>,
         /// From start to end.
         elapsed_us: u64,
+    },
+    /// Ends `Effect::Seek`. What is offered is answered by `Effect::Fetch`, even if none of it is wanted any more.
+    Offered {
+        /// The effect's ticket.
+        ticket: u64,
+        /// What another node has leased to this one, if it pays.
+        offer: Option<Offer>,
     },
     /// An earlier daemon had this space. Before any client: spaces, then segments, then blocks, parents first.
     RecoveredSpace {
@@ -203,6 +211,21 @@ pub enum Effect {
         /// The block that must be there; the shell puts in the checksums.
         header: Box<SlotHeader>,
     },
+    /// Find out who else has the rest of a chain, and lease it there if that pays; answered by `Offered`.
+    Seek {
+        /// To answer with.
+        ticket: u64,
+        /// What.
+        wanted: Box<Wanted>,
+    },
+    /// Bring these of the offered blocks and verify every part, each answered by `Moved`; the rest is not wanted. Then the
+    /// other node's lease ends.
+    Fetch {
+        /// The offer's.
+        ticket: u64,
+        /// In the chain's order.
+        orders: Vec<FetchOrder>,
+    },
     /// An NVMe slot holds nothing any more.
     Forget {
         /// Where.
@@ -245,6 +268,47 @@ pub enum Effect {
         /// The rest.
         text: String,
     },
+}
+
+/// A chain of which this node has only the beginning.
+#[derive(Debug, Clone)]
+pub struct Wanted {
+    /// Carries its tenant.
+    pub space: Space,
+    /// From the prompt's beginning; not longer than there is room for.
+    pub chain: Vec<BlockId>,
+    /// Blocks of the beginning that are here.
+    pub stored: u32,
+    /// What recomputing costs.
+    pub profile: PrefillProfile,
+}
+
+/// Blocks that another node has leased to this one: those of the chain from what is here on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Offer {
+    /// The leased prefix, what is here included.
+    pub blocks: u32,
+    /// The id before the first block that is not here.
+    pub parent: BlockId,
+    /// Until all of it could be here.
+    pub predicted_us: u64,
+}
+
+/// One block of an offer, and where it goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FetchOrder {
+    /// To answer with.
+    pub token: u64,
+    /// Index in the chain.
+    pub block: u32,
+    /// Of the layout.
+    pub group: u8,
+    /// DRAM.
+    pub to: SlotRef,
+    /// Of the DRAM slot, for the header that is published when every part agrees.
+    pub generation: u32,
+    /// The block; the shell puts in the checksums.
+    pub header: Box<SlotHeader>,
 }
 
 /// What a person asks.

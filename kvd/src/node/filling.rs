@@ -366,7 +366,8 @@ impl Node {
             self.catalog.get_mut(handle).lease();
             self.memory.pools[pool].slots.set_owner(slot, handle);
             let state = ItemState::Filling(PartSet::default());
-            items.push(Item { block: place.block, group, source: Tier::Dram, state, handle, slot });
+            let (block, source) = (place.block, Tier::Dram);
+            items.push(Item { block, group, source, remote: false, state, handle, slot });
             taken += bytes;
         }
         Some(taken)

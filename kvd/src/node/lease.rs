@@ -36,6 +36,8 @@ pub(super) struct Item {
     pub(super) block: u32,
     pub(super) group: u8,
     pub(super) source: Tier,
+    /// Comes from another node.
+    pub(super) remote: bool,
     pub(super) state: ItemState,
     pub(super) handle: Handle,
     pub(super) slot: SlotRef,
@@ -45,7 +47,7 @@ pub(super) struct Item {
 pub(super) enum ItemState {
     /// Readable.
     Ready,
-    /// On its way from NVMe.
+    /// On its way from NVMe or another node.
     Loading,
     /// Will not come; holds nothing.
     Failed,
@@ -312,9 +314,9 @@ impl Node {
         if session.by_key.get(&key) == Some(&id) {
             session.by_key.remove(&key);
         }
-        // What came from NVMe came head first, and so stands in the policy: parents would be the oldest and hide the leaf
+        // What was loaded came head first, and so stands in the policy: parents would be the oldest and hide the leaf
         // that may go. Once more in the order that policies are promised.
-        if lease.items.iter().any(|item| item.source == Tier::Nvme) {
+        if lease.items.iter().any(|item| item.remote || item.source == Tier::Nvme) {
             let there = lease.items.iter().rev().filter(|item| item.state == ItemState::Ready);
             there.for_each(|item| self.tell_later(item.handle));
         }

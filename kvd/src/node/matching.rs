@@ -10,7 +10,7 @@ use super::lease::{Item, ItemState, NewLease, RequestKind};
 use kvd_proto::limits::REQUEST_KEY_BYTES_MAX;
 use kvd_proto::wire::{self, Tier};
 use kvd_proto::{Chain, Error};
-use kvd_tiers::catalog::{Handle, Mark};
+use kvd_tiers::catalog::Handle;
 use kvd_tiers::segment::SlotRef;
 use std::ops::Range;
 
@@ -21,6 +21,18 @@ const UNPINNED_PER_CALL_MAX: usize = 4096;
 const LOADS_PER_CALL_MAX: usize = 32;
 /// Matches that are answered in slices. At the limit: the next one is answered at once.
 const DEFERRED_MAX: usize = 1024;
+
+/// What a look at a chain came to.
+enum Matched {
+    Reply(wire::MatchReply),
+    /// Nothing was done yet: other nodes may have the blocks from `stored` to `end`.
+    Lacks {
+        stored: usize,
+        end: usize,
+    },
+    /// Nothing was done yet: more loads than one call may start.
+    Loads,
+}
 
 /// A match whose loads are being started.
 pub(super) struct Deferred {
@@ -36,19 +48,23 @@ pub(super) struct Deferred {
 const TOUCHED_MAX: usize = 1 << 16;
 
 impl Node {
-    /// The answer, or `None`: so much must come from NVMe that it is started in slices first, behind others' answers.
-    pub(super) fn match_or_defer(
+    /// The answer, or `None`: it comes later, because other nodes are asked first for what this one lacks (`may_seek`), or so much
+    /// must come from NVMe that it is started in slices first, behind others' answers.
+    pub(super) fn match_now_or_later(
         &mut self,
         member: MemberId,
         request_id: u64,
         request: wire::MatchRequest,
+        may_seek: bool,
     ) -> Result<Option<wire::MatchReply>, Error> {
+        let may_seek = may_seek && request_id != 0 && self.may_seek(&request);
         let may_defer = request_id != 0 && self.deferred.len() < DEFERRED_MAX;
-        let reply = self.match_prefix(member, &request, may_defer)?;
-        if reply.is_none() {
-            self.deferred.push_back(Deferred { member, request_id, request, next: 0 });
+        match self.match_prefix(member, &request, may_seek, may_defer)? {
+            Matched::Reply(reply) => return Ok(Some(reply)),
+            Matched::Lacks { stored, end } => self.seek(member, request_id, request, stored..end)?,
+            Matched::Loads => self.deferred.push_back(Deferred { member, request_id, request, next: 0 }),
         }
-        Ok(reply)
+        Ok(None)
     }
 
     fn is_below(&self, handle: Handle) -> bool {
@@ -64,11 +80,11 @@ impl Node {
             self.deferred.push_back(deferred); // in turn: nobody's long match holds up another's
             return;
         }
-        match self.match_prefix(member, &deferred.request, false) {
-            Ok(reply) => {
-                let reply = reply.expect("it was not to be deferred");
+        match self.match_prefix(member, &deferred.request, false, false) {
+            Ok(Matched::Reply(reply)) => {
                 self.send(member, request_id, wire::node_frame::Body::Match(reply));
             }
+            Ok(_) => unreachable!("it was to be answered now"),
             Err(error) => self.refuse(member, request_id, error),
         }
     }
@@ -77,7 +93,7 @@ impl Node {
     fn load_slice(&mut self, deferred: &Deferred) -> Option<usize> {
         let space = self.space_of(deferred.member, deferred.request.space).ok()?;
         let chain = Chain::from_packed("chain", &deferred.request.chain).ok()?;
-        let found = self.find(space, &chain);
+        let found = self.find(space, &chain, true);
         let stored = found.iter().map(Vec::len).min().unwrap_or(0);
         let skip = deferred.request.skip_blocks as usize;
         let budget = self.lease_budget(self.sessions.of(deferred.member).ok()?).ok()?;
@@ -102,8 +118,9 @@ impl Node {
         &mut self,
         member: MemberId,
         request: &wire::MatchRequest,
+        may_seek: bool,
         may_defer: bool,
-    ) -> Result<Option<wire::MatchReply>, Error> {
+    ) -> Result<Matched, Error> {
         let space = self.space_of(member, request.space)?;
         let session = self.sessions.of(member)?;
         let chain = Chain::from_packed("chain", &request.chain)?;
@@ -113,24 +130,31 @@ impl Node {
         let known = self.same_question(session, RequestKind::Match, key, space, chain.ids(), skip as u32);
         if let Some(known) = known {
             self.leases.get_mut(known).expect("a lease just found").askers.insert(member);
-            return Ok(Some(self.match_reply(known)));
+            return Ok(Matched::Reply(self.match_reply(known, request)));
         }
         let budget = self.lease_budget(session)?;
-        let found = self.find(space, &chain);
+        let found = self.find(space, &chain, true);
+        let stored = found.iter().map(Vec::len).min().unwrap_or(0);
+        let fits = usize::try_from(budget / self.block_bytes(space)).unwrap_or(usize::MAX);
+        let end = chain.ids().len().min(skip.saturating_add(fits));
+        // below `skip`, what the engine has and this node has not would have to come too, to be of use to nobody
+        if may_seek && (skip..end).contains(&stored) {
+            return Ok(Matched::Lacks { stored, end });
+        }
         let below = |handles: &Vec<Handle>| handles.iter().filter(|handle| self.is_below(**handle)).count();
         if may_defer && found.iter().map(below).sum::<usize>() > LOADS_PER_CALL_MAX {
-            return Ok(None);
+            return Ok(Matched::Loads);
         }
         self.counters.match_requests += 1;
         self.counters.match_blocks += chain.ids().len() as u64;
-        let stored = found.iter().map(Vec::len).min().unwrap_or(0);
         let (items, bytes, predicted_us) =
             self.lease_items(space, &found, skip..stored, budget, self.sessions.memory_node(member));
         let leased = items.last().map_or(skip.min(stored), |item| item.block as usize + 1);
         self.touch(&found, leased);
         self.count_hits(&items, chain.ids().len() - leased, skip.min(stored));
         if items.is_empty() {
-            return Ok(Some(wire::MatchReply { blocks: leased as u32, ..wire::MatchReply::default() }));
+            let none = wire::MatchReply { blocks: leased as u32, ..wire::MatchReply::default() };
+            return Ok(Matched::Reply(none));
         }
         let lease = self.new_lease(NewLease {
             session,
@@ -146,11 +170,11 @@ impl Node {
             predicted_us,
         });
         self.wait_for_loads(lease);
-        Ok(Some(self.match_reply(lease)))
+        Ok(Matched::Reply(self.match_reply(lease, request)))
     }
 
-    /// By group, the entries of the chain's stored prefix.
-    fn find(&self, space: u16, chain: &Chain) -> Vec<Vec<Handle>> {
+    /// By group, the entries of the chain's stored prefix, with those (`coming`) that are on their way from another node.
+    pub(super) fn find(&self, space: u16, chain: &Chain, coming: bool) -> Vec<Vec<Handle>> {
         let groups = self.spaces[usize::from(space)].pools.len();
         let find = |group: usize| {
             let mut found = Vec::with_capacity(chain.ids().len());
@@ -158,7 +182,7 @@ impl Node {
             let whole = |handle: &Handle| {
                 let entry = self.catalog.get(*handle);
                 let stored = entry.readable(Tier::Dram).is_some() || entry.readable(Tier::Nvme).is_some();
-                stored && !self.doubted.contains(handle)
+                (stored && !self.doubted.contains(handle)) || (coming && self.movement.comes(*handle))
             };
             let stored = found.iter().position(|handle| !whole(handle)).unwrap_or(found.len());
             found.truncate(stored);
@@ -180,7 +204,7 @@ impl Node {
         let fits = usize::try_from(budget / block_bytes).unwrap_or(usize::MAX);
         let end = blocks.end.min(blocks.start.saturating_add(fits));
         let mut items = Vec::with_capacity(end.saturating_sub(blocks.start) * found.len());
-        let (mut leased, mut loading_bytes) = (0u64, 0u64);
+        let (mut leased, mut loading_bytes, mut remote_us) = (0u64, 0u64, 0u64);
         for block in blocks.start..end {
             let from = items.len();
             let whole = found.iter().enumerate().all(|(group, handles)| {
@@ -193,24 +217,30 @@ impl Node {
                 break;
             }
             leased += block_bytes;
-            let loading = items[from..].iter().filter(|item| item.state == ItemState::Loading).count();
-            loading_bytes += if loading > 0 { block_bytes } else { 0 };
+            let loading = |item: &&Item| item.state == ItemState::Loading;
+            let (remote, below): (Vec<_>, Vec<_>) =
+                items[from..].iter().filter(loading).partition(|item| item.remote);
+            loading_bytes += if below.is_empty() { 0 } else { block_bytes };
+            let left_us = remote.iter().map(|item| self.movement.fetch_left_us(item.handle, self.now_us));
+            remote_us = remote_us.max(left_us.max().unwrap_or(0));
         }
         if found.len() > 1 {
             items.sort_by_key(|item: &Item| (item.group, item.block));
         }
-        let predicted_us = self.movement.predict_us(loading_bytes, leased);
+        let predicted_us = self.movement.predict_us(loading_bytes, leased).max(remote_us);
         (items, leased, predicted_us)
     }
 
     fn lease_item(&mut self, handle: Handle, block: u32, group: u8, near: usize) -> Option<Item> {
         let entry = self.catalog.get(handle);
+        let remote = entry.copy(Tier::Nvme).is_none() && entry.readable(Tier::Dram).is_none();
         let (source, state, slot) = match entry.readable(Tier::Dram) {
             Some(slot) => (Tier::Dram, ItemState::Ready, slot),
+            None if remote => (Tier::Dram, ItemState::Loading, self.promote(handle, near)?),
             None => (Tier::Nvme, ItemState::Loading, self.promote(handle, near)?),
         };
         self.catalog.get_mut(handle).lease();
-        Some(Item { block, group, source, state, handle, slot })
+        Some(Item { block, group, source, remote, state, handle, slot })
     }
 
     /// Uses count now; the policies hear of them when the answers are sent (`settle`): each costs them a cache miss or two.
@@ -245,17 +275,23 @@ impl Node {
     }
 
     fn count_hits(&mut self, items: &[Item], missed: usize, skipped: usize) {
-        let first =
-            |source| items.iter().filter(|item| item.group == 0 && item.source == source).count() as u64;
-        self.counters.hit_blocks_dram += first(Tier::Dram) + skipped as u64;
-        self.counters.hit_blocks_nvme += first(Tier::Nvme);
+        let first = |remote, source| {
+            let of = |item: &&Item| item.group == 0 && item.remote == remote && item.source == source;
+            items.iter().filter(of).count() as u64
+        };
+        self.counters.hit_blocks_dram += first(false, Tier::Dram) + skipped as u64;
+        self.counters.hit_blocks_nvme += first(false, Tier::Nvme);
+        self.counters.hit_blocks_peer += first(true, Tier::Dram);
         self.counters.miss_blocks += missed as u64;
     }
 
-    fn match_reply(&self, id: u64) -> wire::MatchReply {
+    fn match_reply(&self, id: u64, request: &wire::MatchRequest) -> wire::MatchReply {
         let lease = self.leases.get(id).expect("a lease just found or made");
         let blocks = lease.items.iter().map(|item| item.block + 1).max().unwrap_or(0);
+        let first = lease.items.first().filter(|_| request.this_node_only);
+        let parent = first.map(|item| self.catalog.get(item.handle).parent().0.to_vec());
         wire::MatchReply {
+            parent: parent.unwrap_or_default().into(),
             lease: id,
             blocks,
             runs: runs(&lease.items),
@@ -271,7 +307,7 @@ impl Node {
     ) -> Result<wire::ExistsReply, Error> {
         let space = self.space_of(member, request.space)?;
         let chain = Chain::from_packed("chain", &request.chain)?;
-        let found = self.find(space, &chain);
+        let found = self.find(space, &chain, false);
         let stored = found.iter().map(Vec::len).min().unwrap_or(0);
         let slowest = |block: usize| {
             let in_dram =
@@ -289,7 +325,7 @@ impl Node {
     ) -> Result<wire::PrefetchReply, Error> {
         let space = self.space_of(member, request.space)?;
         let chain = Chain::from_packed("chain", &request.chain)?;
-        let found = self.find(space, &chain);
+        let found = self.find(space, &chain, false);
         let stored = found.iter().map(Vec::len).min().unwrap_or(0);
         let near = self.sessions.memory_node(member);
         let mut started = 0;
@@ -315,7 +351,7 @@ impl Node {
     ) -> Result<wire::PinReply, Error> {
         let space = self.space_of(member, request.space)?;
         let chain = Chain::from_packed("chain", &request.chain)?;
-        let found = self.find(space, &chain);
+        let found = self.find(space, &chain, false);
         let stored = found.iter().map(Vec::len).min().unwrap_or(0);
         for handles in &found {
             handles[..stored].iter().try_for_each(|handle| self.set_pin(*handle, request.ttl_ms))?;
@@ -377,9 +413,8 @@ impl Node {
 
     /// The block whose bytes come, or the slot they come to if they are on their way already; `None`: no room now.
     pub(super) fn promote(&mut self, handle: Handle, near: usize) -> Option<SlotRef> {
-        let entry = self.catalog.get(handle);
-        if entry.is(Tier::Nvme, Mark::Moving) {
-            return entry.copy(Tier::Dram).filter(|_| self.movement.comes(handle));
+        if self.movement.brings(handle) {
+            return self.catalog.get(handle).copy(Tier::Dram).filter(|_| self.movement.comes(handle));
         }
         self.start_promotion(handle, near)
     }
@@ -410,7 +445,7 @@ pub(super) fn runs(items: &[Item]) -> Vec<wire::Run> {
             let fits = run.group == u32::from(item.group)
                 && run.segment == item.slot.segment
                 && run.first_block + run.count == item.block
-                && run.source == item.source as i32
+                && (run.source, run.remote) == (item.source as i32, item.remote)
                 && run.ready == ready;
             if fits && run.count == 1 {
                 run.stride = step as i32;
@@ -429,6 +464,7 @@ pub(super) fn runs(items: &[Item]) -> Vec<wire::Run> {
             stride: 1,
             source: item.source.into(),
             ready,
+            remote: item.remote,
         });
     }
     runs

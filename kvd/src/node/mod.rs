@@ -20,6 +20,7 @@ mod movement;
 mod purge;
 mod recovery;
 mod search;
+mod seeking;
 mod session;
 mod telling;
 
@@ -66,6 +67,8 @@ pub struct NodeConfig {
     pub members_max: usize,
     /// What recomputing costs, where no engine has said better.
     pub profile: PrefillProfile,
+    /// Whether there are other nodes to ask.
+    pub has_peers: bool,
 }
 
 /// The NVMe tier.
@@ -96,6 +99,7 @@ pub struct Node {
     movement: movement::Movement,
     waiting: filling::Waiting,
     deferred: VecDeque<matching::Deferred>,
+    seeking: seeking::Seeking,
     /// Leased entries whose DRAM copy a reader found broken.
     doubted: BTreeSet<Handle>,
     /// Used since the policies last heard, tail first.
@@ -135,6 +139,7 @@ impl Node {
             movement: movement::Movement::default(),
             waiting: filling::Waiting::default(),
             deferred: VecDeque::new(),
+            seeking: seeking::Seeking::default(),
             doubted: BTreeSet::new(),
             touched: Vec::new(),
             pins: HashMap::new(),

@@ -1,4 +1,4 @@
-//! Movement between DRAM and NVMe: what is under way, how long it will take, what became of it.
+//! Movement into and out of DRAM, to and from NVMe and from other nodes: what is under way, how long it will take, what became of it.
 //!
 //! Invariants: a copy that moves is marked at both ends until `Moved` says it has ended (law 2); bytes that come back are
 //! believed only with every part checksum (the shell verifies, `Moved` says so); a corrupt or unreadable copy is dropped
@@ -16,6 +16,8 @@ use std::collections::HashMap;
 
 /// Promotions under way. At the limit: a match is cut where the next load would start.
 const PROMOTIONS_MAX: usize = 4096;
+/// Fetches under way. At the limit: no more of an offer is wanted.
+const FETCHES_MAX: usize = 4096;
 /// Demotions under way, as a multiple of the queue that keeps the device busy. At the limit: no new one starts.
 const DEMOTIONS_PER_DEPTH: usize = 2;
 /// Errors in a row after which nothing is written for `SICK_US`; so long nothing is read after a load has stalled.
@@ -28,11 +30,12 @@ const DRAM_PRIOR: (f64, f64) = (1.0, 8000.0);
 
 pub(super) struct Movement {
     pub(super) moves: HashMap<u64, Move>,
-    /// The promotion that brings a block.
+    /// The promotion or fetch that brings a block.
     by_handle: HashMap<Handle, u64>,
     last: u64,
     promotions: usize,
     demotions: usize,
+    fetches: usize,
     reading_bytes: u64,
     nvme_reads: Estimate,
     nvme_writes: Estimate,
@@ -44,12 +47,23 @@ pub(super) struct Movement {
 
 pub(super) struct Move {
     pub(super) handle: Handle,
-    pub(super) promotion: bool,
+    pub(super) kind: MoveKind,
     bytes: u64,
     /// Given up by those who waited: nobody else waits for it.
     stalled: bool,
     /// Leases whose item (by place) waits for it.
     waiting: Vec<(LeaseId, u32)>,
+}
+
+/// From where to where.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum MoveKind {
+    /// DRAM to NVMe.
+    Demotion,
+    /// NVMe to DRAM.
+    Promotion,
+    /// Another node to DRAM, predicted to end then.
+    Fetch { ends_us: u64 },
 }
 
 impl Default for Movement {
@@ -60,6 +74,7 @@ impl Default for Movement {
             last: 0,
             promotions: 0,
             demotions: 0,
+            fetches: 0,
             reading_bytes: 0,
             nvme_reads: Estimate::new(NVME_PRIOR.0, NVME_PRIOR.1),
             nvme_writes: Estimate::new(NVME_PRIOR.0, NVME_PRIOR.1),
@@ -96,9 +111,30 @@ impl Movement {
 
     /// Whoever asks next neither waits for this block nor orders another: the device does not answer (law 3).
     pub(super) fn stalled(&mut self, handle: Handle, now_us: u64) {
-        let token = self.by_handle.get(&handle).expect("a loading item has its promotion");
-        self.moves.get_mut(token).expect("under way").stalled = true;
-        self.stalled_until_us = now_us + SICK_US;
+        let token = self.by_handle.get(&handle).expect("a loading item is being brought");
+        let stalled = self.moves.get_mut(token).expect("under way");
+        stalled.stalled = true;
+        if stalled.kind == MoveKind::Promotion {
+            self.stalled_until_us = now_us + SICK_US;
+        }
+    }
+
+    /// Whether the block's bytes are coming.
+    pub(super) fn brings(&self, handle: Handle) -> bool {
+        self.by_handle.contains_key(&handle)
+    }
+
+    /// Microseconds until what another node sends should be here.
+    pub(super) fn fetch_left_us(&self, handle: Handle, now_us: u64) -> u64 {
+        match self.by_handle.get(&handle).map(|token| self.moves[token].kind) {
+            Some(MoveKind::Fetch { ends_us }) => ends_us.saturating_sub(now_us),
+            _ => 0,
+        }
+    }
+
+    /// Another block may be fetched.
+    pub(super) fn may_fetch(&self) -> bool {
+        self.fetches < FETCHES_MAX
     }
 
     /// Whether the block's bytes are coming and may be waited for.
@@ -107,18 +143,24 @@ impl Movement {
     }
 
     fn wait(&mut self, handle: Handle, lease: LeaseId, at: u32) {
-        let token = self.by_handle.get(&handle).expect("a loading item has its promotion");
+        let token = self.by_handle.get(&handle).expect("a loading item is being brought");
         self.moves.get_mut(token).expect("under way").waiting.push((lease, at));
     }
 
-    fn start(&mut self, handle: Handle, promotion: bool, bytes: u64) -> u64 {
+    pub(super) fn start(&mut self, handle: Handle, kind: MoveKind, bytes: u64) -> u64 {
         self.last += 1;
-        self.moves.insert(self.last, Move { handle, promotion, bytes, stalled: false, waiting: Vec::new() });
-        if promotion {
-            self.promotions += 1;
-            self.reading_bytes += bytes;
-        } else {
-            self.demotions += 1;
+        self.moves.insert(self.last, Move { handle, kind, bytes, stalled: false, waiting: Vec::new() });
+        match kind {
+            MoveKind::Promotion => {
+                self.promotions += 1;
+                self.reading_bytes += bytes;
+            }
+            MoveKind::Demotion => self.demotions += 1,
+            MoveKind::Fetch { .. } => self.fetches += 1,
+        }
+        if kind != MoveKind::Demotion {
+            let double = self.by_handle.insert(handle, self.last);
+            assert!(double.is_none(), "a block is brought once at a time");
         }
         self.last
     }
@@ -141,9 +183,7 @@ impl Node {
         self.catalog.set_copy(handle, Tier::Dram, to);
         self.catalog.get_mut(handle).mark(Tier::Dram, Mark::Filling);
         let bytes = self.slot_bytes_of(handle);
-        let token = self.movement.start(handle, true, bytes);
-        let double = self.movement.by_handle.insert(handle, token);
-        assert!(double.is_none(), "a block is promoted once at a time");
+        let token = self.movement.start(handle, MoveKind::Promotion, bytes);
         let generation = self.memory.pools[pool].slots.generation(to);
         let mut header = Box::new(self.header(handle));
         header.flags |= FLAG_CHECKSUMMED;
@@ -172,7 +212,7 @@ impl Node {
         self.catalog.leave(handle, Tier::Dram);
         let entry = self.catalog.get(handle);
         let from = entry.copy(Tier::Dram).expect("a DRAM copy is demoted");
-        let token = self.movement.start(handle, false, self.slot_bytes_of(handle));
+        let token = self.movement.start(handle, MoveKind::Demotion, self.slot_bytes_of(handle));
         let dram = self.pool_of(handle, Tier::Dram);
         self.memory.pools[dram].leaving += 1;
         let mut header = Box::new(self.header(handle));
@@ -194,34 +234,33 @@ impl Node {
     pub(super) fn moved(&mut self, token: u64, result: Result<(), MoveError>, elapsed_us: u64) {
         let ended = self.movement.moves.remove(&token).expect("a move ends once");
         self.count_move(&ended, &result, elapsed_us);
-        if ended.promotion {
-            self.movement.promotions -= 1;
-            self.movement.reading_bytes -= ended.bytes;
-            self.movement.by_handle.remove(&ended.handle);
-            self.promoted(&ended, result);
-        } else {
-            self.movement.demotions -= 1;
-            self.demoted(ended.handle, result);
+        match ended.kind {
+            MoveKind::Promotion => {
+                self.movement.promotions -= 1;
+                self.movement.reading_bytes -= ended.bytes;
+            }
+            MoveKind::Fetch { .. } => self.movement.fetches -= 1,
+            MoveKind::Demotion => {
+                self.movement.demotions -= 1;
+                return self.demoted(ended.handle, result);
+            }
         }
+        self.movement.by_handle.remove(&ended.handle);
+        self.brought(&ended, result);
     }
 
     fn count_move(&mut self, ended: &Move, result: &Result<(), MoveError>, elapsed_us: u64) {
-        let (estimate, in_flight, bytes) = if ended.promotion {
-            (&mut self.movement.nvme_reads, self.movement.promotions, &mut self.counters.nvme_read_bytes)
-        } else {
-            (&mut self.movement.nvme_writes, self.movement.demotions, &mut self.counters.nvme_write_bytes)
-        };
-        match result {
-            Ok(()) => {
-                estimate.observe(ended.bytes, elapsed_us, in_flight);
-                *bytes += ended.bytes;
-                self.movement.errors_in_row = 0;
-                if ended.promotion {
-                    self.movement.stalled_until_us = 0; // it answers
-                }
+        match (result, ended.kind) {
+            (Ok(()), MoveKind::Fetch { .. }) => self.counters.peer_read_bytes += ended.bytes,
+            (Ok(()), kind) => self.count_transfer(kind, ended.bytes, elapsed_us),
+            (Err(MoveError::Checksum), MoveKind::Fetch { .. }) => {
+                self.counters.peer_errors += 1;
+                self.counters.checksum_errors += 1;
             }
-            Err(MoveError::Checksum) => self.counters.checksum_errors += 1,
-            Err(MoveError::Device(why)) => {
+            (Err(MoveError::Checksum), _) => self.counters.checksum_errors += 1,
+            // the link to another node has a health of its own, which the shell keeps
+            (Err(MoveError::Device(_)), MoveKind::Fetch { .. }) => self.counters.peer_errors += 1,
+            (Err(MoveError::Device(why)), _) => {
                 self.counters.nvme_errors += 1;
                 self.movement.errors_in_row += 1;
                 if self.movement.errors_in_row == ERRORS_MAX {
@@ -234,10 +273,25 @@ impl Node {
         }
     }
 
-    fn promoted(&mut self, ended: &Move, result: Result<(), MoveError>) {
+    fn count_transfer(&mut self, kind: MoveKind, bytes: u64, elapsed_us: u64) {
+        self.movement.errors_in_row = 0;
+        if kind == MoveKind::Promotion {
+            self.movement.nvme_reads.observe(bytes, elapsed_us, self.movement.promotions);
+            self.counters.nvme_read_bytes += bytes;
+            self.movement.stalled_until_us = 0; // it answers
+        } else {
+            self.movement.nvme_writes.observe(bytes, elapsed_us, self.movement.demotions);
+            self.counters.nvme_write_bytes += bytes;
+        }
+    }
+
+    /// A promotion or fetch has ended.
+    fn brought(&mut self, ended: &Move, result: Result<(), MoveError>) {
         let handle = ended.handle;
         let dram = self.pool_of(handle, Tier::Dram);
-        self.catalog.get_mut(handle).unmark(Tier::Nvme, Mark::Moving);
+        if ended.kind == MoveKind::Promotion {
+            self.catalog.get_mut(handle).unmark(Tier::Nvme, Mark::Moving);
+        }
         let ready = result.is_ok();
         for (lease, at) in &ended.waiting {
             self.item_loaded(*lease, *at, handle, ready);
@@ -252,7 +306,9 @@ impl Node {
         } else {
             // neither the half-read slot nor the copy it came from is a copy of anything
             self.forget_slot(handle, Tier::Dram, dram);
-            self.drop_copy(handle, Tier::Nvme);
+            if ended.kind == MoveKind::Promotion {
+                self.drop_copy(handle, Tier::Nvme);
+            }
         }
     }
 

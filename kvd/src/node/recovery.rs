@@ -119,6 +119,7 @@ mod tests {
             sessions_max: 4,
             members_max: 4,
             profile: kvd_proto::cost::PrefillProfile::causal(0.0, 25.0, 0.001),
+            has_peers: false,
         })
     }
 

@@ -2,6 +2,7 @@
 //!
 //! Invariant: a segment that is listed stays mapped; a table is written under its lock and nowhere else.
 
+use kvd_client::transport::{Destination, Held, Piece};
 use kvd_proto::slot_header::SlotHeader;
 use kvd_tiers::checksum;
 use kvd_tiers::mapping::Mapping;
@@ -10,7 +11,9 @@ use kvd_tiers::media::{Buffer, Medium, MediumInfo};
 use kvd_tiers::segment::{Geometry, SegmentId, SlotRef};
 use kvd_tiers::table::LiveTable;
 use rustix::fd::OwnedFd;
+use std::any::Any;
 use std::collections::HashMap;
+use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 /// One segment.
@@ -46,6 +49,44 @@ impl DramSegment {
     pub(crate) fn verify(&self, slot: u32, checksums: &[u32]) -> Result<(), checksum::BadPart> {
         let offset = self.geometry.slot_offset(slot) as usize;
         checksum::verify(&self.payload, offset, self.geometry.part_stride() as usize, checksums)
+    }
+
+    /// A run of the slot's bytes for another node; `None`: it is not within the slot. `lease` keeps the slot's block where it is.
+    pub(crate) fn held(&self, slot: u32, piece: &Piece, lease: Arc<dyn Any + Send + Sync>) -> Option<Held> {
+        let start = match piece.part {
+            Some(part) if part < self.geometry.parts => {
+                u64::from(part) * u64::from(self.geometry.part_stride())
+            }
+            Some(_) => return None,
+            None => 0,
+        } + u64::from(piece.offset);
+        let bytes = u64::from(piece.bytes);
+        if bytes == 0 || start + bytes > u64::from(self.geometry.slot_bytes) || slot >= self.geometry.slots {
+            return None;
+        }
+        let at = self.geometry.slot_offset(slot) + start;
+        assert!(at + bytes <= self.payload.len() as u64, "a slot lies within its segment");
+        let keep = Arc::new((self.payload.clone(), lease));
+        // SAFETY: within the mapping, which `keep` holds; the block was leased, which `keep` holds too, and nobody in this process
+        // writes to a slot that is leased for reading.
+        unsafe {
+            let start =
+                NonNull::new(self.payload.as_ptr().add(at as usize)).expect("a mapping has an address");
+            Some(Held::new(start, bytes as usize, keep))
+        }
+    }
+
+    /// The whole slot, for bytes from another node. The slot must have been ordered to be filled, and its order not be ended yet.
+    pub(crate) fn destination(&self, slot: u32) -> Destination {
+        assert!(slot < self.geometry.slots, "slot {slot} of {}", self.geometry.slots);
+        let (at, bytes) = (self.geometry.slot_offset(slot) as usize, self.geometry.slot_bytes as usize);
+        assert!(at + bytes <= self.payload.len(), "a slot lies within its segment");
+        // SAFETY: within the mapping, which the destination keeps; the node gives a slot to one filler at a time and reuses it only
+        // when the order has ended, which is after the destination is dropped.
+        unsafe {
+            let start = NonNull::new(self.payload.as_ptr().add(at)).expect("a mapping has an address");
+            Destination::new(start, bytes, self.payload.clone())
+        }
     }
 
     /// The slot as a medium's buffer.

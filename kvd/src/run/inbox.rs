@@ -29,8 +29,8 @@ pub(crate) enum Input {
     Checksummed(Vec<Checksumming>),
     /// An NVMe extent is usable, or not.
     SegmentOpened { segment: SegmentId, result: Result<(), String> },
-    /// A gRPC caller opens a session: a member without a socket.
-    Join { request: wire::OpenSessionRequest, answer: oneshot::Sender<(u64, wire::NodeFrame)> },
+    /// A gRPC caller opens a session: a member without a socket. `maps`: as for `Event::Open`.
+    Join { request: wire::OpenSessionRequest, maps: bool, answer: oneshot::Sender<(u64, wire::NodeFrame)> },
     /// A gRPC caller's request.
     Call { member: u64, body: wire::client_frame::Body, answer: oneshot::Sender<Told> },
     /// A gRPC caller's word, to which there is no answer.

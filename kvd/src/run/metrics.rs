@@ -91,12 +91,15 @@ fn render(
     Ok(text)
 }
 
-fn counters(all: &Counters) -> [(&'static str, &'static str, u64); 20] {
+fn counters(all: &Counters) -> [(&'static str, &'static str, u64); 23] {
     [
         ("kvd_match_requests_total", "Match requests", all.match_requests),
         ("kvd_match_blocks_total", "Blocks asked for by match", all.match_blocks),
         ("kvd_hit_dram_blocks_total", "Blocks matched in DRAM", all.hit_blocks_dram),
         ("kvd_hit_nvme_blocks_total", "Blocks matched on NVMe", all.hit_blocks_nvme),
+        ("kvd_hit_peer_blocks_total", "Blocks matched on another node", all.hit_blocks_peer),
+        ("kvd_peer_read_bytes_total", "Bytes fetched from other nodes", all.peer_read_bytes),
+        ("kvd_peer_errors_total", "Blocks that another node offered and that did not come", all.peer_errors),
         ("kvd_miss_blocks_total", "Blocks asked for and not matched", all.miss_blocks),
         ("kvd_reserve_requests_total", "Reserve requests", all.reserve_requests),
         ("kvd_reserve_granted_blocks_total", "Blocks granted for filling", all.granted_blocks),

@@ -4,6 +4,7 @@
 //! Invariant: all of them end when the node's thread ends; the data directory is locked for as long as any may write.
 
 mod dram;
+mod fetcher;
 mod follower;
 mod grpc;
 mod inbox;
@@ -21,8 +22,10 @@ mod workers;
 use crate::config::{Config, Engine, Wish};
 use crate::node::{Node, NodeConfig, NvmeConfig};
 use dram::DramSegments;
+use fetcher::Fetcher;
 use follower::Locations;
 use inbox::{Inbox, Input};
+use kvd_client::transport::serve::{ServeOptions, Server};
 use kvd_proto::cost::PrefillProfile;
 use kvd_proto::{Code, Error};
 use kvd_tiers::media::Medium as _;
@@ -71,8 +74,10 @@ pub fn serve(config: &Config) -> Result<(), Error> {
     let listener =
         mio::net::UnixListener::from_std(bind(&config.listen.session_socket, "listen.session_socket")?);
     let timings = Arc::new(metrics::Timings::new());
-    let (servers, teller) =
-        Servers::start(config, listeners, epoch, inbox.clone(), dram.clone(), timings.clone())?;
+    let (fetcher, orders) = tokio::sync::mpsc::unbounded_channel();
+    let shells =
+        Shells { inbox: inbox.clone(), dram: dram.clone(), timings: timings.clone(), orders, started };
+    let (servers, teller) = Servers::start(config, listeners, epoch, shells)?;
     tracing::info!(
         dram_bytes = config.dram.capacity_bytes,
         nvme = mover.as_ref().map_or("none", |mover: &Mover| mover.info.description.as_str()),
@@ -91,6 +96,7 @@ pub fn serve(config: &Config) -> Result<(), Error> {
         timings,
         started,
         teller,
+        fetcher,
     };
     let ran = Reactor::new(parts).and_then(|mut reactor| reactor.run());
     servers.stop();
@@ -121,6 +127,8 @@ struct Listeners {
     unix: std::os::unix::net::UnixListener,
     tcp: Option<std::net::TcpListener>,
     http: Option<std::net::TcpListener>,
+    /// Only a node of a cluster has other nodes to serve.
+    data: Option<std::net::TcpListener>,
 }
 
 impl Listeners {
@@ -130,11 +138,22 @@ impl Listeners {
         let tcp = listen.grpc_address.map(|address| bind_tcp(address, "listen.grpc_address")).transpose()?;
         let http =
             listen.metrics_address.map(|address| bind_tcp(address, "listen.metrics_address")).transpose()?;
-        Ok(Self { unix: bind(&listen.grpc_socket, "listen.grpc_socket")?, tcp, http })
+        let data = listen.data_address.filter(|_| config.cluster.is_one());
+        let data = data.map(|address| bind_tcp(address, "listen.data_address")).transpose()?;
+        Ok(Self { unix: bind(&listen.grpc_socket, "listen.grpc_socket")?, tcp, http, data })
     }
 }
 
-/// The thread of gRPC, HTTP and signals.
+/// What the servers share with the node's thread.
+struct Shells {
+    inbox: Inbox,
+    dram: Arc<DramSegments>,
+    timings: Arc<metrics::Timings>,
+    orders: tokio::sync::mpsc::UnboundedReceiver<fetcher::Order>,
+    started: Instant,
+}
+
+/// The thread of gRPC, HTTP and signals, and those of data connections.
 struct Servers {
     stop: tokio::sync::watch::Sender<bool>,
     thread: std::thread::JoinHandle<()>,
@@ -145,19 +164,22 @@ impl Servers {
         config: &Config,
         listeners: Listeners,
         node_epoch: u64,
-        inbox: Inbox,
-        dram: Arc<DramSegments>,
-        timings: Arc<metrics::Timings>,
+        shells: Shells,
     ) -> Result<(Self, Teller), Error> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| {
             Error::new(Code::Unavailable, "", format!("runtime: {e}"), "see the system's limits")
         })?;
-        let Listeners { unix, tcp, http } = listeners;
+        let Listeners { unix, tcp, http, data } = listeners;
+        let Shells { inbox, dram, timings, orders, started } = shells;
         let cluster = config.cluster.clone();
+        let shelves = grpc::Shelves::new(dram.clone());
+        let data = data.map(|listener| serve_data(listener, shelves.clone())).transpose()?;
+        let data_port = data.as_ref().map_or(0, |server| server.address().port());
         let (publisher, teller, joining) =
             Publisher::new(inbox.clone(), config.node_name.clone(), node_epoch);
         let (stop, stopped) = tokio::sync::watch::channel(false);
         let thread = workers::spawn("kvd-servers", move || {
+            let _data = data;
             runtime.block_on(async move {
                 let unix = tokio::net::UnixListener::from_std(unix).expect("a listener in a runtime");
                 let [tcp, http] = [tcp, http].map(|listener| {
@@ -165,26 +187,23 @@ impl Servers {
                     listener.expect("a listener in a runtime")
                 });
                 tokio::spawn(publisher.run());
-                let locations = (!cluster.nodes.is_empty())
+                let locations = cluster
+                    .is_one()
                     .then(|| Locations::start(&cluster.nodes, cluster.ttl_ms, cluster.index_bytes));
+                if let Some(locations) = locations.clone() {
+                    let (inbox, dram) = (inbox.clone(), dram.clone());
+                    let fetcher = Fetcher { inbox, dram, locations, node_epoch, started };
+                    tokio::spawn(fetcher::run(fetcher, orders));
+                }
                 let app = metrics::router(inbox.clone(), timings, locations.clone());
-                let mut http_stopped = stopped.clone();
-                let served_http = async {
-                    let Some(http) = http else { return };
-                    let stop = async move {
-                        let _ = http_stopped.wait_for(|stopped| *stopped).await;
-                    };
-                    if let Err(error) = axum::serve(http, app).with_graceful_shutdown(stop).await {
-                        tracing::error!(%error, "metrics are not served");
-                    }
-                };
+                let served_http = serve_http(http, app, stopped.clone());
                 let served = grpc::serve(
                     inbox.clone(),
                     dram,
                     unix,
                     tcp,
                     node_epoch,
-                    (joining, locations),
+                    grpc::Cluster { joining, locations, shelves, data_port },
                     stopped.clone(),
                 );
                 let mut all_stopped = stopped;
@@ -210,6 +229,27 @@ impl Servers {
         let _ = self.stop.send(true);
         let _ = self.thread.join();
     }
+}
+
+async fn serve_http(
+    listener: Option<tokio::net::TcpListener>,
+    app: axum::Router,
+    mut stopped: tokio::sync::watch::Receiver<bool>,
+) {
+    let Some(listener) = listener else { return };
+    let stop = async move {
+        let _ = stopped.wait_for(|stopped| *stopped).await;
+    };
+    if let Err(error) = axum::serve(listener, app).with_graceful_shutdown(stop).await {
+        tracing::error!(%error, "metrics are not served");
+    }
+}
+
+fn serve_data(listener: std::net::TcpListener, shelves: grpc::Shelves) -> Result<Server, Error> {
+    Server::start(listener, Arc::new(shelves), ServeOptions::default()).map_err(|error| {
+        let fix = "see the system's limits";
+        Error::new(Code::Unavailable, "listen.data_address", error.to_string(), fix)
+    })
 }
 
 async fn signalled() {
@@ -346,6 +386,7 @@ fn node_config(config: &Config) -> NodeConfig {
         lease_bytes_max: config.leases.bytes_max_per_session,
         sessions_max: config.limits.sessions_max as usize,
         members_max: config.limits.members_max as usize,
+        has_peers: config.cluster.is_one(),
         // no base: a block is never the only thing a prefill computes
         profile: PrefillProfile::causal(
             0.0,

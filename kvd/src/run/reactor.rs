@@ -5,6 +5,7 @@
 //! `apply` calls as the node's batch limit allows. A member's process is watched by pidfd until the node lets it go.
 
 use super::dram::DramSegments;
+use super::fetcher;
 use super::grpc::Callers;
 use super::inbox::{Inbox, Input};
 use super::metrics::Timings;
@@ -55,6 +56,7 @@ pub(super) struct Parts {
     pub(super) timings: Arc<Timings>,
     pub(super) started: Instant,
     pub(super) teller: Teller,
+    pub(super) fetcher: fetcher::Orders,
 }
 
 pub(super) struct Reactor {
@@ -80,8 +82,9 @@ pub(super) struct Reactor {
     callers: Callers,
     watchers: Watchers,
     teller: Teller,
+    fetcher: fetcher::Orders,
     questions: HashMap<u64, oneshot::Sender<Answer>>,
-    /// By token: the header to show once every part agrees.
+    /// By token, of promotions and fetches: the header to show once every part agrees.
     promotions: HashMap<u64, (SlotRef, u32, Box<SlotHeader>)>,
     last_ticket: u64,
     timings: Arc<Timings>,
@@ -132,6 +135,7 @@ impl Reactor {
             callers: Callers::default(),
             watchers: Watchers::default(),
             teller: parts.teller,
+            fetcher: parts.fetcher,
             questions: HashMap::new(),
             promotions: HashMap::new(),
             last_ticket: 0,
@@ -328,12 +332,12 @@ impl Reactor {
             Input::SegmentOpened { segment, result } => {
                 self.events.push(Event::SegmentOpened { tier: Tier::Nvme, segment, result });
             }
-            Input::Join { request, answer } => {
+            Input::Join { request, maps, answer } => {
                 self.last_member += 1;
                 let member = self.last_member;
                 let request_id = self.callers.join(member, answer);
                 let token = random();
-                self.events.push(Event::Open { member, request_id, pid: 0, maps: false, token, request });
+                self.events.push(Event::Open { member, request_id, pid: 0, maps, token, request });
             }
             Input::Call { member, body, answer } => {
                 if let client_frame::Body::Release(release) = &body {
@@ -462,6 +466,14 @@ impl Reactor {
                 self.promotions.insert(token, (to, generation, header));
                 self.orders.push(Order::Promote { token, from, to });
             }
+            Effect::Seek { ticket, wanted } => self.tell_fetcher(fetcher::Order::Seek { ticket, wanted }),
+            Effect::Fetch { ticket, orders } => {
+                let headers = orders
+                    .iter()
+                    .map(|order| (order.token, (order.to, order.generation, order.header.clone())));
+                self.promotions.extend(headers);
+                self.tell_fetcher(fetcher::Order::Fetch { ticket, orders });
+            }
             Effect::Forget { slot } => self.orders.push(Order::Forget { slot }),
             Effect::Space { fingerprint, tenant, definition } => {
                 let space = definition.encode_to_vec();
@@ -481,6 +493,11 @@ impl Reactor {
                 self.watchers.tell(at_ms, kind, text);
             }
         }
+    }
+
+    /// Without servers nothing is answered any more, and the node is about to end.
+    fn tell_fetcher(&self, order: fetcher::Order) {
+        let _ = self.fetcher.send(order);
     }
 
     fn open_segment(

@@ -1,56 +1,13 @@
 //! Two daemons that hear each other over TCP: who has what is known everywhere, and forgotten when a node dies.
 
+use crate::cluster::{Cluster, found, index_of, locate, nodes};
 use crate::daemon::{CLUSTER_TTL_MS, Daemon, MIB, Setup};
 use crate::engine::Engine;
 use crate::wait::{DEADLINE, until, within};
 use kvd_client::Tier;
-use kvd_proto::wire::index_client::IndexClient;
-use kvd_proto::wire::{LocateRequest, NodeLocation, NodeStatus};
-use kvd_proto::{BlockId, Code, Error, wire};
+use kvd_proto::wire::LocateRequest;
+use kvd_proto::{Code, Error, wire};
 use std::time::{Duration, Instant};
-use tonic::transport::Channel;
-
-struct Cluster {
-    addresses: [String; 2],
-}
-
-impl Cluster {
-    fn new() -> Self {
-        let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let addresses = [free(), free()].map(|listener| listener.local_addr().unwrap().to_string());
-        Self { addresses }
-    }
-
-    async fn node(&self, at: usize, setup: Setup) -> Daemon {
-        let (grpc_address, nodes) = (self.addresses[at].clone(), self.addresses.to_vec());
-        Daemon::start(&Setup { grpc_address, nodes, ..setup }).await
-    }
-}
-
-async fn index_of(daemon: &Daemon) -> IndexClient<Channel> {
-    IndexClient::new(daemon.client().await.channel())
-}
-
-async fn locate(index: &mut IndexClient<Channel>, ids: &[BlockId]) -> Vec<NodeLocation> {
-    let chain: Vec<u8> = ids.iter().flat_map(|id| id.0).collect();
-    let request = LocateRequest { chain: chain.into(), ..LocateRequest::default() };
-    within("locate", index.locate(request)).await.unwrap().into_inner().nodes
-}
-
-async fn nodes(index: &mut IndexClient<Channel>) -> Vec<NodeStatus> {
-    within("nodes", index.list_nodes(wire::ListNodesRequest {})).await.unwrap().into_inner().nodes
-}
-
-/// Waits until exactly one node has the chain, so deep, in these tiers.
-async fn found(index: &mut IndexClient<Channel>, ids: &[BlockId], address: &str, runs: &[(Tier, u32)]) {
-    until("what there is", DEADLINE, async || {
-        let found = locate(index, ids).await;
-        let [node] = &found[..] else { return None };
-        let seen: Vec<_> = node.runs.iter().map(|run| (run.tier(), run.blocks)).collect();
-        (node.address == address && seen == runs).then_some(())
-    })
-    .await;
-}
 
 #[tokio::test]
 async fn what_one_node_stores_the_other_knows_until_it_dies() {

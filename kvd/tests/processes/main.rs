@@ -4,6 +4,7 @@
 //! bytes, a hang or somebody else's blocks. Every wait has a deadline and a condition; nothing sleeps and hopes.
 //! Leaves to others: what the node decides (its own tests), devices (tiers), the commands' numbers (bench).
 
+mod cluster;
 mod content;
 mod daemon;
 mod engine;
@@ -15,6 +16,7 @@ mod killed;
 mod kvctl;
 mod lost_socket;
 mod metrics;
+mod peers;
 mod raw;
 mod refusals;
 mod restart;

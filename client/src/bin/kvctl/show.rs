@@ -27,7 +27,8 @@ fn tier(number: i32) -> String {
 impl Show for wire::StatusReply {
     fn table(&self) -> String {
         let counters = self.counters.unwrap_or_default();
-        let asked = counters.hit_blocks_dram + counters.hit_blocks_nvme + counters.miss_blocks;
+        let hits = counters.hit_blocks_dram + counters.hit_blocks_nvme + counters.hit_blocks_peer;
+        let asked = hits + counters.miss_blocks;
         let share = |part: u64| format!("{} of {} blocks asked for", percent(part, asked), count(asked));
         pairs(&[
             ("version", self.version.clone()),
@@ -38,6 +39,7 @@ impl Show for wire::StatusReply {
             ("blocks", format!("{} in {} spaces", count(self.blocks), self.spaces)),
             ("hits in DRAM", share(counters.hit_blocks_dram)),
             ("hits on NVMe", share(counters.hit_blocks_nvme)),
+            ("hits on other nodes", share(counters.hit_blocks_peer)),
             ("misses", share(counters.miss_blocks)),
             ("committed", format!("{} blocks", count(counters.committed_blocks))),
             (
@@ -51,12 +53,14 @@ impl Show for wire::StatusReply {
             ),
             ("NVMe read", size(counters.nvme_read_bytes)),
             ("NVMe written", size(counters.nvme_write_bytes)),
+            ("read from nodes", size(counters.peer_read_bytes)),
             (
                 "errors",
                 format!(
-                    "{} checksum, {} NVMe, {} refused requests, {} leases expired",
+                    "{} checksum, {} NVMe, {} other nodes, {} refused requests, {} leases expired",
                     count(counters.checksum_errors),
                     count(counters.nvme_errors),
+                    count(counters.peer_errors),
                     count(counters.refused_requests),
                     count(counters.leases_expired)
                 ),
@@ -86,6 +90,8 @@ fn counters_object(counters: &wire::Counters) -> Value {
         "nvme_read_bytes": counters.nvme_read_bytes, "nvme_write_bytes": counters.nvme_write_bytes,
         "nvme_errors": counters.nvme_errors, "checksum_errors": counters.checksum_errors,
         "leases_expired": counters.leases_expired, "refused_requests": counters.refused_requests,
+        "hit_blocks_peer": counters.hit_blocks_peer, "peer_read_bytes": counters.peer_read_bytes,
+        "peer_errors": counters.peer_errors,
     })
 }
 
@@ -517,7 +523,7 @@ mod tests {
         let status =
             wire::StatusReply { version: "0.1.0".into(), counters: Some(counters), ..Default::default() };
         assert!(
-            status.table().contains("hits in DRAM  87.5 % of 8 blocks asked for\n"),
+            status.table().contains("hits in DRAM         87.5 % of 8 blocks asked for\n"),
             "{}",
             status.table()
         );

@@ -4,6 +4,7 @@
 
 use super::super::event::MemberId;
 use super::super::lease::ItemState;
+use super::super::movement::MoveKind;
 use super::harness::{Promise, World};
 use kvd_proto::BlockId;
 use kvd_proto::slot_header::SlotHeader;
@@ -158,12 +159,22 @@ impl World {
 
     fn check_moves(&self) {
         let marked = |handle: &Handle, tier, mark| self.node.catalog.get(*handle).is(tier, mark);
-        assert_eq!(self.node.movement.moves.len(), self.moves.len(), "a move ends once");
+        let under_way = self.moves.len() + self.peers.fetches.len();
+        assert_eq!(self.node.movement.moves.len(), under_way, "a move ends once");
         for (token, moved) in &self.node.movement.moves {
-            let (from, to) =
-                if moved.promotion { (Tier::Nvme, Tier::Dram) } else { (Tier::Dram, Tier::Nvme) };
-            assert!(marked(&moved.handle, from, Mark::Moving) && marked(&moved.handle, to, Mark::Filling));
             let entry = self.node.catalog.get(moved.handle);
+            let (from, to) = match moved.kind {
+                MoveKind::Promotion => (Tier::Nvme, Tier::Dram),
+                MoveKind::Demotion => (Tier::Dram, Tier::Nvme),
+                MoveKind::Fetch { .. } => {
+                    assert!(
+                        marked(&moved.handle, Tier::Dram, Mark::Filling) && entry.copy(Tier::Nvme).is_none()
+                    );
+                    assert_eq!(entry.copy(Tier::Dram), Some(self.peers.fetches[token].to));
+                    continue;
+                }
+            };
+            assert!(marked(&moved.handle, from, Mark::Moving) && marked(&moved.handle, to, Mark::Filling));
             let seen = &self.moves[token];
             assert_eq!((entry.copy(from), entry.copy(to)), (Some(seen.from), Some(seen.to)));
         }
@@ -184,6 +195,10 @@ impl World {
 
     /// No transfer reads or writes the slot.
     pub(super) fn check_untouched(&self, slot: SlotRef, nvme: bool) {
+        assert!(
+            nvme || self.peers.fetches.values().all(|order| order.to != slot),
+            "a slot is reused while it is fetched"
+        );
         for moved in self.moves.values() {
             let end = if moved.promotion == nvme { moved.from } else { moved.to };
             assert_ne!(end, slot, "a slot is reused while its bytes move");

@@ -5,8 +5,9 @@
 //! Invariant: `checks` runs after every call.
 //! Leaves to others: what to ask (the tests).
 
-use super::super::event::{Effect, Event, MemberId, MoveError, Question};
+use super::super::event::{Effect, Event, MemberId, Question};
 use super::super::{Node, NodeConfig, NvmeConfig};
+use super::transfers::Transfer;
 use kvd_proto::layout::DataType;
 use kvd_proto::slot_header::SlotHeader;
 use kvd_proto::space::{Fingerprint, IdScheme};
@@ -32,14 +33,6 @@ pub(super) type Content = Option<(Fingerprint, BlockId, u16)>;
 pub(super) struct Published {
     pub(super) generation: u32,
     pub(super) header: SlotHeader,
-}
-
-pub(super) struct Transfer {
-    pub(super) promotion: bool,
-    pub(super) from: SlotRef,
-    pub(super) to: SlotRef,
-    generation: u32,
-    header: SlotHeader,
 }
 
 /// What a lease lets its holder touch, as the holder understood it.
@@ -88,6 +81,7 @@ pub(super) struct World {
     pub(super) opens_at_once: bool,
     pub(super) spaces: BTreeMap<u32, (Fingerprint, String)>,
     pub(super) follower: super::telling::Follower,
+    pub(super) peers: super::transfers::Peers,
     last: u64,
     digest: DefaultHasher,
 }
@@ -106,6 +100,7 @@ pub(super) fn config() -> NodeConfig {
         sessions_max: 8,
         members_max: 16,
         profile: kvd_proto::cost::PrefillProfile::causal(0.0, 25.0, 0.001),
+        has_peers: false,
     }
 }
 
@@ -153,7 +148,7 @@ pub(super) fn match_of(space: u32, key: &str, chain: &[BlockId]) -> Ask {
         space,
         request_key: key.as_bytes().to_vec().into(),
         chain: packed(chain).into(),
-        skip_blocks: 0,
+        ..wire::MatchRequest::default()
     })
 }
 
@@ -217,6 +212,7 @@ impl World {
             opens_at_once: true,
             spaces: BTreeMap::new(),
             follower: super::telling::Follower::default(),
+            peers: super::transfers::Peers::default(),
             last: 0,
             digest: DefaultHasher::new(),
         }
@@ -284,6 +280,7 @@ impl World {
                 self.nvme.remove(&slot);
             }
             Effect::Answer { ticket, answer } => self.answers.push((ticket, answer)),
+            effect @ (Effect::Seek { .. } | Effect::Fetch { .. }) => self.peers_told(effect),
             effect @ (Effect::Copies { .. } | Effect::Slice { .. }) => self.follower.told(effect),
             Effect::Note { .. } | Effect::Space { .. } => {}
         }
@@ -414,43 +411,6 @@ impl World {
         let Some((slot, generation)) = self.checksums.pop_front() else { return false };
         self.apply(Event::Checksummed { slot, generation, elapsed_us: 10 });
         true
-    }
-
-    /// Ends one move: for better (the bytes are verified as the shell would) or worse.
-    pub(super) fn end_move(&mut self, token: u64, failure: Option<MoveError>) {
-        let moved = self.moves.remove(&token).expect("under way");
-        let result = match failure {
-            Some(error) => Err(error),
-            None => {
-                self.carry(&moved);
-                Ok(())
-            }
-        };
-        self.apply(Event::Moved { token, result, elapsed_us: 100 });
-    }
-
-    fn carry(&mut self, moved: &Transfer) {
-        if !moved.promotion {
-            self.nvme.insert(moved.to, self.dram[&moved.from]);
-            return;
-        }
-        let content = self.nvme[&moved.from];
-        let header = &moved.header;
-        assert_eq!(content, Some((header.fingerprint, header.id, header.group)), "NVMe holds another block");
-        self.dram.insert(moved.to, content);
-        let shown = Published { generation: moved.generation, header: header.clone() };
-        assert!(self.published.insert(moved.to, shown).is_none(), "a promotion into a published slot");
-    }
-
-    /// Ends everything that is under way, well.
-    pub(super) fn settle(&mut self) {
-        loop {
-            if self.open_next(Ok(())) || self.checksum_next() {
-                continue;
-            }
-            let Some((&token, _)) = self.moves.first_key_value() else { return };
-            self.end_move(token, None);
-        }
     }
 
     pub(super) fn pass_ms(&mut self, ms: u64) {

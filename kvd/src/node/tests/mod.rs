@@ -12,6 +12,8 @@ mod matching;
 mod movement;
 mod numa;
 mod purge;
+mod seeking;
 mod sessions;
 mod simulation;
 mod telling;
+mod transfers;

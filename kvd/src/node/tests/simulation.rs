@@ -86,7 +86,8 @@ impl Storm {
                 }
             }),
             74..76 => self.leave(),
-            76..88 => self.device(),
+            76..80 => self.device(),
+            80..88 => self.peers(),
             88..90 => self.request(Self::small_talk),
             90 => self.ask(),
             91 if self.random.one_in(4) => self.world.pass_ms(2_500),
@@ -152,7 +153,10 @@ impl Storm {
         let skip_blocks = if self.random.one_in(4) { self.random.below(4) as u32 } else { 0 };
         let request_key = self.key().into();
         let chain = packed(&chain).into();
-        self.world.begin(member, Ask::Match(wire::MatchRequest { space, request_key, chain, skip_blocks }));
+        self.world.begin(
+            member,
+            Ask::Match(wire::MatchRequest { space, request_key, chain, skip_blocks, this_node_only: false }),
+        );
     }
 
     fn small_talk(&mut self, member: u64, space: u32) {
@@ -235,6 +239,24 @@ impl Storm {
         }
     }
 
+    fn peers(&mut self) {
+        let sought: Vec<_> = self.world.peers.sought.keys().copied().collect();
+        if let Some(ticket) = self.random.pick(&sought) {
+            let more = self.random.below(9) as u32;
+            self.world.offer(ticket, more);
+        }
+        for _ in 0..3 {
+            let fetches: Vec<_> = self.world.peers.fetches.keys().copied().collect();
+            let Some(token) = self.random.pick(&fetches) else { return };
+            let failure = match self.random.below(12) {
+                0 => Some(MoveError::Checksum),
+                1 => Some(MoveError::Device("lost".to_owned())),
+                _ => None,
+            };
+            self.world.end_fetch(token, failure);
+        }
+    }
+
     fn ask(&mut self) {
         let prefix = id(1 + self.random.below(6) * 1000 + self.random.below(4)).0[..4].to_vec();
         let question = match self.random.below(8) {
@@ -269,6 +291,7 @@ fn run(seed: u64, steps: u64) -> (u64, wire::Counters) {
     config.lease_bytes_max = 60 * super::harness::BLOCK_BYTES;
     config.lease_ttl_ms = 2000;
     config.dram_bytes *= 3;
+    config.has_peers = seed % 4 < 2;
     if seed % 2 == 1 {
         config.dram_eviction = "s3fifo".to_owned();
     }
@@ -283,7 +306,7 @@ fn run(seed: u64, steps: u64) -> (u64, wire::Counters) {
 
 #[test]
 fn whatever_happens_what_must_hold_holds() {
-    let mut seen = [0; 9];
+    let mut seen = [0; 11];
     for seed in 1..=4 {
         let (_, counters) = run(seed, 8000);
         let more = [
@@ -296,6 +319,8 @@ fn whatever_happens_what_must_hold_holds() {
             counters.nvme_errors,
             counters.checksum_errors,
             counters.leases_expired,
+            counters.hit_blocks_peer,
+            counters.peer_errors,
         ];
         (0..seen.len()).for_each(|at| seen[at] += more[at]);
     }

@@ -3,9 +3,10 @@
 //! Invariants: a chunk leaves only after its block's id and part checksums agreed on a private copy; a block is committed
 //! only when every byte of every group came, in order.
 
-use super::{Grant, stopping};
+use super::Grant;
+use super::calls::{Arrivals, Calls, Held, slot_of, unexpected};
 use crate::run::dram::DramSegments;
-use crate::run::inbox::{Inbox, Input, Told};
+use crate::run::inbox::Inbox;
 use kvd_proto::limits::CHUNK_BYTES_MAX;
 use kvd_proto::slot_header::FLAG_CHECKSUMMED;
 use kvd_proto::wire::{
@@ -13,11 +14,10 @@ use kvd_proto::wire::{
 };
 use kvd_proto::{Chain, Code, Error};
 use kvd_tiers::segment::SlotRef;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use tokio::sync::{mpsc, oneshot};
-use tokio::time::{Duration, Instant, timeout_at};
+use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
@@ -30,7 +30,7 @@ pub(super) struct Cache {
 }
 
 struct Shared {
-    inbox: Inbox,
+    node: Calls,
     dram: Arc<DramSegments>,
     /// What callers name their session by, and the member it is to the node.
     sessions: Mutex<HashMap<u64, u64>>,
@@ -38,7 +38,8 @@ struct Shared {
 
 impl Cache {
     pub(super) fn new(inbox: Inbox, dram: Arc<DramSegments>) -> Self {
-        Self { shared: Arc::new(Shared { inbox, dram, sessions: Mutex::default() }) }
+        let shared = Shared { node: Calls::new(inbox), dram, sessions: Mutex::default() };
+        Self { shared: Arc::new(shared) }
     }
 }
 
@@ -55,52 +56,9 @@ impl Shared {
         })
     }
 
-    async fn call(&self, member: u64, body: Ask) -> Result<Reply, Error> {
-        Ok(self.told(member, body).await?.0)
-    }
-
-    async fn told(&self, member: u64, body: Ask) -> Result<(Reply, Option<Arc<Grant>>), Error> {
-        let (answer, told) = oneshot::channel();
-        self.inbox.push(Input::Call { member, body, answer });
-        let Told { frame, grant } = told.await.map_err(|_| stopping())?;
-        match frame.body {
-            Some(Reply::Error(error)) => Err(error.into()),
-            Some(reply) => Ok((reply, grant)),
-            None => Err(unexpected()),
-        }
-    }
-
     async fn call_in(&self, session: u64, body: Ask) -> Result<Reply, Error> {
-        self.call(self.member(session)?, body).await
+        self.node.call(self.member(session)?, body).await
     }
-}
-
-/// Gives a lease back when its call ends, however it ends.
-struct Held {
-    shared: Arc<Shared>,
-    member: u64,
-    lease: u64,
-}
-
-impl Held {
-    fn doubt(&self, block: u32, group: u32) {
-        let body = Ask::Doubt(wire::DoubtRequest { lease: self.lease, block, group });
-        self.shared.inbox.push(Input::Tell { member: self.member, body });
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        if self.lease != 0 {
-            let body = Ask::Release(wire::ReleaseRequest { lease: self.lease });
-            let (answer, _) = oneshot::channel();
-            self.shared.inbox.push(Input::Call { member: self.member, body, answer });
-        }
-    }
-}
-
-fn unexpected() -> Error {
-    Error::new(Code::Internal, "", "the node answered with another message", "report this")
 }
 
 type Chunks = Pin<Box<dyn Stream<Item = Result<wire::ReadChunk, Status>> + Send + 'static>>;
@@ -111,19 +69,11 @@ impl cache_server::Cache for Cache {
         &self,
         request: Request<wire::OpenSessionRequest>,
     ) -> Result<Response<wire::SessionOpened>, Status> {
-        let (answer, told) = oneshot::channel();
-        self.shared.inbox.push(Input::Join { request: request.into_inner(), answer });
-        let (member, frame) = told.await.map_err(|_| Status::from(stopping()))?;
-        match frame.body {
-            Some(Reply::SessionOpened(mut opened)) => {
-                opened.session = random();
-                let mut sessions = self.shared.sessions.lock().unwrap_or_else(PoisonError::into_inner);
-                sessions.insert(opened.session, member);
-                Ok(Response::new(opened))
-            }
-            Some(Reply::Error(error)) => Err(Error::from(error).into()),
-            _ => Err(unexpected().into()),
-        }
+        let (member, mut opened) = self.shared.node.join(request.into_inner(), false).await?;
+        opened.session = random();
+        let mut sessions = self.shared.sessions.lock().unwrap_or_else(PoisonError::into_inner);
+        sessions.insert(opened.session, member);
+        Ok(Response::new(opened))
     }
 
     async fn close_session(
@@ -190,12 +140,12 @@ impl cache_server::Cache for Cache {
             .r#match
             .ok_or_else(|| Status::from(Error::invalid("match", "not given", "say which chain to read")))?;
         let chain = Chain::from_packed("chain", &wanted.chain)?;
-        let Reply::Match(reply) = self.shared.call(member, Ask::Match(wanted)).await? else {
+        let Reply::Match(reply) = self.shared.node.call(member, Ask::Match(wanted)).await? else {
             return Err(unexpected().into());
         };
-        let held = Held { shared: self.shared.clone(), member, lease: reply.lease };
+        let held = self.shared.node.held(member, reply.lease);
         let (chunks, stream) = mpsc::channel(CHUNKS_AHEAD);
-        tokio::spawn(read_blocks(held, chain, reply, chunks));
+        tokio::spawn(read_blocks(self.shared.dram.clone(), held, chain, reply, chunks));
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
 
@@ -213,10 +163,11 @@ impl cache_server::Cache for Cache {
         let wanted = begin.reserve.ok_or_else(|| {
             Status::from(Error::invalid("reserve", "not given", "say which blocks to store"))
         })?;
-        let (Reply::Reserve(reserved), grant) = self.shared.told(member, Ask::Reserve(wanted)).await? else {
+        let (Reply::Reserve(reserved), grant) = self.shared.node.told(member, Ask::Reserve(wanted)).await?
+        else {
             return Err(unexpected().into());
         };
-        let held = Held { shared: self.shared.clone(), member, lease: reserved.lease };
+        let held = self.shared.node.held(member, reserved.lease);
         let mut filling = Filling::new(&self.shared.dram, &reserved, grant);
         while let Some(chunk) = stream.next().await.transpose()? {
             match chunk.body {
@@ -227,8 +178,8 @@ impl cache_server::Cache for Cache {
         let mut committed = 0;
         let blocks = filling.whole();
         if !blocks.is_empty() {
-            let commit = wire::CommitRequest { lease: held.lease, blocks, parts: Vec::new() };
-            let Reply::Commit(reply) = self.shared.call(member, Ask::Commit(commit)).await? else {
+            let commit = wire::CommitRequest { lease: held.lease(), blocks, parts: Vec::new() };
+            let Reply::Commit(reply) = self.shared.node.call(member, Ask::Commit(commit)).await? else {
                 return Err(unexpected().into());
             };
             committed = reply.committed;
@@ -239,6 +190,7 @@ impl cache_server::Cache for Cache {
 
 /// Sends what of the match can be had, in order, and ends at the first block that cannot.
 async fn read_blocks(
+    dram: Arc<DramSegments>,
     held: Held,
     chain: Chain,
     reply: wire::MatchReply,
@@ -254,7 +206,7 @@ async fn read_blocks(
         for group in 0..groups {
             let Some(slot) = slot_of(&reply.runs, block, group) else { return };
             let id = &chain.ids()[block as usize];
-            let bytes = match verified(&held.shared.dram, slot, id, group) {
+            let bytes = match verified(&dram, slot, id, group) {
                 Ok(bytes) => bytes,
                 Err(Miss::OtherBlock) => return,
                 Err(Miss::Checksum) => return held.doubt(block, group),
@@ -274,49 +226,6 @@ async fn read_blocks(
             }
         }
     }
-}
-
-/// Which blocks of a match are in memory.
-struct Arrivals {
-    ready: HashSet<u32>,
-    failed_from: u32,
-    frames: mpsc::UnboundedReceiver<wire::Ready>,
-    /// Of the lease: after it, no news comes.
-    ends: Instant,
-}
-
-impl Arrivals {
-    fn new(held: &Held, reply: &wire::MatchReply) -> Self {
-        let (sender, frames) = mpsc::unbounded_channel();
-        let range = |run: &wire::Run| run.first_block..run.first_block + run.count;
-        let late: HashSet<u32> = reply.runs.iter().filter(|run| !run.ready).flat_map(range).collect();
-        if !late.is_empty() {
-            held.shared.inbox.push(Input::Follow { lease: held.lease, frames: sender });
-        }
-        let ready = reply.runs.iter().filter(|run| run.ready).flat_map(range);
-        let ready = ready.filter(|block| !late.contains(block)).collect();
-        let ends = Instant::now() + Duration::from_millis(reply.lease_ttl_ms.into());
-        Self { ready, failed_from: u32::MAX, frames, ends }
-    }
-
-    async fn wait(&mut self, block: u32) -> bool {
-        while block < self.failed_from && !self.ready.contains(&block) {
-            let Ok(Some(news)) = timeout_at(self.ends, self.frames.recv()).await else { return false };
-            self.ready.extend(news.blocks.iter().flat_map(|range| range.first..range.first + range.count));
-            let failed = news.failed.iter().map(|range| range.first).min();
-            self.failed_from = self.failed_from.min(failed.unwrap_or(u32::MAX));
-        }
-        block < self.failed_from
-    }
-}
-
-fn slot_of(runs: &[wire::Run], block: u32, group: u32) -> Option<SlotRef> {
-    let inside = |run: &&wire::Run| {
-        run.group == group && block >= run.first_block && block - run.first_block < run.count
-    };
-    let run = runs.iter().find(inside)?;
-    let slot = i64::from(run.first_slot) + i64::from(run.stride) * i64::from(block - run.first_block);
-    Some(SlotRef { segment: run.segment, slot: slot as u32 })
 }
 
 /// A private copy of the slot, if it is the block's and its checksums agree.

@@ -6,10 +6,13 @@
 mod admin;
 mod cache;
 mod callers;
+mod calls;
 mod index;
+mod peer;
 mod workers;
 
 pub(super) use callers::{Callers, Grant};
+pub(super) use peer::Shelves;
 
 use super::dram::DramSegments;
 use super::follower::Locations;
@@ -17,7 +20,7 @@ use super::inbox::{Inbox, Input};
 use super::publisher::Joining;
 use crate::node::event::{Answer, Question};
 use kvd_proto::wire::{
-    admin_server::AdminServer, cache_server::CacheServer, index_server::IndexServer,
+    admin_server::AdminServer, cache_server::CacheServer, index_server::IndexServer, peer_server::PeerServer,
     workers_server::WorkersServer,
 };
 use kvd_proto::{Code, Error, wire};
@@ -27,6 +30,16 @@ use tokio::sync::oneshot;
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tonic::transport::server::Router;
 
+/// What other nodes are told and given.
+pub(super) struct Cluster {
+    pub(super) joining: Joining,
+    /// `None`: of no cluster.
+    pub(super) locations: Option<Locations>,
+    pub(super) shelves: Shelves,
+    /// 0: bytes are not served.
+    pub(super) data_port: u16,
+}
+
 /// Serves on both listeners until `stopped` resolves.
 pub(super) async fn serve(
     inbox: Inbox,
@@ -34,12 +47,13 @@ pub(super) async fn serve(
     unix: UnixListener,
     tcp: Option<TcpListener>,
     node_epoch: u64,
-    (joining, locations): (Joining, Option<Locations>),
+    cluster: Cluster,
     stopped: tokio::sync::watch::Receiver<bool>,
 ) -> Result<(), String> {
     let workers = workers::Service::start(node_epoch);
-    let index = index::Service::new(joining, locations);
-    let services = Services { inbox, dram, workers, index };
+    let index = index::Service::new(cluster.joining, cluster.locations);
+    let peer = peer::Service::new(inbox.clone(), cluster.shelves, cluster.data_port);
+    let services = Services { inbox, dram, workers, index, peer };
     let stop = |mut stopped: tokio::sync::watch::Receiver<bool>| async move {
         let _ = stopped.wait_for(|stopped| *stopped).await; // the sender gone is a stop too
     };
@@ -60,6 +74,7 @@ struct Services {
     dram: Arc<DramSegments>,
     workers: workers::Service,
     index: index::Service,
+    peer: peer::Service,
 }
 
 impl Services {
@@ -77,6 +92,7 @@ impl Services {
             reporter.set_serving::<AdminServer<admin::Admin>>().await;
             reporter.set_serving::<IndexServer<index::Service>>().await;
             reporter.set_serving::<WorkersServer<workers::Service>>().await;
+            reporter.set_serving::<PeerServer<peer::Service>>().await;
         });
         Ok(tonic::transport::Server::builder()
             .add_service(health)
@@ -84,6 +100,7 @@ impl Services {
             .add_service(cache)
             .add_service(admin)
             .add_service(IndexServer::new(self.index.clone()))
+            .add_service(PeerServer::new(self.peer.clone()))
             .add_service(WorkersServer::new(self.workers.clone())))
     }
 }

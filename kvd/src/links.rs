@@ -1,0 +1,256 @@
+//! Which node a missing part of a chain is fetched from, and whether that beats computing it.
+//!
+//! Owns what was measured of the way to each node: its speed, what is under way on it, when it last failed. Invariants: a pure
+//! choice, in predicted microseconds (law 7); nothing is fetched that is predicted to take longer than recomputing it; a way that failed
+//! is left alone for a while, for everybody (law 3). Time is an argument.
+//! Leaves to others: who has what (`index`), the bytes (`run/fetcher`).
+
+use crate::node::event::Wanted;
+use kvd_proto::wire::NodeLocation;
+use kvd_tiers::measure::Estimate;
+use std::collections::HashMap;
+
+/// Before anything was measured: a round trip, and ten gigabits a second.
+const PRIOR: (f64, f64) = (300.0, 1250.0);
+/// How long a way that failed is left alone.
+const SICK_US: u64 = 5_000_000;
+
+/// The ways to all nodes, by their addresses.
+#[derive(Debug, Default)]
+pub struct Links {
+    links: HashMap<String, Link>,
+}
+
+#[derive(Debug)]
+struct Link {
+    speed: Estimate,
+    batches: usize,
+    reading_bytes: u64,
+    sick_until_us: u64,
+}
+
+impl Default for Link {
+    fn default() -> Self {
+        let speed = Estimate::new(PRIOR.0, PRIOR.1);
+        Self { speed, batches: 0, reading_bytes: 0, sick_until_us: 0 }
+    }
+}
+
+/// From where, and how much.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Choice {
+    /// Of the node.
+    pub address: String,
+    /// The prefix it would have, what is here included.
+    pub blocks: u32,
+    /// Until it is here.
+    pub predicted_us: u64,
+}
+
+impl Links {
+    /// The node and the depth that save the most, if any saves something. `locations`: what each node has of the chain, for every
+    /// group; `own_epoch`: this node's.
+    pub fn choose(
+        &self,
+        wanted: &Wanted,
+        locations: &[NodeLocation],
+        own_epoch: u64,
+        now_us: u64,
+    ) -> Option<Choice> {
+        let mut best: Option<(f64, Choice)> = None;
+        for node in locations.iter().filter(|node| node.node_epoch != own_epoch) {
+            let fresh = Link::default();
+            let link = self.links.get(&node.address).unwrap_or(&fresh);
+            if now_us < link.sick_until_us {
+                continue;
+            }
+            for (blocks, owner_us) in depths(node, wanted) {
+                let predicted_us = owner_us + link.predict_us(u64::from(blocks - wanted.stored), wanted);
+                let saved_us = recompute_us(wanted, blocks) - predicted_us;
+                if saved_us > best.as_ref().map_or(0.0, |best| best.0) {
+                    let (address, predicted_us) = (node.address.clone(), predicted_us as u64);
+                    best = Some((saved_us, Choice { address, blocks, predicted_us }));
+                }
+            }
+        }
+        best.map(|(_, choice)| choice)
+    }
+
+    /// A batch is on its way.
+    pub fn began(&mut self, address: &str, bytes: u64) {
+        let link = self.links.entry(address.to_owned()).or_default();
+        link.batches += 1;
+        link.reading_bytes += bytes;
+    }
+
+    /// It has come in full, or not.
+    pub fn ended(&mut self, address: &str, bytes: u64, elapsed_us: u64, came: bool, now_us: u64) {
+        let link = self.links.get_mut(address).expect("a batch that began");
+        if came {
+            link.speed.observe(bytes, elapsed_us, link.batches);
+            link.sick_until_us = 0;
+        } else {
+            link.sick_until_us = now_us + SICK_US;
+        }
+        link.batches -= 1;
+        link.reading_bytes -= bytes;
+    }
+
+    /// It could not be asked.
+    pub fn failed(&mut self, address: &str, now_us: u64) {
+        self.links.entry(address.to_owned()).or_default().sick_until_us = now_us + SICK_US;
+    }
+}
+
+impl Link {
+    fn predict_us(&self, blocks: u64, wanted: &Wanted) -> f64 {
+        self.speed.predict_us(blocks * block_bytes(wanted), self.reading_bytes)
+    }
+}
+
+fn block_bytes(wanted: &Wanted) -> u64 {
+    let layout = &wanted.space.layout;
+    (0..layout.groups().len()).map(|group| u64::from(layout.slot_bytes(group))).sum()
+}
+
+fn recompute_us(wanted: &Wanted, blocks: u32) -> f64 {
+    let tokens = u64::from(wanted.space.layout.block_tokens());
+    let (new, context) = (u64::from(blocks - wanted.stored), u64::from(wanted.stored));
+    wanted.profile.recompute_us(new * tokens, context * tokens)
+}
+
+/// Where a fetch from this node could end, and what reading it takes there: after each run of one tier.
+fn depths(node: &NodeLocation, wanted: &Wanted) -> Vec<(u32, f64)> {
+    let most = wanted.chain.len() as u32;
+    let (mut end, mut owner_us, mut depths) = (0u32, 0.0, Vec::new());
+    for run in &node.runs {
+        let begin = end.max(wanted.stored);
+        end = end.saturating_add(run.blocks);
+        let used = end.min(most).saturating_sub(begin);
+        if used > 0 && run.fetch_us.is_finite() {
+            owner_us += run.fetch_us.max(0.0) * f64::from(used) / f64::from(run.blocks);
+            depths.push((end.min(most), owner_us));
+        }
+    }
+    depths
+}
+
+/// What each node has of every group: the least.
+pub fn common(mut by_group: Vec<Vec<NodeLocation>>) -> Vec<NodeLocation> {
+    let Some(mut nodes) = (!by_group.is_empty()).then(|| by_group.remove(0)) else { return Vec::new() };
+    for group in by_group {
+        nodes.retain_mut(|node| {
+            let other = group.iter().find(|other| other.address == node.address);
+            let most = other.map_or(0, |other| other.blocks);
+            cut(node, most);
+            node.blocks > 0
+        });
+    }
+    nodes
+}
+
+fn cut(node: &mut NodeLocation, blocks: u32) {
+    node.blocks = node.blocks.min(blocks);
+    let mut left = node.blocks;
+    for run in &mut node.runs {
+        let kept = run.blocks.min(left);
+        run.fetch_us *= f64::from(kept) / f64::from(run.blocks.max(1));
+        run.blocks = kept;
+        left -= kept;
+    }
+    node.runs.retain(|run| run.blocks > 0);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvd_proto::cost::PrefillProfile;
+    use kvd_proto::wire::{Tier, TierRun};
+    use kvd_proto::{BlockId, IdScheme, Layout, Space};
+
+    const OWN: u64 = 1;
+
+    fn wanted(blocks: usize, stored: u32) -> Wanted {
+        Wanted {
+            space: Space {
+                tenant: "default".into(),
+                model: "m".into(),
+                revision: b"r".to_vec(),
+                epoch: 0,
+                layout: Layout::opaque(1 << 20, 64).unwrap(),
+                id_scheme: IdScheme::Named,
+            },
+            chain: vec![BlockId::default(); blocks],
+            stored,
+            profile: PrefillProfile::causal(0.0, 40.0, 0.0),
+        }
+    }
+
+    fn node(address: &str, epoch: u64, runs: &[(Tier, u32, f64)]) -> NodeLocation {
+        let run =
+            |&(tier, blocks, fetch_us): &(Tier, u32, f64)| TierRun { tier: tier.into(), blocks, fetch_us };
+        NodeLocation {
+            address: address.into(),
+            node_epoch: epoch,
+            blocks: runs.iter().map(|run| run.1).sum(),
+            runs: runs.iter().map(run).collect(),
+            ..NodeLocation::default()
+        }
+    }
+
+    fn chosen(links: &Links, wanted: &Wanted, nodes: &[NodeLocation]) -> Option<(String, u32)> {
+        links.choose(wanted, nodes, OWN, 0).map(|choice| (choice.address, choice.blocks))
+    }
+
+    #[test]
+    fn the_node_that_saves_the_most_is_asked() {
+        let links = Links::default();
+        let dram = |address, epoch, blocks| node(address, epoch, &[(Tier::Dram, blocks, 0.0)]);
+        // a block takes 839 us to fetch and 2,560 to compute
+        let nodes = [dram("own", OWN, 9), dram("a", 2, 5), dram("b", 3, 7), dram("c", 4, 2)];
+        assert_eq!(chosen(&links, &wanted(10, 2), &nodes), Some(("b".into(), 7)));
+        assert_eq!(chosen(&links, &wanted(6, 2), &nodes), Some(("b".into(), 6)), "no further than wanted");
+        assert_eq!(chosen(&links, &wanted(10, 7), &nodes), None, "nobody has more than this node");
+        let cheap = Wanted { profile: PrefillProfile::causal(0.0, 12.0, 0.0), ..wanted(10, 2) };
+        assert_eq!(chosen(&links, &cheap, &nodes), None, "computing is faster");
+    }
+
+    #[test]
+    fn a_slow_tier_ends_the_fetch_where_computing_is_faster() {
+        let nodes = [node("a", 2, &[(Tier::Dram, 4, 0.0), (Tier::Nvme, 4, 4.0 * 5000.0)])];
+        assert_eq!(chosen(&Links::default(), &wanted(10, 0), &nodes), Some(("a".into(), 4)));
+        let nodes = [node("a", 2, &[(Tier::Dram, 4, 0.0), (Tier::Nvme, 4, 4.0 * 500.0)])];
+        assert_eq!(chosen(&Links::default(), &wanted(10, 0), &nodes), Some(("a".into(), 8)));
+    }
+
+    #[test]
+    fn a_way_that_failed_rests_and_a_slow_one_is_known() {
+        let mut links = Links::default();
+        let nodes = [node("a", 2, &[(Tier::Dram, 8, 0.0)]), node("b", 3, &[(Tier::Dram, 4, 0.0)])];
+        links.failed("a", 0);
+        assert_eq!(chosen(&links, &wanted(10, 0), &nodes), Some(("b".into(), 4)));
+        assert_eq!(links.choose(&wanted(10, 0), &nodes, OWN, SICK_US).unwrap().address, "a");
+        for _ in 0..50 {
+            links.began("a", 1 << 20);
+            links.ended("a", 1 << 20, 50_000, true, 0);
+        }
+        assert_eq!(chosen(&links, &wanted(10, 0), &nodes), Some(("b".into(), 4)), "50 ms a block");
+        links.began("b", 1);
+        links.ended("b", 1, 1, false, 0);
+        assert_eq!(chosen(&links, &wanted(10, 0), &nodes), None);
+    }
+
+    #[test]
+    fn every_group_must_be_there() {
+        let full = vec![
+            node("a", 2, &[(Tier::Dram, 2, 0.0), (Tier::Nvme, 4, 400.0)]),
+            node("b", 3, &[(Tier::Dram, 1, 0.0)]),
+        ];
+        let window = vec![node("a", 2, &[(Tier::Dram, 3, 0.0)])];
+        let both = common(vec![full, window]);
+        assert_eq!(both.len(), 1);
+        let runs: Vec<_> = both[0].runs.iter().map(|run| (run.blocks, run.fetch_us)).collect();
+        assert_eq!((both[0].blocks, runs), (3, vec![(2, 0.0), (1, 100.0)]));
+        assert!(common(vec![]).is_empty());
+    }
+}

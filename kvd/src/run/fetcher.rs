@@ -1,0 +1,354 @@
+//! Bringing blocks from other nodes: asks the index, leases at the owner, reads straight into the node's slots, verifies.
+//!
+//! Owns the connections to peers and the leases there. Invariants: every `Seek` is answered by one `Offered`, every order by one `Moved`; a
+//! block counts as moved only when all its parts have the checksums that its owner told; a lease there lasts until the last batch read
+//! under it has ended. Leaves to others: whether and from whom (`links`), what becomes of the blocks (the node).
+
+use super::dram::DramSegments;
+use super::follower::Locations;
+use super::inbox::{Inbox, Input};
+use crate::links::{Links, common};
+use crate::node::event::{Event, FetchOrder, MoveError, Offer, Wanted};
+use kvd_client::transport::tcp::{PeerOptions, PeerPool};
+use kvd_client::transport::{Batch, Fate, Outcome, Piece, Transport as _};
+use kvd_proto::wire::peer_client::PeerClient;
+use kvd_proto::wire::{PeerBlock, PeerLeaseReply, PeerLeaseRequest};
+use kvd_proto::{BlockId, Chain, Code, Error};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::time::timeout;
+use tonic::transport::{Channel, Endpoint};
+
+/// How long finding and leasing may take; the node waits no longer either.
+const OFFER: Duration = Duration::from_millis(100);
+/// Bytes read in one batch: so much is verified and told together.
+const BATCH_BYTES: u64 = 8 << 20;
+/// Batches under way from one peer. At the limit: the next one waits.
+const BATCHES_MAX: usize = 16;
+/// How long a batch, or the owner's next word, may take at least; otherwise four times what was predicted.
+const PATIENCE: Duration = Duration::from_secs(1);
+const PATIENCE_MAX: Duration = Duration::from_secs(30);
+
+/// What the node's thread orders.
+pub(crate) enum Order {
+    Seek { ticket: u64, wanted: Box<Wanted> },
+    Fetch { ticket: u64, orders: Vec<FetchOrder> },
+}
+
+/// The node's end. Bounded by the node, which counts what it seeks and fetches.
+pub(crate) type Orders = mpsc::UnboundedSender<Order>;
+
+/// What is known at the start.
+pub(crate) struct Fetcher {
+    pub(crate) inbox: Inbox,
+    pub(crate) dram: Arc<DramSegments>,
+    pub(crate) locations: Locations,
+    pub(crate) node_epoch: u64,
+    pub(crate) started: Instant,
+}
+
+struct Shared {
+    fetcher: Fetcher,
+    links: Mutex<Links>,
+    peers: Mutex<HashMap<String, Arc<Peer>>>,
+    offers: Mutex<HashMap<u64, Leased>>,
+}
+
+/// A node that blocks are fetched from.
+struct Peer {
+    address: String,
+    channel: Channel,
+    /// With the data port that it last told: another one after a restart.
+    pool: Mutex<Option<(u32, Arc<PeerPool>)>>,
+    batches: Arc<Semaphore>,
+}
+
+/// A lease at its owner; ends with the stream.
+struct Leased {
+    peer: Arc<Peer>,
+    replies: tonic::Streaming<PeerLeaseReply>,
+    first: PeerLeaseReply,
+    patience: Duration,
+}
+
+/// Answers orders until the node's end is gone.
+pub(crate) async fn run(fetcher: Fetcher, mut orders: mpsc::UnboundedReceiver<Order>) {
+    let (links, peers, offers) = Default::default();
+    let shared = Arc::new(Shared { fetcher, links, peers, offers });
+    while let Some(order) = orders.recv().await {
+        match order {
+            Order::Seek { ticket, wanted } => drop(tokio::spawn(shared.clone().seek(ticket, wanted))),
+            Order::Fetch { ticket, orders } => {
+                let leased = lock(&shared.offers).remove(&ticket).expect("what is fetched was offered");
+                if !orders.is_empty() {
+                    tokio::spawn(shared.clone().fetch(leased, orders));
+                }
+            }
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    fn now_us(&self) -> u64 {
+        self.fetcher.started.elapsed().as_micros() as u64
+    }
+
+    async fn seek(self: Arc<Self>, ticket: u64, wanted: Box<Wanted>) {
+        let offer = match timeout(OFFER, self.offer(ticket, &wanted)).await {
+            Ok(Ok(offer)) => offer,
+            Ok(Err(error)) => {
+                tracing::debug!(%error, "nothing is fetched");
+                None
+            }
+            Err(_) => None,
+        };
+        self.fetcher.inbox.push(Input::Event(Event::Offered { ticket, offer }));
+    }
+
+    async fn offer(&self, ticket: u64, wanted: &Wanted) -> Result<Option<Offer>, Error> {
+        let mut by_group = Vec::new();
+        for group in 0..wanted.space.layout.groups().len() as u8 {
+            let chain = Chain::from_ids("chain", wanted.chain.clone())?;
+            by_group.push(self.fetcher.locations.locate(chain, group).await?.nodes);
+        }
+        let (locations, epoch) = (common(by_group), self.fetcher.node_epoch);
+        let choice = lock(&self.links).choose(wanted, &locations, epoch, self.now_us());
+        let Some(choice) = choice else { return Ok(None) };
+        let peer = self.peer(&choice.address)?;
+        let leased = timeout(OFFER, peer.lease(wanted, choice.blocks)).await;
+        let failed = || lock(&self.links).failed(&choice.address, self.now_us());
+        let (replies, first) = match leased {
+            Ok(Ok(leased)) => leased,
+            Ok(Err(error)) => {
+                failed();
+                return Err(error);
+            }
+            Err(_) => {
+                failed();
+                return Ok(None);
+            }
+        };
+        if first.lease == 0 || first.blocks <= wanted.stored {
+            return Ok(None); // the hint was stale
+        }
+        let parent = BlockId::from_slice("parent", &first.parent)?;
+        let predicted_us = choice.predicted_us.max(first.predicted_us);
+        let offer = Offer { blocks: first.blocks.min(choice.blocks), parent, predicted_us };
+        let patience = Duration::from_micros(4 * predicted_us).clamp(PATIENCE, PATIENCE_MAX);
+        lock(&self.offers).insert(ticket, Leased { peer, replies, first, patience });
+        Ok(Some(offer))
+    }
+
+    fn peer(&self, address: &str) -> Result<Arc<Peer>, Error> {
+        let mut peers = lock(&self.peers);
+        if let Some(peer) = peers.get(address) {
+            return Ok(peer.clone());
+        }
+        let endpoint = Endpoint::from_shared(format!("http://{address}"))
+            .map_err(|error| Error::invalid("cluster.nodes", error.to_string(), "write host:port"))?;
+        let peer = Arc::new(Peer {
+            address: address.to_owned(),
+            channel: endpoint.connect_timeout(OFFER).tcp_nodelay(true).connect_lazy(),
+            pool: Mutex::default(),
+            batches: Arc::new(Semaphore::new(BATCHES_MAX)),
+        });
+        peers.insert(address.to_owned(), peer.clone());
+        Ok(peer)
+    }
+
+    async fn fetch(self: Arc<Self>, leased: Leased, orders: Vec<FetchOrder>) {
+        let Leased { peer, mut replies, first, patience } = leased;
+        let mut wanted: HashMap<(u32, u32), FetchOrder> =
+            orders.into_iter().map(|order| ((order.block, order.group.into()), order)).collect();
+        let (lease, data_port) = (first.lease, first.data_port);
+        let (under_way, mut all_ended) = mpsc::channel::<()>(1);
+        let mut reply = Some(first);
+        let mut why = None;
+        while let Some(news) = reply.take() {
+            if let Some(end) = news.failed_from {
+                let lost: Vec<_> =
+                    wanted.extract_if(|(block, _), _| *block >= end).map(|lost| lost.1).collect();
+                self.fail(lost, "its owner has it no longer");
+            }
+            let ready = news
+                .ready
+                .into_iter()
+                .filter_map(|block| Some((wanted.remove(&(block.block, block.group))?, block)));
+            let ready: Vec<_> = ready.collect();
+            if let Err(error) = self.read(&peer, (lease, data_port), ready, (patience, &under_way)).await {
+                why = Some(error.to_string());
+                break;
+            }
+            if wanted.is_empty() {
+                break;
+            }
+            reply = match timeout(patience, replies.message()).await {
+                Ok(Ok(reply)) => reply,
+                Ok(Err(status)) => {
+                    why = Some(status.to_string());
+                    None
+                }
+                Err(_) => None,
+            };
+        }
+        if !wanted.is_empty() {
+            lock(&self.links).failed(&peer.address, self.now_us());
+            self.fail(
+                wanted.into_values().collect(),
+                &why.unwrap_or_else(|| "its owner said nothing".to_owned()),
+            );
+        }
+        drop(under_way);
+        let _ = all_ended.recv().await; // of every batch: only then may the owner end its lease
+        drop(replies);
+    }
+
+    fn fail(&self, orders: Vec<FetchOrder>, why: &str) {
+        let failed = |order: FetchOrder| Input::Moved {
+            token: order.token,
+            result: Err(MoveError::Device(why.to_owned())),
+            elapsed_us: 0,
+            checksums: Vec::new(),
+        };
+        self.fetcher.inbox.push_all(&mut orders.into_iter().map(failed).collect());
+    }
+
+    /// Orders these blocks' bytes, in batches. An error: none of those that are left was ordered, and all were told.
+    async fn read(
+        self: &Arc<Self>,
+        peer: &Arc<Peer>,
+        (lease, data_port): (u64, u32),
+        ready: Vec<(FetchOrder, PeerBlock)>,
+        (patience, under_way): (Duration, &mpsc::Sender<()>),
+    ) -> Result<(), Error> {
+        if ready.is_empty() {
+            return Ok(());
+        }
+        let mut ready = ready.into_iter().peekable();
+        let pool = match peer.pool(data_port).await {
+            Ok(pool) => pool,
+            Err(error) => {
+                self.fail(ready.map(|(order, _)| order).collect(), &error.to_string());
+                return Err(error);
+            }
+        };
+        while ready.peek().is_some() {
+            let (mut blocks, mut pieces, mut bytes) = (Vec::new(), Vec::new(), 0);
+            while bytes < BATCH_BYTES
+                && let Some((order, block)) = ready.next()
+            {
+                let destination = self.fetcher.dram.get(order.to.segment).destination(order.to.slot);
+                bytes += destination.len() as u64;
+                pieces.push((piece(&block, destination.len()), destination));
+                blocks.push((order, block.part_checksums));
+            }
+            let permit = peer.batches.clone().acquire_owned().await.expect("it is never closed");
+            lock(&self.links).began(&peer.address, bytes);
+            let batch = Batch { lease, pieces, deadline: Instant::now() + patience };
+            let places = (permit, under_way.clone());
+            let reading = Reading { blocks, bytes, begun: Instant::now(), places };
+            let (shared, address) = (self.clone(), peer.address.clone());
+            pool.read(batch, Box::new(move |outcome| shared.ended(&address, reading, outcome)));
+        }
+        Ok(())
+    }
+
+    /// On a thread of the transport's.
+    fn ended(&self, address: &str, reading: Reading, outcome: Outcome) {
+        let elapsed_us = reading.begun.elapsed().as_micros() as u64;
+        let came = outcome.miss.is_none();
+        lock(&self.links).ended(address, reading.bytes, elapsed_us, came, self.now_us());
+        let why = outcome
+            .miss
+            .as_ref()
+            .map_or_else(|| "its owner has it no longer".to_owned(), |miss| format!("{miss:?}"));
+        let mut inputs = Vec::with_capacity(reading.blocks.len());
+        for ((order, checksums), (destination, fate)) in reading.blocks.into_iter().zip(outcome.pieces) {
+            drop(destination);
+            let result = match fate {
+                Fate::Whole => self.verify(&order, &checksums),
+                Fate::Gone | Fate::Missed => Err(MoveError::Device(why.clone())),
+            };
+            inputs.push(Input::Moved { token: order.token, result, elapsed_us, checksums });
+        }
+        self.fetcher.inbox.push_all(&mut inputs);
+        drop(reading.places);
+    }
+
+    fn verify(&self, order: &FetchOrder, checksums: &[u32]) -> Result<(), MoveError> {
+        let segment = self.fetcher.dram.get(order.to.segment);
+        if checksums.len() != usize::from(segment.geometry.parts) {
+            return Err(MoveError::Checksum);
+        }
+        segment.verify(order.to.slot, checksums).map_err(|_| MoveError::Checksum)
+    }
+}
+
+/// A batch under way.
+struct Reading {
+    blocks: Vec<(FetchOrder, Vec<u32>)>,
+    bytes: u64,
+    begun: Instant,
+    /// Among the peer's batches, and among those of its lease.
+    places: (OwnedSemaphorePermit, mpsc::Sender<()>),
+}
+
+fn piece(block: &PeerBlock, bytes: usize) -> Piece {
+    Piece {
+        segment: block.segment,
+        slot: block.slot,
+        generation: block.generation,
+        part: None,
+        offset: 0,
+        bytes: bytes as u32,
+    }
+}
+
+impl Peer {
+    async fn lease(
+        &self,
+        wanted: &Wanted,
+        blocks: u32,
+    ) -> Result<(tonic::Streaming<PeerLeaseReply>, PeerLeaseReply), Error> {
+        let chain: Vec<u8> = wanted.chain[..blocks as usize].iter().flat_map(|id| id.0).collect();
+        let request = PeerLeaseRequest {
+            tenant: wanted.space.tenant.clone(),
+            space: Some(wanted.space.to_wire()),
+            chain: chain.into(),
+            skip_blocks: wanted.stored,
+        };
+        let mut replies = PeerClient::new(self.channel.clone()).lease(request).await?.into_inner();
+        let first = replies.message().await?.ok_or_else(|| self.away("it ended the stream"))?;
+        Ok((replies, first))
+    }
+
+    async fn pool(&self, data_port: u32) -> Result<Arc<PeerPool>, Error> {
+        let known =
+            lock(&self.pool).as_ref().filter(|(port, _)| *port == data_port).map(|known| known.1.clone());
+        if let Some(known) = known {
+            return Ok(known);
+        }
+        let host = self.address.rsplit_once(':').map_or("", |(host, _)| host).trim_matches(['[', ']']);
+        let port = u16::try_from(data_port).ok().filter(|port| *port != 0);
+        let port = port.ok_or_else(|| self.away("it serves no other node"))?;
+        let mut found =
+            tokio::net::lookup_host((host, port)).await.map_err(|error| self.away(&error.to_string()))?;
+        let address = found.next().ok_or_else(|| self.away("its name has no address"))?;
+        let pool = PeerPool::connect(address, PeerOptions::default());
+        let pool = Arc::new(pool.map_err(|error| self.away(&error.to_string()))?);
+        let before = lock(&self.pool).replace((data_port, pool.clone()));
+        tokio::task::spawn_blocking(move || drop(before)); // waits for its threads
+        Ok(pool)
+    }
+
+    fn away(&self, why: &str) -> Error {
+        let message = format!("{}: {why}", self.address);
+        Error::new(Code::Unavailable, "listen.data_address", message, "look at that node's log")
+    }
+}
