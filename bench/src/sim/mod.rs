@@ -8,6 +8,7 @@
 //! same trace can stand beside ours. Against it: a request that starts anew for want of memory computes what it had generated
 //! too; memory for fetched blocks is taken when the request's turn comes, not when the fetch begins; writes into kvd are free.
 
+mod cluster;
 mod engine;
 mod hbm;
 mod store;
@@ -18,7 +19,7 @@ use crate::failure::Failure;
 use crate::report::{Output, median, percentile};
 use crate::trace::{self, Row};
 use kvd_router::place::Targets;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use store::Store;
 use world::{Record, Request, Router, Setup, Split, World};
@@ -40,14 +41,14 @@ const TRACE_BLOCK_TOKENS: u64 = 512;
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Args {
     /// Requests in Mooncake's JSONL, gzipped or not.
-    #[arg(long)]
-    trace: PathBuf,
+    #[arg(long, required_unless_present = "nodes", requires = "router")]
+    trace: Option<PathBuf>,
     /// At most so many of its requests.
     #[arg(long, default_value_t = trace::ROWS_MAX)]
     limit: usize,
     /// How requests are placed.
-    #[arg(long, value_enum)]
-    router: Router,
+    #[arg(long, value_enum, required_unless_present = "nodes")]
+    router: Option<Router>,
     /// Place requests that arrive at the same moment in the order of the trace, not largest first.
     #[arg(long)]
     one_by_one: bool,
@@ -96,6 +97,8 @@ pub(crate) struct Args {
     /// Table or JSON lines.
     #[arg(long, value_enum, default_value_t)]
     output: Output,
+    #[command(flatten)]
+    cluster: cluster::Args,
 }
 
 fn positive(text: &str) -> Result<f64, String> {
@@ -124,7 +127,12 @@ struct Report {
 
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
-    let report = simulate(args)?;
+    let (trace, router) = match (args.cluster.nodes, &args.trace, args.router) {
+        (Some(nodes), ..) => return cluster::run(&args.cluster, nodes, args.output),
+        (None, Some(trace), Some(router)) => (trace, router),
+        (None, ..) => return Err("--trace, --router: give both, or --nodes".into()),
+    };
+    let report = simulate(args, trace, router)?;
     match args.output {
         Output::Json => println!("{}", serde_json::to_string(&report)?),
         Output::Table => print!("{}", table(&report, args)),
@@ -132,7 +140,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     Ok(())
 }
 
-fn simulate(args: &Args) -> Result<Report, Failure> {
+fn simulate(args: &Args, trace: &Path, router: Router) -> Result<Report, Failure> {
     if args.block_tokens == 0 || !TRACE_BLOCK_TOKENS.is_multiple_of(args.block_tokens) {
         return Err(format!(
             "--block-tokens: {} does not divide the trace's {TRACE_BLOCK_TOKENS}; give 16, 32, 64, 128, 256 or 512",
@@ -140,7 +148,7 @@ fn simulate(args: &Args) -> Result<Report, Failure> {
         )
         .into());
     }
-    if args.split != Split::Never && args.router == Router::RoundRobin {
+    if args.split != Split::Never && router == Router::RoundRobin {
         return Err("--split: round-robin predicts nothing to split by; give --router kv or cost".into());
     }
     if args.split == Split::Fixed && !(1..args.workers).contains(&args.prefill_workers) {
@@ -152,14 +160,14 @@ fn simulate(args: &Args) -> Result<Report, Failure> {
         )
         .into());
     }
-    let rows = trace::read_file(&args.trace, TRACE_BLOCK_TOKENS, args.limit)?;
+    let rows = trace::read_file(trace, TRACE_BLOCK_TOKENS, args.limit)?;
     let requests: Vec<Request> = rows.iter().map(|row| request(row, args)).collect();
     check_memory(&requests, args)?;
     let (workers, nodes) = (usize::from(args.workers), usize::from(args.store_nodes.min(args.workers)));
     let tiers = (args.dram_blocks as usize, args.nvme_blocks as usize);
     let store = Store::new(nodes, workers, tiers, args.block_tokens * TOKEN_BYTES, &args.eviction)?;
     let setup = Setup {
-        router: args.router,
+        router,
         together: !args.one_by_one,
         split: args.split,
         prefill_workers: usize::from(args.prefill_workers),
@@ -171,7 +179,7 @@ fn simulate(args: &Args) -> Result<Report, Failure> {
         batched_tokens_max: args.max_batched_tokens,
     };
     let records = World::new(&setup, store, &requests).run();
-    Ok(report(args, &requests, &records))
+    Ok(report(args, router, &requests, &records))
 }
 
 /// A request that can never fit would wait for ever.
@@ -203,7 +211,7 @@ fn request(row: &Row, args: &Args) -> Request {
     }
 }
 
-fn report(args: &Args, requests: &[Request], records: &[Record]) -> Report {
+fn report(args: &Args, router: Router, requests: &[Request], records: &[Record]) -> Report {
     let mut digest = blake3::Hasher::new();
     for (number, record) in records.iter().enumerate() {
         for value in [number as u64, record.worker as u64, record.first_us, record.end_us] {
@@ -227,7 +235,7 @@ fn report(args: &Args, requests: &[Request], records: &[Record]) -> Report {
     let goodput = good.count() as f64 / requests.len() as f64;
     let tokens: u64 = requests.iter().map(|request| request.prompt_tokens).sum();
     let cached: u64 = records.iter().map(|record| record.cached_tokens).sum();
-    let name = clap::ValueEnum::to_possible_value(&args.router).expect("no router is hidden");
+    let name = clap::ValueEnum::to_possible_value(&router).expect("no router is hidden");
     Report {
         bench: "sim",
         router: name.get_name().to_owned(),
@@ -303,7 +311,9 @@ mod tests {
     fn simulated(trace: &tempfile::NamedTempFile, arguments: &[&str]) -> Result<Report, String> {
         let path = trace.path().to_str().unwrap();
         let command = Command::try_parse_from([&["sim", "--trace", path][..], arguments].concat());
-        simulate(&command.map_err(|error| error.to_string())?.args).map_err(|error| error.to_string())
+        let args = command.map_err(|error| error.to_string())?.args;
+        let router = args.router.expect("it is required");
+        simulate(&args, trace.path(), router).map_err(|error| error.to_string())
     }
 
     #[test]

@@ -1,28 +1,25 @@
-//! Hearing the other nodes: one stream to each, and the task that owns the index.
+//! Hearing the other nodes: a task for each stream, and the task that owns the follower, which decides, and its index.
 //!
-//! Owns the streams and their coming back. Invariants: one task changes the index; a node that says nothing for the
-//! time to live is left and dialled anew; nothing here ends but with the daemon.
+//! Owns the streams. Invariants: one task changes the index; a stream's words wait for it in order, and the stream waits
+//! for them; nothing here ends but with the daemon.
+//! Leaves to others: who is dialled and hung up on, and when (`index/follow`).
 
 use crate::index::Index;
+use crate::index::follow::{Attempt, Effect, Event, Follower, TICK_MS};
 use kvd_proto::wire::index_client::IndexClient;
 use kvd_proto::wire::{self, FollowReply};
 use kvd_proto::{Chain, Code, Error};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::AbortHandle;
 use tonic::transport::{Channel, Endpoint};
 
 /// Questions and words that wait for the index. At the limit: streams and callers wait.
 const WAITING_MAX: usize = 64;
-/// How often silent nodes are looked for.
-const EXPIRE_EVERY: Duration = Duration::from_millis(100);
-/// Between a lost stream and the next attempt, at first and at most.
-const COME_BACK_AFTER: Duration = Duration::from_millis(100);
-const COME_BACK_AFTER_MAX: Duration = Duration::from_secs(2);
 
 enum Ask {
-    Begin { address: String },
-    Hear { address: String, reply: FollowReply, heard: oneshot::Sender<Result<(), Error>> },
-    Lost { address: String, trouble: String },
+    Happened(Event),
     Locate { chain: Chain, group: u8, answer: oneshot::Sender<wire::LocateReply> },
     List { answer: oneshot::Sender<wire::ListNodesReply> },
 }
@@ -36,14 +33,16 @@ pub(crate) struct Locations {
 impl Locations {
     /// Starts the index and a stream to every node, in the current runtime.
     pub(crate) fn start(nodes: &[String], ttl_ms: u32, bytes_max: u64) -> Self {
-        let mut index = Index::new(bytes_max, ttl_ms);
-        nodes.iter().for_each(|address| index.expect(address));
         let (asks, asked) = mpsc::channel(WAITING_MAX);
         let locations = Self { asks };
-        tokio::spawn(answer(index, asked));
-        for address in nodes {
-            tokio::spawn(locations.clone().follow(address.clone(), Duration::from_millis(ttl_ms.into())));
-        }
+        let mut following = Following {
+            follower: Follower::new(Index::new(bytes_max, ttl_ms), ttl_ms),
+            started: Instant::now(),
+            locations: locations.clone(),
+            streams: BTreeMap::new(),
+        };
+        nodes.iter().for_each(|address| following.apply(Event::Expect { address: address.clone() }));
+        tokio::spawn(following.run(asked));
         locations
     }
 
@@ -56,59 +55,96 @@ impl Locations {
     }
 
     async fn ask<T>(&self, ask: impl FnOnce(oneshot::Sender<T>) -> Ask) -> Result<T, Error> {
-        let stopping =
-            || Error::new(Code::Unavailable, "", "the node is stopping", "ask again once it is back");
         let (answer, answered) = oneshot::channel();
         self.asks.send(ask(answer)).await.map_err(|_| stopping())?;
         answered.await.map_err(|_| stopping())
     }
 
-    async fn follow(self, address: String, ttl: Duration) {
-        let mut pause = COME_BACK_AFTER;
-        loop {
-            let mut heard = false;
-            let error = self.heard_out(&address, ttl, &mut heard).await;
-            tracing::debug!(address, %error, "a node is not followed");
-            let lost = Ask::Lost { address: address.clone(), trouble: error.to_string() };
-            if self.asks.send(lost).await.is_err() {
-                return;
-            }
-            pause = if heard { COME_BACK_AFTER } else { (pause * 2).min(COME_BACK_AFTER_MAX) };
-            tokio::time::sleep(pause).await;
-        }
+    async fn happened(&self, event: Event) -> Result<(), Error> {
+        self.asks.send(Ask::Happened(event)).await.map_err(|_| stopping())
     }
 
     /// One stream, to its end.
-    async fn heard_out(&self, address: &str, ttl: Duration, heard: &mut bool) -> Error {
-        let silent = || {
-            let message = format!("{address} said nothing for {} ms", ttl.as_millis());
-            Error::new(Code::Unavailable, "cluster.nodes", message, "look at that node's log")
-        };
-        let mut replies = match tokio::time::timeout(ttl, dial(address)).await {
-            Ok(Ok(replies)) => replies,
-            Ok(Err(error)) => return error,
-            Err(_) => return silent(),
-        };
-        if self.asks.send(Ask::Begin { address: address.to_owned() }).await.is_err() {
-            return silent(); // the node is stopping, and so is this
+    async fn listen(self, address: String, attempt: Attempt) {
+        let Err(trouble) = self.heard_out(&address, attempt).await;
+        tracing::debug!(address, %trouble, "a node is not followed");
+        let _ = self.happened(Event::Ended { address, attempt, trouble }).await; // or the node is stopping
+    }
+
+    async fn heard_out(&self, address: &str, attempt: Attempt) -> Result<Never, Error> {
+        let mut replies = dial(address).await?;
+        self.happened(Event::Answered { address: address.to_owned(), attempt }).await?;
+        while let Some(reply) = replies.message().await? {
+            self.happened(Event::Said { address: address.to_owned(), attempt, reply }).await?;
         }
+        let fix = "nothing to do: it is followed anew";
+        Err(Error::new(Code::Unavailable, "", format!("{address} ended the stream"), fix))
+    }
+}
+
+/// A stream ends with why.
+enum Never {}
+
+/// The follower's shell.
+struct Following {
+    follower: Follower,
+    started: Instant,
+    locations: Locations,
+    streams: BTreeMap<Attempt, AbortHandle>,
+}
+
+impl Following {
+    async fn run(mut self, mut asks: mpsc::Receiver<Ask>) {
+        let mut tick = tokio::time::interval(Duration::from_millis(TICK_MS));
         loop {
-            let reply = match tokio::time::timeout(ttl, replies.message()).await {
-                Ok(Ok(Some(reply))) => reply,
-                Ok(Ok(None)) => {
-                    let fix = "nothing to do: it is followed anew";
-                    return Error::new(Code::Unavailable, "", format!("{address} ended the stream"), fix);
-                }
-                Ok(Err(status)) => return status.into(),
-                Err(_) => return silent(),
+            let ask = tokio::select! {
+                ask = asks.recv() => ask,
+                _ = tick.tick() => Some(Ask::Happened(Event::Tick)),
             };
-            let address = address.to_owned();
-            match self.ask(|heard| Ask::Hear { address, reply, heard }).await {
-                Ok(Ok(())) => *heard = true,
-                Ok(Err(error)) | Err(error) => return error,
+            // whoever does not wait for the answer any more does not get it
+            match ask {
+                Some(Ask::Happened(event)) => self.apply(event),
+                Some(Ask::Locate { chain, group, answer }) => {
+                    let nodes = self.follower.index().locate(&chain, group);
+                    let _ = answer.send(wire::LocateReply { nodes });
+                }
+                Some(Ask::List { answer }) => {
+                    let nodes = self.follower.index().list(self.now_us());
+                    let _ = answer.send(wire::ListNodesReply { nodes });
+                }
+                None => return,
             }
         }
     }
+
+    fn now_us(&self) -> u64 {
+        self.started.elapsed().as_micros() as u64
+    }
+
+    fn apply(&mut self, event: Event) {
+        if let Event::Ended { attempt, .. } = &event {
+            self.streams.remove(attempt);
+        }
+        let mut effects = Vec::new();
+        self.follower.apply(event, self.now_us(), &mut effects);
+        for effect in effects {
+            match effect {
+                Effect::Dial { address, attempt } => {
+                    let stream = tokio::spawn(self.locations.clone().listen(address, attempt));
+                    self.streams.insert(attempt, stream.abort_handle());
+                }
+                Effect::HangUp { attempt, .. } => {
+                    if let Some(stream) = self.streams.remove(&attempt) {
+                        stream.abort();
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn stopping() -> Error {
+    Error::new(Code::Unavailable, "", "the node is stopping", "ask again once it is back")
 }
 
 async fn dial(address: &str) -> Result<tonic::Streaming<FollowReply>, Error> {
@@ -121,34 +157,4 @@ async fn dial(address: &str) -> Result<tonic::Streaming<FollowReply>, Error> {
     let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|error| away(&error))?;
     let channel: Channel = endpoint.connect().await.map_err(|error| away(&error))?;
     Ok(IndexClient::new(channel).follow(wire::FollowRequest {}).await?.into_inner())
-}
-
-async fn answer(mut index: Index, mut asks: mpsc::Receiver<Ask>) {
-    let started = Instant::now();
-    let mut expire = tokio::time::interval(EXPIRE_EVERY);
-    loop {
-        let ask = tokio::select! {
-            ask = asks.recv() => ask,
-            _ = expire.tick() => {
-                index.expire(started.elapsed().as_micros() as u64);
-                continue;
-            }
-        };
-        let now_us = started.elapsed().as_micros() as u64;
-        // whoever does not wait for the answer any more does not get it
-        match ask {
-            Some(Ask::Begin { address }) => index.begin(&address, now_us),
-            Some(Ask::Hear { address, reply, heard }) => {
-                let _ = heard.send(index.hear(&address, &reply, now_us));
-            }
-            Some(Ask::Lost { address, trouble }) => index.lost(&address, trouble),
-            Some(Ask::Locate { chain, group, answer }) => {
-                let _ = answer.send(wire::LocateReply { nodes: index.locate(&chain, group) });
-            }
-            Some(Ask::List { answer }) => {
-                let _ = answer.send(wire::ListNodesReply { nodes: index.list(now_us) });
-            }
-            None => return,
-        }
-    }
 }

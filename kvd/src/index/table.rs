@@ -1,10 +1,10 @@
-//! The location index: which nodes have which blocks, as they told it.
+//! What is known of every node: which blocks it has, as it told.
 //!
 //! Owns what is known of every node of the cluster, this one included. Invariants: it is a hint (law 5), the node that is named
 //! re-checks; what a node told is applied in its order and without a gap, or not at all; a node that is silent for `ttl` is known to have
 //! nothing; all nodes together take at most `bytes_max`, beyond it new copies are left out and counted. Keeps 64 bits of an
 //! id: two blocks of one node that agree in those look like one. Time is an argument.
-//! Leaves to others: who is in the cluster and hearing them (`run/follower`), telling (`run/publisher`).
+//! Leaves to others: who is in the cluster and hearing them (`follow`), telling (`publish`).
 
 use hashbrown::HashMap;
 use kvd_proto::delta::Delta;
@@ -23,13 +23,15 @@ const GROUP_MIX: u64 = 0x9E37_79B9_7F4A_7C15;
 #[derive(Debug)]
 pub struct Index {
     nodes: BTreeMap<String, Known>,
+    /// Of all nodes together.
+    bytes: u64,
     bytes_max: u64,
     ttl_us: u64,
 }
 
 /// What is known of one node.
 #[derive(Debug, Default)]
-struct Known {
+pub struct Known {
     name: String,
     epoch: u64,
     sequence: u64,
@@ -46,7 +48,7 @@ struct Known {
 impl Index {
     /// Of nodes that will be told by their addresses.
     pub fn new(bytes_max: u64, ttl_ms: u32) -> Self {
-        Self { nodes: BTreeMap::new(), bytes_max, ttl_us: u64::from(ttl_ms) * 1000 }
+        Self { nodes: BTreeMap::new(), bytes: 0, bytes_max, ttl_us: u64::from(ttl_ms) * 1000 }
     }
 
     /// A node is of the cluster, wherever it may be now.
@@ -57,35 +59,22 @@ impl Index {
     /// It is heard anew, from its first word.
     pub fn begin(&mut self, address: &str, now_us: u64) {
         let node = self.nodes.entry(address.to_owned()).or_default();
+        self.bytes -= node.bytes();
         let (resyncs, dropped) = (node.resyncs + u64::from(node.epoch != 0), node.dropped);
         *node = Known { resyncs, dropped, connected: true, heard_us: now_us, ..Known::default() };
     }
 
     /// What it said. An error: what is known of it may be wrong from now on, so that it must be heard anew.
     pub fn hear(&mut self, address: &str, reply: &FollowReply, now_us: u64) -> Result<(), Error> {
-        let taken: u64 = self.nodes.values().map(Known::bytes).sum();
-        let room = self.bytes_max.saturating_sub(taken);
+        let room = self.bytes_max.saturating_sub(self.bytes);
         let node = self.nodes.get_mut(address).ok_or_else(|| garbled("it was never begun"))?;
-        if node.epoch == 0 {
-            (node.epoch, node.sequence, node.name) =
-                (reply.node_epoch, reply.sequence, reply.node_name.clone());
+        let before = node.bytes();
+        let heard = node.hear(reply, room);
+        self.bytes = self.bytes - before + node.bytes();
+        if heard.is_ok() {
+            node.heard_us = now_us;
         }
-        if reply.node_epoch != node.epoch || reply.node_epoch == 0 {
-            return Err(garbled(&format!("epoch {:x} after {:x}", reply.node_epoch, node.epoch)));
-        }
-        let mut rest = &reply.deltas[..];
-        while !rest.is_empty() {
-            let (delta, after) = Delta::decode(rest).ok_or_else(|| garbled("no delta of this version"))?;
-            node.apply(&delta, room)?;
-            rest = after;
-        }
-        if reply.sequence != node.sequence {
-            return Err(garbled(&format!("{} deltas sent, {} heard", reply.sequence, node.sequence)));
-        }
-        node.complete |= reply.complete;
-        node.heard_us = now_us;
-        node.trouble.clear();
-        Ok(())
+        heard
     }
 
     /// It is not heard any more. What it said stands until its time is over.
@@ -100,6 +89,7 @@ impl Index {
         let ttl_us = self.ttl_us;
         for node in self.nodes.values_mut() {
             if now_us.saturating_sub(node.heard_us) > ttl_us && !node.copies.is_empty() {
+                self.bytes -= node.bytes();
                 (node.copies, node.complete) = (HashMap::new(), false);
             }
         }
@@ -110,24 +100,27 @@ impl Index {
         let mut found: Vec<NodeLocation> = self
             .nodes
             .iter()
-            .map(|(address, node)| NodeLocation {
+            .map(|(address, node)| (address, node, node.runs(chain.ids(), group)))
+            .filter(|(_, _, runs)| !runs.is_empty())
+            .map(|(address, node, runs)| NodeLocation {
                 node_name: node.name.clone(),
                 address: address.clone(),
                 node_epoch: node.epoch,
-                runs: node.runs(chain.ids(), group),
-                blocks: 0,
+                blocks: runs.iter().map(|run| run.blocks).sum(),
+                runs,
                 sending: None,
             })
-            .filter(|node| !node.runs.is_empty())
             .collect();
-        for node in &mut found {
-            node.blocks = node.runs.iter().map(|run| run.blocks).sum();
-        }
         let slow = |node: &NodeLocation| -> u64 {
             node.runs.iter().map(|run| u64::from(run.blocks) * run.tier.cast_unsigned() as u64).sum()
         };
         found.sort_by_key(|node| (std::cmp::Reverse(node.blocks), slow(node)));
         found
+    }
+
+    /// One node of the cluster.
+    pub fn node(&self, address: &str) -> Option<&Known> {
+        self.nodes.get(address)
     }
 
     /// Every node of the cluster.
@@ -150,6 +143,45 @@ impl Index {
 }
 
 impl Known {
+    /// The node's, or 0 before its first word.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// Copies known.
+    pub fn blocks(&self) -> usize {
+        self.copies.len()
+    }
+
+    /// Whether it has the block in a tier.
+    pub fn has(&self, id: BlockId, group: u8, tier: Tier) -> bool {
+        self.copies.get(&key(id, group)).is_some_and(|tiers| tiers & (1 << tier as u8) != 0)
+    }
+
+    /// `room`: bytes that all nodes together may still take.
+    fn hear(&mut self, reply: &FollowReply, room: u64) -> Result<(), Error> {
+        if self.epoch == 0 {
+            (self.epoch, self.sequence, self.name) =
+                (reply.node_epoch, reply.sequence, reply.node_name.clone());
+        }
+        if reply.node_epoch != self.epoch || reply.node_epoch == 0 {
+            return Err(garbled(&format!("epoch {:x} after {:x}", reply.node_epoch, self.epoch)));
+        }
+        let before = self.bytes();
+        let mut rest = &reply.deltas[..];
+        while !rest.is_empty() {
+            let (delta, after) = Delta::decode(rest).ok_or_else(|| garbled("no delta of this version"))?;
+            self.apply(&delta, (room + before).saturating_sub(self.bytes()))?;
+            rest = after;
+        }
+        if reply.sequence != self.sequence {
+            return Err(garbled(&format!("{} deltas sent, {} heard", reply.sequence, self.sequence)));
+        }
+        self.complete |= reply.complete;
+        self.trouble.clear();
+        Ok(())
+    }
+
     /// `room`: bytes that all nodes together may still take.
     fn apply(&mut self, delta: &Delta, room: u64) -> Result<(), Error> {
         if delta.epoch != self.epoch {
@@ -372,6 +404,10 @@ mod tests {
             assert_eq!(node.blocks + node.dropped_blocks, 4000, "{nodes:?}");
         }
         assert!(nodes[0].blocks > 1000 && nodes[1].dropped_blocks > 0, "{nodes:?}");
+        assert_eq!(index.bytes, bytes);
+        index.begin("a", 0);
+        index.expire(u64::from(TTL_MS) * 1000 + 1);
+        assert_eq!(index.bytes, 0, "forgotten, and room for others");
     }
 
     proptest! {
