@@ -58,6 +58,7 @@ pub(crate) fn serve(args: &Args) -> Result<(), Failure> {
     config.listen.grpc_address = args.grpc_address;
     config.listen.data_address = args.grpc_address.map(|address| SocketAddr::new(address.ip(), 0));
     config.cluster.nodes.clone_from(&args.nodes);
+    config.cluster.address = args.grpc_address.map(|address| address.to_string()).unwrap_or_default();
     if let Some(token_ns) = args.recompute_token_ns {
         config.recompute.token_ns = token_ns;
     }

@@ -6,7 +6,7 @@
 //! Leaves to others: who has what (`index`), the bytes (`run/fetcher`).
 
 use crate::node::event::Wanted;
-use kvd_proto::wire::NodeLocation;
+use kvd_proto::wire::{NodeLocation, Tier, TierSpeed};
 use kvd_tiers::measure::Estimate;
 use std::collections::HashMap;
 
@@ -75,6 +75,14 @@ impl Links {
             }
         }
         best.map(|(_, choice)| choice)
+    }
+
+    /// What moving bytes from a node takes, as measured so far.
+    pub fn speed(&self, address: &str) -> TierSpeed {
+        let fresh = Link::default();
+        let speed = &self.links.get(address).unwrap_or(&fresh).speed;
+        let (latency_us, bytes_per_us) = (speed.latency_us(), speed.bytes_per_us());
+        TierSpeed { tier: Tier::Unspecified.into(), latency_us, bytes_per_us }
     }
 
     /// A batch is on its way.
@@ -166,7 +174,7 @@ fn cut(node: &mut NodeLocation, blocks: u32) {
 mod tests {
     use super::*;
     use kvd_proto::cost::PrefillProfile;
-    use kvd_proto::wire::{Tier, TierRun};
+    use kvd_proto::wire::TierRun;
     use kvd_proto::{BlockId, IdScheme, Layout, Space};
 
     const OWN: u64 = 1;

@@ -45,10 +45,16 @@ struct Standing {
     ignored: u64,
 }
 
-/// This node's being a member. Dropping it without `leave` is a death: the node says nothing any more.
-pub struct Membership {
+/// What is known of the cluster; cheap to clone.
+#[derive(Clone)]
+pub struct Outlook {
     members: watch::Receiver<Members>,
     standing: watch::Receiver<Standing>,
+}
+
+/// This node's being a member. Dropping it without `leave` is a death: the node says nothing any more.
+pub struct Membership {
+    outlook: Outlook,
     leave: oneshot::Sender<()>,
     /// One task, which ends with this.
     task: JoinSet<Result<(), Error>>,
@@ -65,9 +71,11 @@ impl Membership {
         let (leave, leaving) = oneshot::channel();
         let mut task = JoinSet::new();
         task.spawn(run(Seat { members: show_members, standing: show_standing }, leaving));
-        Self { members, standing, leave, task }
+        Self { outlook: Outlook { members, standing }, leave, task }
     }
+}
 
+impl Outlook {
     /// The set of members, now and whenever it changes.
     pub fn members(&self) -> watch::Receiver<Members> {
         self.members.clone()
@@ -81,6 +89,21 @@ impl Membership {
     /// Members that are not told of because there are `NODES_MAX`; those that came while it was full, about.
     pub fn ignored(&self) -> u64 {
         self.standing.borrow().ignored
+    }
+}
+
+impl std::ops::Deref for Membership {
+    type Target = Outlook;
+
+    fn deref(&self) -> &Outlook {
+        &self.outlook
+    }
+}
+
+impl Membership {
+    /// What is known, for whoever only looks.
+    pub fn outlook(&self) -> Outlook {
+        self.outlook.clone()
     }
 
     /// Waits for the first attempt to become a member. An error is a refusal, such as a name that is taken; somebody who

@@ -7,6 +7,7 @@ use super::machine::{Machine, Room};
 use super::size::human;
 use super::values::Values;
 use super::{SEGMENT_BYTES_MAX, SEGMENT_BYTES_MIN, integer};
+use std::net::SocketAddr;
 use std::path::Path;
 use toml::Value;
 
@@ -38,6 +39,8 @@ pub(super) enum Kind {
     Text,
     /// "address:port", or "" for off.
     Address,
+    /// "host:port", or "" for none.
+    Host,
     /// A list of "host:port".
     Hosts,
     /// One of these words.
@@ -215,8 +218,26 @@ pub(super) static KEYS: &[Key] = &[
     Key {
         name: "cluster.nodes",
         kind: Kind::Hosts,
-        help: "gRPC addresses of all nodes of the cluster, this one's too, the same list on each: [\"10.0.0.1:7700\", \"10.0.0.2:7700\"]. Each node hears from all what blocks they have.",
+        help: "gRPC addresses of all nodes of the cluster, the same list on each: [\"10.0.0.1:7700\", \"10.0.0.2:7700\"]. Each node hears from all what blocks they have. Or let cluster.etcd keep the list.",
         default: |_, _| (Value::Array(vec![]), "this node is of no cluster".to_owned()),
+    },
+    Key {
+        name: "cluster.etcd",
+        kind: Kind::Hosts,
+        help: "Endpoints of one etcd that keeps the list of nodes instead of cluster.nodes: [\"10.0.0.9:2379\"]. Nodes come and go by themselves; an etcd that is away changes nothing for those who are in.",
+        default: |_, _| (Value::Array(vec![]), "the list is cluster.nodes".to_owned()),
+    },
+    Key {
+        name: "cluster.prefix",
+        kind: Kind::Text,
+        help: "What all keys in etcd begin with: one prefix a cluster.",
+        default: |_, _| fixed("/kvd", "one cluster an etcd"),
+    },
+    Key {
+        name: "cluster.address",
+        kind: Kind::Host,
+        help: "Where other nodes reach this one's gRPC, as \"host:port\"; with cluster.nodes, as it stands there.",
+        default: own_address,
     },
     Key {
         name: "cluster.ttl_ms",
@@ -274,6 +295,17 @@ fn data_dir(machine: &Machine, _: &Values) -> Found {
 fn in_data_dir(values: &Values, name: &str) -> Found {
     let path = Path::new(values.text("data_dir")).join(name).to_string_lossy().into_owned();
     fixed(path, "in data_dir")
+}
+
+fn own_address(machine: &Machine, values: &Values) -> Found {
+    let listens = values.text("listen.grpc_address");
+    match listens.parse::<SocketAddr>() {
+        Ok(address) if address.ip().is_unspecified() => {
+            let why = "this machine's host name, as listen.grpc_address is any";
+            fixed(format!("{}:{}", machine.hostname, address.port()), why)
+        }
+        _ => fixed(listens, "listen.grpc_address"),
+    }
 }
 
 fn beside_grpc(values: &Values) -> Found {

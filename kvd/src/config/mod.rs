@@ -132,8 +132,14 @@ pub struct Nvme {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Cluster {
-    /// gRPC addresses of all nodes, this one's too; none: of no cluster.
+    /// gRPC addresses of all nodes; none, and no etcd: of no cluster.
     pub nodes: Vec<String>,
+    /// Endpoints of the etcd that keeps the list instead.
+    pub etcd: Vec<String>,
+    /// What its keys begin with.
+    pub prefix: String,
+    /// Where the others reach this node's gRPC.
+    pub address: String,
     /// A node that is silent for so long has nothing, in milliseconds.
     pub ttl_ms: u32,
     /// Memory of the location index.
@@ -293,7 +299,7 @@ impl Config {
 impl Cluster {
     /// Whether there are other nodes, or may be.
     pub fn is_one(&self) -> bool {
-        !self.nodes.is_empty()
+        !self.nodes.is_empty() || !self.etcd.is_empty()
     }
 
     fn check(&self) -> Result<(), Error> {
@@ -305,6 +311,24 @@ impl Cluster {
         let unique: std::collections::BTreeSet<_> = self.nodes.iter().collect();
         if unique.len() < count {
             return Err(Error::invalid("cluster.nodes", "a node stands there twice", "list each node once"));
+        }
+        if !self.nodes.is_empty() && !self.etcd.is_empty() {
+            let fix = "set one of cluster.nodes and cluster.etcd";
+            return Err(Error::invalid("cluster.etcd", "cluster.nodes is a list of nodes already", fix));
+        }
+        let port = self.address.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok());
+        if self.is_one() && port.is_none_or(|port| port == 0) {
+            let fix = "set it to host:port, or listen.grpc_address to an address that other nodes reach";
+            return Err(Error::invalid("cluster.address", format!("{:?} is none", self.address), fix));
+        }
+        let local = |address: &String| address.starts_with("127.") || address.starts_with("localhost:");
+        if !self.etcd.is_empty() && local(&self.address) && !self.etcd.iter().all(local) {
+            let message = format!("{} is this machine's alone, and etcd is elsewhere", self.address);
+            return Err(Error::invalid(
+                "cluster.address",
+                message,
+                "set it to where other machines reach this one",
+            ));
         }
         check_range("cluster.ttl_ms", u64::from(self.ttl_ms), 1000, 3_600_000)?;
         check_range("cluster.index_bytes", self.index_bytes, 1 << 20, 1 << 40)

@@ -180,6 +180,11 @@ fn each_error_names_the_key_the_value_and_the_fix() {
         ),
         ("limits.sessions_max", "0 is out", "1 to", "[limits]\nsessions_max = 0"),
         ("limits.members_max", "8 is out", "256 to", "[limits]\nmembers_max = 8"),
+        ("cluster.etcd", "cluster.nodes", "one of", "[cluster]\nnodes = ['a:1']\netcd = ['b:2']"),
+        ("cluster.etcd", "not a list", "node-2:7700", "[cluster]\netcd = ['http://b:2']"),
+        ("cluster.address", "\"a\" is not", "10.0.0.1:7700", "[cluster]\naddress = 'a'"),
+        ("cluster.address", "\"\" is none", "listen", "listen.grpc_address = ''\n[cluster]\nnodes = ['a:1']"),
+        ("cluster.address", "alone", "other machines", "[cluster]\netcd = ['10.0.0.9:2379']"),
     ];
     for (field, message, fix, toml) in cases {
         let error = load(toml).expect_err(toml);

@@ -111,6 +111,7 @@ impl Key {
             Kind::Address => {
                 value.as_str().is_some_and(|text| text.is_empty() || text.parse::<SocketAddr>().is_ok())
             }
+            Kind::Host => value.as_str() == Some("") || is_host(value),
             Kind::Hosts => value.as_array().is_some_and(|hosts| hosts.iter().all(is_host)),
             Kind::Choice(words) => value.as_str().is_some_and(|text| words.contains(&text)),
         }
@@ -134,6 +135,7 @@ impl Kind {
             Self::Path | Self::OptionalPath => "a path",
             Self::Text => "a name",
             Self::Address => "an address with a port",
+            Self::Host => "a host with a port",
             Self::Hosts => "a list of hosts with ports",
             Self::Choice(_) => "one of its words",
         }
@@ -147,6 +149,7 @@ impl Kind {
             Self::Path | Self::Text => "write a text in quotes, not empty".into(),
             Self::OptionalPath => "write a path in quotes, or \"\" for none".into(),
             Self::Address => "write one such as \"127.0.0.1:7700\" or \"[::1]:7700\", or \"\" for off".into(),
+            Self::Host => "write one such as \"10.0.0.1:7700\" or \"node-2:7700\", or \"\" for none".into(),
             Self::Hosts => "write [\"10.0.0.1:7700\", \"node-2:7700\"], or [] for none".into(),
             Self::Choice(words) => format!("write \"{}\"", words.join("\" or \"")),
         }

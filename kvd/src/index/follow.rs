@@ -22,10 +22,10 @@ pub type Attempt = u64;
 /// What happened.
 #[derive(Debug)]
 pub enum Event {
-    /// A node is of the cluster.
-    Expect {
-        /// Where.
-        address: String,
+    /// These, and no others, are of the cluster.
+    Members {
+        /// Where, and in which life if that is known; else 0.
+        members: Vec<(String, u64)>,
     },
     /// It took the call: its first word comes next.
     Answered {
@@ -86,6 +86,8 @@ pub struct Follower {
 
 #[derive(Debug)]
 struct Stream {
+    /// Of the life it was expected in.
+    epoch: u64,
     state: State,
     pause_us: u64,
 }
@@ -110,11 +112,9 @@ impl Follower {
     /// Takes what happened at `now_us` and appends what to do.
     pub fn apply(&mut self, event: Event, now_us: u64, effects: &mut Vec<Effect>) {
         match event {
-            Event::Expect { address } => {
-                self.index.expect(&address);
-                let stream = Stream { state: State::Pausing { until_us: 0 }, pause_us: COME_BACK_AFTER_US };
-                let stream = self.streams.entry(address.clone()).or_insert(stream);
-                stream.dial_if_due(&address, &mut self.last_attempt, now_us, effects);
+            Event::Members { members } => {
+                self.forget_others(&members, effects);
+                members.into_iter().for_each(|member| self.expect(member, now_us, effects));
             }
             Event::Answered { address, attempt } => {
                 if let Some((silent_since_us, _)) = open(&mut self.streams, &address, attempt) {
@@ -130,6 +130,31 @@ impl Follower {
             }
             Event::Tick => self.tick(now_us, effects),
         }
+    }
+
+    fn forget_others(&mut self, members: &[(String, u64)], effects: &mut Vec<Effect>) {
+        let is_member = |address: &String| members.iter().any(|member| member.0 == *address);
+        for (address, stream) in self.streams.extract_if(.., |address, _| !is_member(address)) {
+            self.index.forget(&address);
+            if let State::Open { attempt, .. } = stream.state {
+                effects.push(Effect::HangUp { address, attempt });
+            }
+        }
+    }
+
+    /// One that came back in another life is dialled at once: what it said before is of no use, and nobody waits out a pause.
+    fn expect(&mut self, (address, epoch): (String, u64), now_us: u64, effects: &mut Vec<Effect>) {
+        self.index.expect(&address);
+        let new = || Stream { epoch, state: State::Pausing { until_us: 0 }, pause_us: COME_BACK_AFTER_US };
+        let stream = self.streams.entry(address.clone()).or_insert_with(new);
+        if stream.epoch != epoch {
+            if let State::Open { attempt, .. } = stream.state {
+                effects.push(Effect::HangUp { address: address.clone(), attempt });
+                self.index.lost(&address, "it began another life".to_owned());
+            }
+            *stream = new();
+        }
+        stream.dial_if_due(&address, &mut self.last_attempt, now_us, effects);
     }
 
     fn said(
@@ -238,7 +263,13 @@ mod tests {
     }
 
     fn expect() -> Event {
-        Event::Expect { address: "a".into() }
+        members(&[("a", 0)])
+    }
+
+    fn members(members: &[(&str, u64)]) -> Event {
+        Event::Members {
+            members: members.iter().map(|(address, epoch)| ((*address).into(), *epoch)).collect(),
+        }
     }
 
     fn answered(attempt: Attempt) -> Event {
@@ -273,6 +304,23 @@ mod tests {
         heard.at_ms(now_ms, ended(7));
         assert!(!heard.connected());
         assert_eq!(heard.at_ms(now_ms + 100, Event::Tick), ["dial a 8"], "heard: from the first pause again");
+    }
+
+    #[test]
+    fn who_left_is_forgotten_and_who_came_back_is_dialled_at_once() {
+        let mut heard = Heard::new();
+        assert_eq!(heard.at_ms(0, members(&[("a", 1), ("b", 1)])), ["dial a 1", "dial b 2"]);
+        heard.at_ms(0, answered(1));
+        heard.at_ms(0, said(1, 5));
+        assert_eq!(heard.at_ms(1, members(&[("a", 2), ("b", 1)])), ["hang up a 1", "dial a 3"]);
+        assert!(heard.at_ms(2, said(1, 5)).is_empty() && !heard.connected(), "its earlier life");
+        assert_eq!(heard.at_ms(3, members(&[("b", 1)])), ["hang up a 3"]);
+        assert_eq!(heard.0.index().list(0).len(), 1);
+        for late in [answered(3), said(3, 5), ended(3)] {
+            assert!(heard.at_ms(4, late).is_empty());
+        }
+        assert_eq!(heard.0.index().list(0).len(), 1, "what is still on its way brings nobody back");
+        assert_eq!(heard.at_ms(5, members(&[("a", 3), ("b", 1)])), ["dial a 4"]);
     }
 
     #[test]

@@ -8,7 +8,7 @@
 use crate::node::Run;
 use kvd_proto::Error;
 use kvd_proto::delta::Delta;
-use kvd_proto::wire::FollowReply;
+use kvd_proto::wire::{FollowReply, TierSpeed};
 use kvd_tiers::catalog::Handle;
 use std::collections::BTreeMap;
 
@@ -22,6 +22,16 @@ const FOLLOWERS_MAX: usize = kvd_proto::limits::NODES_MAX;
 pub const BEAT_MS: u64 = 100;
 /// Beats between two words that say only that the node is well.
 const BEATS_OF_SILENCE: u32 = 5;
+
+/// Speeds that differ by less than this share are not worth a word.
+const SPEED_CHANGE: f64 = 0.1;
+
+fn is_about((told, now): (&TierSpeed, &TierSpeed)) -> bool {
+    let near = |told: f64, now: f64| (told - now).abs() <= SPEED_CHANGE * told;
+    told.tier == now.tier
+        && near(told.latency_us, now.latency_us)
+        && near(told.bytes_per_us, now.bytes_per_us)
+}
 
 /// Numbered as they join; never reused.
 pub type FollowerId = u64;
@@ -45,6 +55,8 @@ pub enum Event {
         /// Where the next slice begins, if there is one.
         next: Option<Handle>,
     },
+    /// How fast its tiers are now.
+    Speeds(Vec<TierSpeed>),
     /// So much time has passed.
     Beat,
     /// Something that the node said was lost on the way here.
@@ -96,6 +108,8 @@ pub struct Publisher {
     node_name: String,
     epoch: u64,
     sequence: u64,
+    /// As told last.
+    speeds: Vec<TierSpeed>,
     followers: BTreeMap<FollowerId, Follower>,
     last_follower: FollowerId,
 }
@@ -110,7 +124,8 @@ struct Follower {
 impl Publisher {
     /// Of a node that nobody follows yet.
     pub fn new(node_name: String, epoch: u64) -> Self {
-        Self { node_name, epoch, sequence: 0, followers: BTreeMap::new(), last_follower: 0 }
+        let (speeds, followers) = (Vec::new(), BTreeMap::new());
+        Self { node_name, epoch, sequence: 0, speeds, followers, last_follower: 0 }
     }
 
     /// Takes what happened and appends what to do.
@@ -126,6 +141,7 @@ impl Publisher {
                     known.ask_slice(follower, waits, effects);
                 }
             }
+            Event::Speeds(speeds) => self.sped(speeds, waiting, effects),
             Event::Beat => self.beat(waiting, effects),
             Event::Overflowed => {
                 for follower in self.ids() {
@@ -155,7 +171,8 @@ impl Publisher {
         }
         self.last_follower += 1;
         let follower = self.last_follower;
-        let reply = FollowReply { node_name: self.node_name.clone(), ..self.reply(Vec::new()) };
+        let (node_name, speeds) = (self.node_name.clone(), self.speeds.clone());
+        let reply = FollowReply { node_name, speeds, ..self.reply(Vec::new()) };
         effects.extend([Effect::Admit { follower }, Effect::Send { follower, reply }]);
         let mut known = Follower { wanted: Some(0), silent_beats: 0 };
         known.ask_slice(follower, 1, effects);
@@ -166,6 +183,18 @@ impl Publisher {
         let first = self.sequence + 1;
         self.sequence += runs.len() as u64;
         let reply = self.reply(self.encoded(runs, first));
+        for follower in self.ids() {
+            self.send(follower, reply.clone(), waiting, effects);
+        }
+    }
+
+    fn sped(&mut self, speeds: Vec<TierSpeed>, waiting: Waiting, effects: &mut Vec<Effect>) {
+        let same = self.speeds.len() == speeds.len() && self.speeds.iter().zip(&speeds).all(is_about);
+        if same {
+            return;
+        }
+        self.speeds.clone_from(&speeds);
+        let reply = FollowReply { speeds, ..self.reply(Vec::new()) };
         for follower in self.ids() {
             self.send(follower, reply.clone(), waiting, effects);
         }
@@ -308,6 +337,24 @@ mod tests {
             told(&mut publisher, Event::Copies { runs: vec![run(3)] }, Some(0)),
             ["send 1 3", "send 2 3"]
         );
+    }
+
+    #[test]
+    fn speeds_are_told_to_who_joins_and_when_they_change() {
+        let mut publisher = Publisher::new("a".into(), 5);
+        let speed = |latency_us| {
+            Event::Speeds(vec![TierSpeed { tier: Tier::Nvme.into(), latency_us, bytes_per_us: 1000.0 }])
+        };
+        assert!(told(&mut publisher, speed(100.0), None).is_empty(), "nobody follows");
+        let mut effects = Vec::new();
+        publisher.apply(Event::Joined, &|_| None, &mut effects);
+        let first = |effect: &Effect| match effect {
+            Effect::Send { reply, .. } => Some(reply.speeds[0].latency_us),
+            _ => None,
+        };
+        assert_eq!(effects.iter().find_map(first), Some(100.0));
+        assert!(told(&mut publisher, speed(109.0), Some(0)).is_empty(), "about the same");
+        assert_eq!(told(&mut publisher, speed(120.0), Some(0)), ["send 1 0"]);
     }
 
     #[test]

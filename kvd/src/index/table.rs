@@ -8,8 +8,8 @@
 
 use hashbrown::HashMap;
 use kvd_proto::delta::Delta;
-use kvd_proto::wire::{self, FollowReply, NodeLocation, NodeStatus, Tier, TierRun};
-use kvd_proto::{BlockId, Chain, Code, Error};
+use kvd_proto::wire::{self, FollowReply, NodeLocation, NodeStatus, Tier, TierRun, TierSpeed};
+use kvd_proto::{BlockId, Chain, Code, Error, cost};
 use std::collections::BTreeMap;
 
 /// One copy's place in a hash table: a key, its tiers, padding, a byte of control.
@@ -37,6 +37,8 @@ pub struct Known {
     sequence: u64,
     /// By 64 bits of id and group: a bit for each tier.
     copies: HashMap<u64, u8>,
+    /// Of tiers that must be read from before its engines can.
+    speeds: Vec<TierSpeed>,
     connected: bool,
     complete: bool,
     heard_us: u64,
@@ -54,6 +56,13 @@ impl Index {
     /// A node is of the cluster, wherever it may be now.
     pub fn expect(&mut self, address: &str) {
         self.nodes.entry(address.to_owned()).or_default();
+    }
+
+    /// It is of the cluster no more.
+    pub fn forget(&mut self, address: &str) {
+        if let Some(node) = self.nodes.remove(address) {
+            self.bytes -= node.bytes();
+        }
     }
 
     /// It is heard anew, from its first word.
@@ -95,12 +104,13 @@ impl Index {
         }
     }
 
-    /// Nodes that have the chain's beginning, the deepest first, then those that have more of it in faster tiers.
-    pub fn locate(&self, chain: &Chain, group: u8) -> Vec<NodeLocation> {
+    /// Nodes that have the chain's beginning, the deepest first, then those that have more of it in faster tiers. `block_bytes`: of
+    /// one block of the group, for microseconds; 0: they are 0.
+    pub fn locate(&self, chain: &Chain, group: u8, block_bytes: u64) -> Vec<NodeLocation> {
         let mut found: Vec<NodeLocation> = self
             .nodes
             .iter()
-            .map(|(address, node)| (address, node, node.runs(chain.ids(), group)))
+            .map(|(address, node)| (address, node, node.runs(chain.ids(), group, block_bytes)))
             .filter(|(_, _, runs)| !runs.is_empty())
             .map(|(address, node, runs)| NodeLocation {
                 node_name: node.name.clone(),
@@ -167,6 +177,10 @@ impl Known {
         if reply.node_epoch != self.epoch || reply.node_epoch == 0 {
             return Err(garbled(&format!("epoch {:x} after {:x}", reply.node_epoch, self.epoch)));
         }
+        if !reply.speeds.is_empty() {
+            self.speeds.clone_from(&reply.speeds);
+            self.speeds.truncate(TIERS.len());
+        }
         let before = self.bytes();
         let mut rest = &reply.deltas[..];
         while !rest.is_empty() {
@@ -232,7 +246,7 @@ impl Known {
         self.copies.capacity() as u64 * 8 / 7 * BUCKET_BYTES
     }
 
-    fn runs(&self, ids: &[BlockId], group: u8) -> Vec<TierRun> {
+    fn runs(&self, ids: &[BlockId], group: u8, block_bytes: u64) -> Vec<TierRun> {
         let mut runs: Vec<TierRun> = Vec::new();
         for tiers in ids.iter().map_while(|id| self.copies.get(&key(*id, group))) {
             let fastest = TIERS.into_iter().find(|tier| tiers & (1 << *tier as u8) != 0);
@@ -242,7 +256,20 @@ impl Known {
                 None => runs.push(wire::TierRun { tier, blocks: 1, fetch_us: 0.0 }),
             }
         }
+        for run in &mut runs {
+            run.fetch_us = self.fetch_us(run.tier(), u64::from(run.blocks) * block_bytes);
+        }
         runs
+    }
+
+    /// Until its engines can read so many bytes; 0 where they can already, or where nothing was told.
+    fn fetch_us(&self, tier: Tier, bytes: u64) -> f64 {
+        let known = self.speeds.iter().find(|speed| speed.tier() == tier);
+        let sane = known.filter(|speed| speed.bytes_per_us > 0.0 && speed.latency_us.is_finite());
+        match sane.filter(|_| bytes > 0 && !matches!(tier, Tier::Hbm | Tier::Dram)) {
+            Some(speed) => cost::fetch_us(0.0, speed.latency_us, bytes, speed.bytes_per_us),
+            None => 0.0,
+        }
     }
 }
 
@@ -313,8 +340,28 @@ mod tests {
     }
 
     fn runs(index: &Index, numbers: std::ops::Range<u64>) -> Vec<(Tier, u32)> {
-        let found = index.locate(&chain(numbers), 0);
+        let found = index.locate(&chain(numbers), 0, 0);
         found.first().map_or(vec![], |node| node.runs.iter().map(|run| (run.tier(), run.blocks)).collect())
+    }
+
+    #[test]
+    fn reading_a_slow_tier_takes_the_time_that_its_node_told() {
+        let mut index = index();
+        let told = said(0, &[(0, Tier::Dram, true, &[1, 2]), (0, Tier::Nvme, true, &[3, 4])]);
+        let speed =
+            |tier: Tier, bytes_per_us| TierSpeed { tier: tier.into(), latency_us: 100.0, bytes_per_us };
+        let speeds = vec![speed(Tier::Dram, 9.0), speed(Tier::Nvme, 1000.0)];
+        index.hear("a", &FollowReply { speeds, ..told }, 0).unwrap();
+        let us = |index: &Index, bytes| -> Vec<f64> {
+            index.locate(&chain(1..5), 0, bytes)[0].runs.iter().map(|run| run.fetch_us).collect()
+        };
+        assert_eq!(us(&index, 50_000), [0.0, 100.0 + 100.0], "DRAM is where engines read");
+        assert_eq!(us(&index, 0), [0.0, 0.0]);
+        let nonsense = FollowReply { speeds: vec![speed(Tier::Nvme, -1.0)], ..said(0, &[]) };
+        index.hear("a", &nonsense, 0).unwrap();
+        assert_eq!(us(&index, 50_000), [0.0, 0.0]);
+        index.forget("a");
+        assert!(index.locate(&chain(1..5), 0, 0).is_empty() && index.bytes == 0);
     }
 
     #[test]
@@ -325,8 +372,8 @@ mod tests {
         assert_eq!(runs(&index, 1..9), [(Tier::Dram, 2), (Tier::Nvme, 1)]);
         index.hear("a", &said(10, &[(10, Tier::Dram, false, &[2, 7])]), 0).unwrap();
         assert_eq!(runs(&index, 1..9), [(Tier::Dram, 1), (Tier::Nvme, 2)]);
-        assert!(index.locate(&chain(1..3), 1).is_empty(), "another group");
-        assert!(index.locate(&chain(2..2), 0).is_empty());
+        assert!(index.locate(&chain(1..3), 1, 0).is_empty(), "another group");
+        assert!(index.locate(&chain(2..2), 0, 0).is_empty());
     }
 
     #[test]
@@ -337,7 +384,7 @@ mod tests {
             index.begin(address, 0);
             index.hear(address, &said(0, &[(0, tier, true, ids)]), 0).unwrap();
         }
-        let found = index.locate(&chain(1..9), 0);
+        let found = index.locate(&chain(1..9), 0, 0);
         let order: Vec<_> = found.iter().map(|node| (node.address.as_str(), node.blocks)).collect();
         assert_eq!(order, [("c", 3), ("b", 2), ("a", 2)]);
     }
@@ -364,7 +411,7 @@ mod tests {
             assert!(error.message.contains(named), "{error}");
             index.lost("a", error.to_string());
             index.begin("a", 0);
-            assert!(index.locate(&chain(1..2), 0).is_empty());
+            assert!(index.locate(&chain(1..2), 0, 0).is_empty());
             assert_eq!(index.list(0)[0].resyncs, 1);
         }
         assert!(Index::new(0, 1).hear("nobody", &said(0, &[]), 0).is_err());
@@ -379,9 +426,9 @@ mod tests {
         index.lost("a", "gone".into());
         let ttl_us = u64::from(TTL_MS) * 1000;
         index.expire(ttl_us);
-        assert_eq!(index.locate(&chain(1..2), 0).len(), 1, "it may come back in time");
+        assert_eq!(index.locate(&chain(1..2), 0, 0).len(), 1, "it may come back in time");
         index.expire(ttl_us + 1);
-        assert!(index.locate(&chain(1..2), 0).is_empty());
+        assert!(index.locate(&chain(1..2), 0, 0).is_empty());
         let status = &index.list(ttl_us)[0];
         assert_eq!((status.complete, status.connected, status.trouble.as_str()), (false, false, "gone"));
     }

@@ -37,6 +37,8 @@ impl Node {
         let status = |tier: &Tier| wire::TierStatus {
             copies: self.catalog.copies(*tier) as u64,
             read_us: self.movement.fetch_us(*tier, largest.into()),
+            read_latency_us: self.movement.read_speed(*tier).latency_us(),
+            read_bytes_per_us: self.movement.read_speed(*tier).bytes_per_us(),
             write_us: if *tier == Tier::Nvme { self.movement.write_us(largest.into()) } else { 0 },
             ..self.memory.status(*tier)
         };

@@ -101,6 +101,14 @@ impl Movement {
         }
     }
 
+    /// As measured so far.
+    pub(super) fn read_speed(&self, tier: Tier) -> &Estimate {
+        match tier {
+            Tier::Nvme => &self.nvme_reads,
+            _ => &self.dram_reads,
+        }
+    }
+
     pub(super) fn write_us(&self, bytes: u64) -> u64 {
         self.nvme_writes.predict_us(bytes, 0) as u64
     }

@@ -45,13 +45,13 @@ pub(crate) struct Fetcher {
     pub(crate) inbox: Inbox,
     pub(crate) dram: Arc<DramSegments>,
     pub(crate) locations: Locations,
+    pub(crate) links: Arc<Mutex<Links>>,
     pub(crate) node_epoch: u64,
     pub(crate) started: Instant,
 }
 
 struct Shared {
     fetcher: Fetcher,
-    links: Mutex<Links>,
     peers: Mutex<HashMap<String, Arc<Peer>>>,
     offers: Mutex<HashMap<u64, Leased>>,
 }
@@ -75,8 +75,8 @@ struct Leased {
 
 /// Answers orders until the node's end is gone.
 pub(crate) async fn run(fetcher: Fetcher, mut orders: mpsc::UnboundedReceiver<Order>) {
-    let (links, peers, offers) = Default::default();
-    let shared = Arc::new(Shared { fetcher, links, peers, offers });
+    let (peers, offers) = Default::default();
+    let shared = Arc::new(Shared { fetcher, peers, offers });
     while let Some(order) = orders.recv().await {
         match order {
             Order::Seek { ticket, wanted } => drop(tokio::spawn(shared.clone().seek(ticket, wanted))),
@@ -115,14 +115,15 @@ impl Shared {
         let mut by_group = Vec::new();
         for group in 0..wanted.space.layout.groups().len() as u8 {
             let chain = Chain::from_ids("chain", wanted.chain.clone())?;
-            by_group.push(self.fetcher.locations.locate(chain, group).await?.nodes);
+            let bytes = wanted.space.layout.slot_bytes(group.into()).into();
+            by_group.push(self.fetcher.locations.locate(chain, group, bytes).await?.nodes);
         }
         let (locations, epoch) = (common(by_group), self.fetcher.node_epoch);
-        let choice = lock(&self.links).choose(wanted, &locations, epoch, self.now_us());
+        let choice = lock(&self.fetcher.links).choose(wanted, &locations, epoch, self.now_us());
         let Some(choice) = choice else { return Ok(None) };
         let peer = self.peer(&choice.address)?;
         let leased = timeout(OFFER, peer.lease(wanted, choice.blocks)).await;
-        let failed = || lock(&self.links).failed(&choice.address, self.now_us());
+        let failed = || lock(&self.fetcher.links).failed(&choice.address, self.now_us());
         let (replies, first) = match leased {
             Ok(Ok(leased)) => leased,
             Ok(Err(error)) => {
@@ -198,7 +199,7 @@ impl Shared {
             };
         }
         if !wanted.is_empty() {
-            lock(&self.links).failed(&peer.address, self.now_us());
+            lock(&self.fetcher.links).failed(&peer.address, self.now_us());
             self.fail(
                 wanted.into_values().collect(),
                 &why.unwrap_or_else(|| "its owner said nothing".to_owned()),
@@ -249,7 +250,7 @@ impl Shared {
                 blocks.push((order, block.part_checksums));
             }
             let permit = peer.batches.clone().acquire_owned().await.expect("it is never closed");
-            lock(&self.links).began(&peer.address, bytes);
+            lock(&self.fetcher.links).began(&peer.address, bytes);
             let batch = Batch { lease, pieces, deadline: Instant::now() + patience };
             let places = (permit, under_way.clone());
             let reading = Reading { blocks, bytes, begun: Instant::now(), places };
@@ -263,7 +264,7 @@ impl Shared {
     fn ended(&self, address: &str, reading: Reading, outcome: Outcome) {
         let elapsed_us = reading.begun.elapsed().as_micros() as u64;
         let came = outcome.miss.is_none();
-        lock(&self.links).ended(address, reading.bytes, elapsed_us, came, self.now_us());
+        lock(&self.fetcher.links).ended(address, reading.bytes, elapsed_us, came, self.now_us());
         let why = outcome
             .miss
             .as_ref()

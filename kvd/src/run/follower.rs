@@ -4,6 +4,7 @@
 //! for them; nothing here ends but with the daemon.
 //! Leaves to others: who is dialled and hung up on, and when (`index/follow`).
 
+use crate::cluster::Outlook;
 use crate::index::Index;
 use crate::index::follow::{Attempt, Effect, Event, Follower, TICK_MS};
 use kvd_proto::wire::index_client::IndexClient;
@@ -20,38 +21,59 @@ const WAITING_MAX: usize = 64;
 
 enum Ask {
     Happened(Event),
-    Locate { chain: Chain, group: u8, answer: oneshot::Sender<wire::LocateReply> },
-    List { answer: oneshot::Sender<wire::ListNodesReply> },
+    Locate { chain: Chain, group: u8, block_bytes: u64, answer: oneshot::Sender<wire::LocateReply> },
+    List { answer: oneshot::Sender<Vec<wire::NodeStatus>> },
 }
 
 /// Asks the index; cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Locations {
     asks: mpsc::Sender<Ask>,
+    cluster: Outlook,
 }
 
 impl Locations {
-    /// Starts the index and a stream to every node, in the current runtime.
-    pub(crate) fn start(nodes: &[String], ttl_ms: u32, bytes_max: u64) -> Self {
+    /// Starts the index and a stream to every member, in the current runtime.
+    pub(crate) fn start(cluster: Outlook, ttl_ms: u32, bytes_max: u64) -> Self {
         let (asks, asked) = mpsc::channel(WAITING_MAX);
-        let locations = Self { asks };
-        let mut following = Following {
+        let locations = Self { asks, cluster };
+        let following = Following {
             follower: Follower::new(Index::new(bytes_max, ttl_ms), ttl_ms),
             started: Instant::now(),
             locations: locations.clone(),
             streams: BTreeMap::new(),
         };
-        nodes.iter().for_each(|address| following.apply(Event::Expect { address: address.clone() }));
         tokio::spawn(following.run(asked));
+        tokio::spawn(locations.clone().pass_on_members());
         locations
     }
 
-    pub(crate) async fn locate(&self, chain: Chain, group: u8) -> Result<wire::LocateReply, Error> {
-        self.ask(|answer| Ask::Locate { chain, group, answer }).await
+    /// Who is in the cluster, now and whenever that changes; until the node stops.
+    async fn pass_on_members(self) {
+        let mut members = self.cluster.members();
+        loop {
+            let now = members.borrow_and_update().clone();
+            let now = now.iter().map(|member| (member.address.clone(), member.epoch)).collect();
+            let told = self.happened(Event::Members { members: now }).await;
+            if told.is_err() || members.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    pub(crate) async fn locate(
+        &self,
+        chain: Chain,
+        group: u8,
+        block_bytes: u64,
+    ) -> Result<wire::LocateReply, Error> {
+        self.ask(|answer| Ask::Locate { chain, group, block_bytes, answer }).await
     }
 
     pub(crate) async fn list(&self) -> Result<wire::ListNodesReply, Error> {
-        self.ask(|answer| Ask::List { answer }).await
+        let nodes = self.ask(|answer| Ask::List { answer }).await?;
+        let trouble = self.cluster.trouble().unwrap_or_default();
+        Ok(wire::ListNodesReply { nodes, trouble, ignored_nodes: self.cluster.ignored() })
     }
 
     async fn ask<T>(&self, ask: impl FnOnce(oneshot::Sender<T>) -> Ask) -> Result<T, Error> {
@@ -104,13 +126,12 @@ impl Following {
             // whoever does not wait for the answer any more does not get it
             match ask {
                 Some(Ask::Happened(event)) => self.apply(event),
-                Some(Ask::Locate { chain, group, answer }) => {
-                    let nodes = self.follower.index().locate(&chain, group);
+                Some(Ask::Locate { chain, group, block_bytes, answer }) => {
+                    let nodes = self.follower.index().locate(&chain, group, block_bytes);
                     let _ = answer.send(wire::LocateReply { nodes });
                 }
                 Some(Ask::List { answer }) => {
-                    let nodes = self.follower.index().list(self.now_us());
-                    let _ = answer.send(wire::ListNodesReply { nodes });
+                    let _ = answer.send(self.follower.index().list(self.now_us()));
                 }
                 None => return,
             }

@@ -19,6 +19,8 @@ mod socket;
 mod watch;
 mod workers;
 
+use crate::cluster::etcd::Settings;
+use crate::cluster::{self, Member, Membership};
 use crate::config::{Config, Engine, Wish};
 use crate::node::{Node, NodeConfig, NvmeConfig};
 use dram::DramSegments;
@@ -171,12 +173,13 @@ impl Servers {
         })?;
         let Listeners { unix, tcp, http, data } = listeners;
         let Shells { inbox, dram, timings, orders, started } = shells;
-        let cluster = config.cluster.clone();
+        let (settled, standing) = std::sync::mpsc::sync_channel(1);
         let shelves = grpc::Shelves::new(dram.clone());
         let data = data.map(|listener| serve_data(listener, shelves.clone())).transpose()?;
         let data_port = data.as_ref().map_or(0, |server| server.address().port());
         let (publisher, teller, joining) =
             Publisher::new(inbox.clone(), config.node_name.clone(), node_epoch);
+        let (speeds, config) = (teller.clone(), config.clone());
         let (stop, stopped) = tokio::sync::watch::channel(false);
         let thread = workers::spawn("kvd-servers", move || {
             let _data = data;
@@ -187,14 +190,22 @@ impl Servers {
                     listener.expect("a listener in a runtime")
                 });
                 tokio::spawn(publisher.run());
-                let locations = cluster
-                    .is_one()
-                    .then(|| Locations::start(&cluster.nodes, cluster.ttl_ms, cluster.index_bytes));
-                if let Some(locations) = locations.clone() {
-                    let (inbox, dram) = (inbox.clone(), dram.clone());
-                    let fetcher = Fetcher { inbox, dram, locations, node_epoch, started };
+                let membership = match join(&config, node_epoch).await {
+                    Ok(membership) => membership,
+                    Err(error) => return drop(settled.send(Err(error))),
+                };
+                let _ = settled.send(Ok(()));
+                let links = Arc::default();
+                let locations = membership.as_ref().map(|membership| {
+                    let (inbox, dram, cluster) = (inbox.clone(), dram.clone(), &config.cluster);
+                    let outlook = membership.outlook();
+                    let locations = Locations::start(outlook, cluster.ttl_ms, cluster.index_bytes);
+                    tokio::spawn(publisher::tell_speeds(inbox.clone(), speeds));
+                    let (found, links) = (locations.clone(), Arc::clone(&links));
+                    let fetcher = Fetcher { inbox, dram, locations: found, links, node_epoch, started };
                     tokio::spawn(fetcher::run(fetcher, orders));
-                }
+                    locations
+                });
                 let app = metrics::router(inbox.clone(), timings, locations.clone());
                 let served_http = serve_http(http, app, stopped.clone());
                 let served = grpc::serve(
@@ -203,7 +214,7 @@ impl Servers {
                     unix,
                     tcp,
                     node_epoch,
-                    grpc::Cluster { joining, locations, shelves, data_port },
+                    grpc::Cluster { joining, locations, links, shelves, data_port },
                     stopped.clone(),
                 );
                 let mut all_stopped = stopped;
@@ -220,8 +231,12 @@ impl Servers {
                         let _ = all_stopped.wait_for(|stopped| *stopped).await;
                     } => {}
                 }
+                if let Some(Err(error)) = leave(membership).await {
+                    tracing::warn!(%error, "the other nodes were not told");
+                }
             });
         });
+        standing.recv().expect("it says how it stands, or ends the daemon")?;
         Ok((Self { stop, thread }, teller))
     }
 
@@ -229,6 +244,27 @@ impl Servers {
         let _ = self.stop.send(true);
         let _ = self.thread.join();
     }
+}
+
+/// `None`: of no cluster.
+async fn join(config: &Config, epoch: u64) -> Result<Option<Membership>, Error> {
+    let cluster = &config.cluster;
+    if !cluster.is_one() {
+        return Ok(None);
+    }
+    let me = Member { name: config.node_name.clone(), address: cluster.address.clone(), epoch };
+    let membership = if cluster.etcd.is_empty() {
+        cluster::standalone::join(me, &cluster.nodes)
+    } else {
+        let (endpoints, prefix) = (cluster.etcd.clone(), cluster.prefix.clone());
+        cluster::etcd::join(Settings { endpoints, prefix, ttl_ms: cluster.ttl_ms }, me)?
+    };
+    membership.settled().await?;
+    Ok(Some(membership))
+}
+
+async fn leave(membership: Option<Membership>) -> Option<Result<(), Error>> {
+    Some(membership?.leave().await)
 }
 
 async fn serve_http(

@@ -7,7 +7,8 @@
 use super::inbox::{Inbox, Input};
 use crate::index::publish::{self, BEAT_MS, Effect, Event, FollowerId, REPLIES_MAX};
 use crate::node;
-use kvd_proto::wire::FollowReply;
+use crate::node::event::{Answer, Question};
+use kvd_proto::wire::{FollowReply, TierSpeed, TierStatus};
 use kvd_proto::{Code, Error};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -18,8 +19,11 @@ use tonic::Status;
 
 /// Tellings of the node that wait here. At the limit: every follower is cut off.
 const TOLD_MAX: usize = 256;
+/// How often speeds are asked for; followers hear of changes only.
+const SPEEDS_EVERY: Duration = Duration::from_secs(1);
 
-/// The node's end; never waits.
+/// The node's end; never waits. Clones share it.
+#[derive(Clone)]
 pub(crate) struct Teller {
     told: mpsc::Sender<Event>,
     overflowed: Arc<AtomicBool>,
@@ -122,6 +126,21 @@ impl Publisher {
                 self.inbox.push(Input::Event(ask));
             }
         }
+    }
+}
+
+/// Asks the node from time to time how fast its tiers are, and has it told; until the node stops.
+pub(crate) async fn tell_speeds(inbox: Inbox, teller: Teller) {
+    let mut due = tokio::time::interval(SPEEDS_EVERY);
+    loop {
+        due.tick().await;
+        let Ok(Answer::Tiers(tiers)) = super::grpc::ask(&inbox, Question::Tiers).await else { return };
+        let speed = |tier: &TierStatus| TierSpeed {
+            tier: tier.tier,
+            latency_us: tier.read_latency_us,
+            bytes_per_us: tier.read_bytes_per_us,
+        };
+        teller.tell(Event::Speeds(tiers.tiers.iter().map(speed).collect()));
     }
 }
 

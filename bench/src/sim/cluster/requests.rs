@@ -258,7 +258,7 @@ impl World {
         let asked = &self.requests.running[&of];
         let chain = Chain::from_ids("chain", asked.chain.clone()).expect("a chain within limits");
         let machine = self.machine(asked.machine).expect("it lives");
-        let found = machine.follower.index().locate(&chain, 0);
+        let found = machine.follower.index().locate(&chain, 0, 0);
         let now_us = self.clock.now_us();
         for location in &found {
             let owner = self.machines[usize::from(number(&location.address))].as_ref();

@@ -189,9 +189,8 @@ impl World {
         self.machines[at] = Some(Machine::new(machine, life, self.setup.seed, self.clock.now_us()));
         self.open_sessions(machine);
         self.clock.after(self.chance.below(BEAT_US), Event::Beat { machine, life });
-        for address in self.addresses.clone() {
-            self.hear(machine, follow::Event::Expect { address });
-        }
+        let members = self.addresses.iter().map(|address| (address.clone(), 0)).collect();
+        self.hear(machine, follow::Event::Members { members });
         self.ask_later(machine);
     }
 

@@ -18,13 +18,14 @@ use super::dram::DramSegments;
 use super::follower::Locations;
 use super::inbox::{Inbox, Input};
 use super::publisher::Joining;
+use crate::links::Links;
 use crate::node::event::{Answer, Question};
 use kvd_proto::wire::{
     admin_server::AdminServer, cache_server::CacheServer, index_server::IndexServer, peer_server::PeerServer,
     workers_server::WorkersServer,
 };
 use kvd_proto::{Code, Error, wire};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::oneshot;
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
@@ -35,6 +36,7 @@ pub(super) struct Cluster {
     pub(super) joining: Joining,
     /// `None`: of no cluster.
     pub(super) locations: Option<Locations>,
+    pub(super) links: Arc<Mutex<Links>>,
     pub(super) shelves: Shelves,
     /// 0: bytes are not served.
     pub(super) data_port: u16,
@@ -51,7 +53,7 @@ pub(super) async fn serve(
     stopped: tokio::sync::watch::Receiver<bool>,
 ) -> Result<(), String> {
     let workers = workers::Service::start(node_epoch);
-    let index = index::Service::new(cluster.joining, cluster.locations);
+    let index = index::Service::new(cluster.joining, cluster.locations, cluster.links);
     let peer = peer::Service::new(inbox.clone(), cluster.shelves, cluster.data_port);
     let services = Services { inbox, dram, workers, index, peer };
     let stop = |mut stopped: tokio::sync::watch::Receiver<bool>| async move {
