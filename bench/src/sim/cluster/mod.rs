@@ -20,21 +20,22 @@ use world::{Setup, World};
 
 /// A cluster of real nodes in virtual time.
 #[derive(Debug, Clone, clap::Args)]
+#[group(skip)]
 pub(super) struct Args {
     /// Instead of a trace: so many real nodes, each of which hears all others, with engines that share prompts; some die.
     #[arg(long, conflicts_with = "trace", value_parser = clap::value_parser!(u16).range(2..=1024))]
     pub(super) nodes: Option<u16>,
     /// With --nodes: what happens by chance.
-    #[arg(long, default_value_t = 7, requires = "nodes")]
+    #[arg(long, default_value_t = 7, conflicts_with = "trace")]
     seed: u64,
     /// With --nodes: how long engines ask; then everything that is known must become right.
-    #[arg(long, default_value_t = 30, requires = "nodes", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    #[arg(long, default_value_t = 30, conflicts_with = "trace", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     virtual_seconds: u64,
     /// With --nodes: the share of nodes that are killed.
-    #[arg(long, default_value_t = 0.1, requires = "nodes", value_parser = share)]
+    #[arg(long, default_value_t = 0.1, conflicts_with = "trace", value_parser = share)]
     kill_share: f64,
     /// With --nodes: prompts that come to each node in a second.
-    #[arg(long, default_value_t = 2.0, requires = "nodes", value_parser = super::positive)]
+    #[arg(long, default_value_t = 2.0, conflicts_with = "trace", value_parser = super::positive)]
     requests_per_second: f64,
 }
 
