@@ -20,6 +20,9 @@ const OFFER_US: u64 = 100_000;
 /// Carrying one block, and a look whether the owner has more of them ready.
 const BLOCK_US: u64 = 40;
 const LOOK_US: u64 = 1_000;
+/// Some fetches are slow.
+const SLOW_SHARE: f64 = 0.1;
+const SLOW_US: (u64, u64) = (50_000, 1_000_000);
 /// Looks in vain. Then the rest has not come.
 const LOOKS_MAX: u32 = 1_000;
 
@@ -212,7 +215,9 @@ impl World {
         fetch.step = Step::Carrying;
         fetch.begun_us = now_us;
         fetch.bytes = orders.len() as u64 * super::machine::BLOCK_BYTES;
-        let us = BLOCK_US * orders.len() as u64;
+        let slow = self.chance.happens(SLOW_SHARE);
+        let slow_us = if slow { self.chance.between(SLOW_US.0, SLOW_US.1) } else { 0 };
+        let us = BLOCK_US * orders.len() as u64 + slow_us;
         fetch.orders = orders;
         let (bytes, address) = (fetch.bytes, fetch.choice.address.clone());
         self.living(at).links.began(&address, bytes);

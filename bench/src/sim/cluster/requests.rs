@@ -21,6 +21,9 @@ const VARIANTS: u64 = 40;
 /// Reading what is ready; what has to come up first, at most.
 const READ_US: u64 = 300;
 const LOAD_US_MAX: u64 = 20_000;
+/// Some readers are slow: others' blocks come and go around what they hold.
+const SLOW_SHARE: f64 = 0.1;
+const SLOW_US: (u64, u64) = (100_000, 4_000_000);
 /// Computing one block.
 const FILL_US: u64 = 2_000;
 /// The engine's connection, and that of other nodes.
@@ -188,7 +191,9 @@ impl World {
         }
         let reading = Reading { request: of, slots: slots(&reply.runs) };
         self.requests.readings.insert((at, reply.lease), reading);
-        let us = READ_US + reply.predicted_us.min(LOAD_US_MAX);
+        let slow = self.chance.happens(SLOW_SHARE);
+        let slow_us = if slow { self.chance.between(SLOW_US.0, SLOW_US.1) } else { 0 };
+        let us = READ_US + reply.predicted_us.min(LOAD_US_MAX) + slow_us;
         self.clock.after(us, Event::Read { machine: at, lease: reply.lease });
     }
 
