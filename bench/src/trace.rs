@@ -1,8 +1,11 @@
-//! A workload as rows: what arrives when, how long it is, and which prefix blocks it names. Mooncake's JSONL format.
+//! A workload as rows: what arrives when, how long it is, and which prefix blocks it names. Mooncake's JSONL format, and
+//! Azure's CSV (`azure`), which names none.
 //!
 //! Owns the row, the reader of plain and gzipped files, and errors that name line and field.
 //! Invariant: a `Row` that was read is in limits, and its timestamps never run backwards within a file.
 //! Leaves to others: what a block contains (`content`), what is done with a row (`engine::serve`).
+
+mod azure;
 
 use flate2::read::GzDecoder;
 use kvd_proto::limits::CHAIN_BLOCKS_MAX;
@@ -56,17 +59,35 @@ impl Row {
     }
 }
 
-/// Reads at most `limit` rows of `block_tokens`-token blocks from a `.jsonl` or `.jsonl.gz` file.
+/// Reads at most `limit` rows of `block_tokens`-token blocks from a `.jsonl` or `.csv` file, plain or `.gz`.
 pub(crate) fn read_file(path: &Path, block_tokens: u64, limit: usize) -> Result<Vec<Row>, String> {
     let named = |error: String| format!("{}: {error}", path.display());
     let file = File::open(path).map_err(|error| named(error.to_string()))?;
     let gzipped = path.extension().is_some_and(|extension| extension == "gz");
     let reader: Box<dyn Read> = if gzipped { Box::new(GzDecoder::new(file)) } else { Box::new(file) };
-    read(BufReader::new(reader), block_tokens, limit).map_err(named)
+    let reader = BufReader::new(reader);
+    let format = if gzipped { path.file_stem().map(Path::new) } else { Some(path) };
+    if format.and_then(Path::extension).is_some_and(|extension| extension == "csv") {
+        let mut azure = azure::Lines::default();
+        read_lines(reader, block_tokens, limit, |line| azure.row(line, block_tokens)).map_err(named)
+    } else {
+        read(reader, block_tokens, limit).map_err(named)
+    }
 }
 
-/// Reads rows; errors start with the line's number.
-fn read(mut reader: impl BufRead, block_tokens: u64, limit: usize) -> Result<Vec<Row>, String> {
+/// Reads Mooncake's rows.
+fn read(reader: impl BufRead, block_tokens: u64, limit: usize) -> Result<Vec<Row>, String> {
+    let parse = |line: &str| serde_json::from_str(line).map(Some).map_err(|error| error.to_string());
+    read_lines(reader, block_tokens, limit, parse)
+}
+
+/// Reads the rows that `parse` finds in lines; errors start with the line's number.
+fn read_lines(
+    mut reader: impl BufRead,
+    block_tokens: u64,
+    limit: usize,
+    mut parse: impl FnMut(&str) -> Result<Option<Row>, String>,
+) -> Result<Vec<Row>, String> {
     let mut rows = Vec::new();
     let (mut line, mut number, mut last_ms) = (String::new(), 0_u64, 0);
     while rows.len() < limit.min(ROWS_MAX) {
@@ -83,7 +104,8 @@ fn read(mut reader: impl BufRead, block_tokens: u64, limit: usize) -> Result<Vec
         if line.trim().is_empty() {
             continue;
         }
-        let row: Row = serde_json::from_str(&line).map_err(|error| format!("line {number}: {error}"))?;
+        let row = parse(line.trim_end()).map_err(|error| format!("line {number}: {error}"))?;
+        let Some(row) = row else { continue };
         row.check(block_tokens, last_ms).map_err(|error| format!("line {number}: {error}"))?;
         last_ms = row.timestamp;
         rows.push(row);
@@ -116,6 +138,24 @@ mod tests {
         writeln!(out, "{GOOD}").unwrap();
         out.finish().unwrap();
         assert_eq!(read_file(&path, 512, 100).unwrap(), vec![expected]);
+    }
+
+    #[test]
+    fn azures_files_are_known_by_their_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let text = "TIMESTAMP,ContextTokens,GeneratedTokens\r\n2023-11-16 18:15:46.68,600,44\r\n";
+        let expected = Row { timestamp: 0, input_length: 600, output_length: 44, hash_ids: vec![0, 1] };
+        let (plain, gzipped) = (folder.path().join("t.csv"), folder.path().join("t.csv.gz"));
+        std::fs::write(&plain, text).unwrap();
+        let mut out = GzEncoder::new(File::create(&gzipped).unwrap(), Compression::fast());
+        out.write_all(text.as_bytes()).unwrap();
+        out.finish().unwrap();
+        for path in [plain, gzipped] {
+            assert_eq!(read_file(&path, 512, 100).unwrap(), std::slice::from_ref(&expected));
+        }
+        let empty = folder.path().join("empty.csv");
+        std::fs::write(&empty, format!("{text}2023-11-16 18:15:46.68,0,44\n")).unwrap();
+        assert!(read_file(&empty, 512, 100).unwrap_err().contains("line 3: input_length: 0"));
     }
 
     #[test]

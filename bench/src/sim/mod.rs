@@ -40,7 +40,7 @@ const TRACE_BLOCK_TOKENS: u64 = 512;
 /// computed, the last layer range after it. `goodput` is the share of requests that met both `--ttft-ms` and `--itl-ms`.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Args {
-    /// Requests in Mooncake's JSONL, gzipped or not.
+    /// Requests in Mooncake's JSONL or Azure's CSV, gzipped or not.
     #[arg(long, required_unless_present = "nodes", requires = "router")]
     trace: Option<PathBuf>,
     /// At most so many of its requests.
@@ -361,6 +361,9 @@ mod tests {
             (&["--router", "random"], "--router"),
             (&["--router", "round-robin", "--split", "chosen"], "--split: round-robin predicts nothing"),
             (&["--router", "kv", "--split", "fixed", "--workers", "3"], "--prefill-workers: 3 of 3"),
+            (&["--router", "kv", "--seed", "3"], "--seed"),
+            (&["--nodes", "4"], "--trace"),
+            (&[], "--router"),
         ] {
             let error = simulated(&trace, arguments).unwrap_err();
             assert!(error.contains(named), "{error}");

@@ -5,6 +5,7 @@
 //! Leaves to others: who is told what (`index/publish`), hearing (`follower`).
 
 use super::inbox::{Inbox, Input};
+pub(crate) use crate::index::publish::Event as Told;
 use crate::index::publish::{self, BEAT_MS, Effect, Event, FollowerId, REPLIES_MAX};
 use crate::node;
 use crate::node::event::{Answer, Question};

@@ -10,11 +10,10 @@ use super::grpc::Callers;
 use super::inbox::{Inbox, Input};
 use super::metrics::Timings;
 use super::mover::{Mover, Order};
-use super::publisher::Teller;
+use super::publisher::{Teller, Told};
 use super::socket::{Left, Socket};
 use super::watch::Watchers;
 use super::workers::{Checksumming, checksummer, populator};
-use crate::index::publish;
 use crate::node::Node;
 use crate::node::event::{Answer, Effect, Event, MemberId};
 use kvd_proto::slot_header::SlotHeader;
@@ -484,9 +483,9 @@ impl Reactor {
                     let _ = asker.send(answer); // who stopped waiting is not told
                 }
             }
-            Effect::Copies { runs } => self.teller.tell(publish::Event::Copies { runs }),
+            Effect::Copies { runs } => self.teller.tell(Told::Copies { runs }),
             Effect::Slice { ticket, runs, next } => {
-                self.teller.tell(publish::Event::Slice { follower: ticket, runs, next });
+                self.teller.tell(Told::Slice { follower: ticket, runs, next });
             }
             Effect::Note { kind, text } => {
                 let at_ms = self.started.elapsed().as_millis() as u64;

@@ -118,3 +118,18 @@ impl Checks {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_that_is_not_the_one_asked_for_is_a_wrong_answer_and_a_shorter_answer_is_none() {
+        let id = |number| BlockId([number; 16]);
+        let mut checks = Checks::default();
+        checks.compare_read(&[id(1), id(2)], &[id(1), id(2), id(3)]);
+        assert!(checks.good());
+        checks.compare_read(&[id(1), BlockId::default()], &[id(1), id(2), id(3)]);
+        assert_eq!((checks.wrong_answers, checks.good()), (1, false));
+    }
+}

@@ -8,6 +8,7 @@ use crate::content::mix;
 use kvd::index::Index;
 use kvd::index::follow::Follower;
 use kvd::index::publish::{FollowerId, Publisher};
+use kvd::links::Links;
 use kvd::node::{Node, NodeConfig, NvmeConfig};
 use kvd_proto::cost::PrefillProfile;
 use kvd_proto::layout::DataType;
@@ -18,7 +19,7 @@ use kvd_tiers::segment::SlotRef;
 use std::collections::BTreeMap;
 
 /// Of a block: four parts of 4 KiB.
-const BLOCK_BYTES: u64 = 4 * 4096;
+pub(super) const BLOCK_BYTES: u64 = 4 * 4096;
 const DRAM_SEGMENT_SLOTS: u64 = 8;
 const DRAM_SEGMENTS: u64 = 6;
 /// One slot of a segment is for headers.
@@ -49,6 +50,7 @@ pub(super) struct Machine {
     pub(super) node: Node,
     pub(super) publisher: Publisher,
     pub(super) follower: Follower,
+    pub(super) links: Links,
     pub(super) followers: BTreeMap<FollowerId, Caller>,
     pub(super) memory: Memory,
     pub(super) epoch: u64,
@@ -66,6 +68,7 @@ impl Machine {
             node: Node::new(config(epoch)),
             publisher: Publisher::new(address(number), epoch),
             follower: Follower::new(Index::new(INDEX_BYTES_MAX, TTL_MS), TTL_MS),
+            links: Links::default(),
             followers: BTreeMap::new(),
             memory: Memory::default(),
             epoch,
@@ -100,6 +103,7 @@ fn config(epoch: u64) -> NodeConfig {
         sessions_max: 8,
         members_max: 16,
         profile: PrefillProfile::causal(0.0, 25.0, 0.001),
+        has_peers: true,
     }
 }
 

@@ -1,11 +1,12 @@
 //! `bench sim --nodes`: many real nodes in virtual time, hearing each other over a network that loses links, while some die.
 //!
-//! Owns the command's arguments and report. What decides is the daemon's own code (`kvd::node`, `kvd::index`); what carries
+//! Owns the command's arguments and report. What decides is the daemon's own code (`kvd::node`, `kvd::index`, `kvd::links`); what carries
 //! effects out is here, in memory. Invariants: equal arguments give an equal digest, over every event and every effect of every
 //! node; what must not be is counted, and fails the command.
 
 mod checks;
 mod clock;
+mod fetching;
 mod machine;
 mod network;
 mod requests;
@@ -19,21 +20,22 @@ use world::{Setup, World};
 
 /// A cluster of real nodes in virtual time.
 #[derive(Debug, Clone, clap::Args)]
+#[group(skip)]
 pub(super) struct Args {
     /// Instead of a trace: so many real nodes, each of which hears all others, with engines that share prompts; some die.
     #[arg(long, conflicts_with = "trace", value_parser = clap::value_parser!(u16).range(2..=1024))]
     pub(super) nodes: Option<u16>,
     /// With --nodes: what happens by chance.
-    #[arg(long, default_value_t = 7, requires = "nodes")]
+    #[arg(long, default_value_t = 7, conflicts_with = "trace")]
     seed: u64,
     /// With --nodes: how long engines ask; then everything that is known must become right.
-    #[arg(long, default_value_t = 30, requires = "nodes", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    #[arg(long, default_value_t = 30, conflicts_with = "trace", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     virtual_seconds: u64,
     /// With --nodes: the share of nodes that are killed.
-    #[arg(long, default_value_t = 0.1, requires = "nodes", value_parser = share)]
+    #[arg(long, default_value_t = 0.1, conflicts_with = "trace", value_parser = share)]
     kill_share: f64,
     /// With --nodes: prompts that come to each node in a second.
-    #[arg(long, default_value_t = 2.0, requires = "nodes", value_parser = super::positive)]
+    #[arg(long, default_value_t = 2.0, conflicts_with = "trace", value_parser = super::positive)]
     requests_per_second: f64,
 }
 
@@ -58,11 +60,11 @@ struct Report {
     returns: u64,
     requests: u64,
     refused: u64,
-    local_blocks: u64,
+    read_blocks: u64,
     fetched_blocks: u64,
     stored_blocks: u64,
     fetches: u64,
-    given_up_fetches: u64,
+    failed_fetches: u64,
     stale_hints: u64,
     invented_hints: u64,
     overdue_hints: u64,
@@ -93,7 +95,7 @@ fn simulate(args: &Args, nodes: u16) -> (Report, bool) {
     let started = Instant::now();
     let mut world = World::new(setup);
     world.run();
-    let (requests, checks) = (&world.requests, &world.checks);
+    let (requests, fetches, checks) = (&world.requests, &world.fetches, &world.checks);
     let report = Report {
         bench: "sim",
         nodes,
@@ -107,11 +109,11 @@ fn simulate(args: &Args, nodes: u16) -> (Report, bool) {
         returns: world.returns,
         requests: requests.asked,
         refused: requests.refused,
-        local_blocks: requests.local_blocks,
-        fetched_blocks: requests.fetched_blocks,
+        read_blocks: requests.read_blocks,
+        fetched_blocks: fetches.blocks,
         stored_blocks: requests.stored_blocks,
-        fetches: requests.fetches,
-        given_up_fetches: requests.given_up,
+        fetches: fetches.begun,
+        failed_fetches: fetches.failed,
         stale_hints: checks.stale_hints,
         invented_hints: checks.invented_hints,
         overdue_hints: checks.overdue_hints,
@@ -126,8 +128,8 @@ fn simulate(args: &Args, nodes: u16) -> (Report, bool) {
 fn table(report: &Report) -> String {
     format!(
         "{} nodes, seed {}: {} events, {} words heard, {:.1} s of virtual time in {:.1} s\n\
-         requests   {} ({} refused); blocks: {} read here, {} fetched, {} stored\n\
-         troubles   {} deaths, {} returns; {} of {} fetches given up\n\
+         requests   {} ({} refused); blocks: {} read, {} fetched from other nodes, {} stored\n\
+         troubles   {} deaths, {} returns; {} of {} fetches failed\n\
          hints      {} stale (misses), {} invented, {} overdue\n\
          recovery   {:.0} ms until the last index knew of a death; {} late; {} indexes wrong at the end\n\
          answers    {} wrong\n\
@@ -140,12 +142,12 @@ fn table(report: &Report) -> String {
         report.wall_s,
         report.requests,
         report.refused,
-        report.local_blocks,
+        report.read_blocks,
         report.fetched_blocks,
         report.stored_blocks,
         report.deaths,
         report.returns,
-        report.given_up_fetches,
+        report.failed_fetches,
         report.fetches,
         report.stale_hints,
         report.invented_hints,
@@ -175,7 +177,7 @@ mod tests {
     fn one_seed_is_one_run_and_whatever_happens_nothing_is_wrong() {
         let (first, good) = simulate(&args(7), 16);
         assert!(good, "{first:?}");
-        let busy = [first.deaths, first.returns, first.fetched_blocks, first.stale_hints, first.local_blocks];
+        let busy = [first.deaths, first.returns, first.fetched_blocks, first.stale_hints, first.read_blocks];
         assert!(busy.iter().all(|count| *count > 0), "the run misses something: {first:?}");
         assert!(first.worst_recovery_ms > 1000.0, "a silent death takes its time: {first:?}");
         assert_eq!(first.digest, simulate(&args(7), 16).0.digest);

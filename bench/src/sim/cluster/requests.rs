@@ -1,19 +1,17 @@
-//! What engines ask of their nodes: match a chain, fetch more of it from where the index says there is more, compute and
-//! store the rest.
+//! What engines ask of their nodes: match a chain, read what can be had of it, compute and store the rest.
 //!
 //! Owns requests under way, and what each lease lets its holder read. Invariants: every block that is read is compared with the one
-//! that was asked for; what is granted holds noise until it is filled; a fetch is answered by the owner, or given up.
-//! Leaves to others: the node's answers, memory (`machine`).
+//! that was asked for; what is granted holds noise until it is filled.
+//! Leaves to others: the nodes' answers, what they bring from each other (`fetching`), memory (`machine`).
 
 use super::clock::Chance;
-use super::network::Network;
-use super::world::{Event, World, number};
+use super::world::{Event, World};
 use crate::content::mix;
 use kvd::node::event::{Event as Told, MemberId};
+use kvd_proto::wire;
 use kvd_proto::wire::client_frame::Body as Ask;
 use kvd_proto::wire::node_frame::Body as Reply;
-use kvd_proto::wire::{self, NodeLocation};
-use kvd_proto::{BlockId, Chain, PROTOCOL_MAJOR};
+use kvd_proto::{BlockId, PROTOCOL_MAJOR};
 use kvd_tiers::segment::SlotRef;
 use std::collections::{BTreeMap, VecDeque};
 
@@ -23,19 +21,20 @@ const VARIANTS: u64 = 40;
 /// Reading what is ready; what has to come up first, at most.
 const READ_US: u64 = 300;
 const LOAD_US_MAX: u64 = 20_000;
+/// Some readers are slow: others' blocks come and go around what they hold.
+const SLOW_SHARE: f64 = 0.1;
+const SLOW_US: (u64, u64) = (100_000, 4_000_000);
 /// Computing one block.
 const FILL_US: u64 = 2_000;
-/// A fetch that is not answered by then is a miss.
-const GIVE_UP_US: u64 = 100_000;
 /// The engine's connection, and that of other nodes.
 const ENGINE: MemberId = 1;
-const PEERS: MemberId = 2;
+pub(super) const PEERS: MemberId = 2;
 
 /// What a reply is to; the rest of its number is the request's.
 const MATCH: u64 = 0;
-const SERVE: u64 = 1;
+pub(super) const SERVE: u64 = 1;
 const RESERVE: u64 = 2;
-const KINDS: u64 = 4;
+pub(super) const KINDS: u64 = 4;
 
 /// One prompt on its way.
 struct Request {
@@ -43,23 +42,13 @@ struct Request {
     chain: Vec<BlockId>,
     /// Blocks that were read on its own machine.
     local: usize,
-    fetch: Option<Fetch>,
     lease: u64,
     slots: Vec<(usize, SlotRef)>,
-}
-
-struct Fetch {
-    owner: u16,
-    epoch: u64,
-    /// As many as the index named.
-    blocks: usize,
-    contents: Vec<BlockId>,
 }
 
 /// A read lease.
 struct Reading {
     request: u64,
-    member: MemberId,
     /// By block of the chain: where, and whether it may be read.
     slots: BTreeMap<u32, (SlotRef, bool)>,
 }
@@ -70,11 +59,8 @@ pub(super) struct Requests {
     running: BTreeMap<u64, Request>,
     readings: BTreeMap<(u16, u64), Reading>,
     pub(super) asked: u64,
-    pub(super) local_blocks: u64,
-    pub(super) fetched_blocks: u64,
+    pub(super) read_blocks: u64,
     pub(super) stored_blocks: u64,
-    pub(super) fetches: u64,
-    pub(super) given_up: u64,
     pub(super) refused: u64,
 }
 
@@ -102,12 +88,12 @@ fn id(name: u64) -> BlockId {
     BlockId(bytes)
 }
 
-fn packed(ids: &[BlockId]) -> Vec<u8> {
+pub(super) fn packed(ids: &[BlockId]) -> Vec<u8> {
     ids.iter().flat_map(|id| id.0).collect()
 }
 
 /// The slots of runs, by block.
-fn slots(runs: &[wire::Run]) -> BTreeMap<u32, (SlotRef, bool)> {
+pub(super) fn slots(runs: &[wire::Run]) -> BTreeMap<u32, (SlotRef, bool)> {
     let slot = |run: &wire::Run, at: u32| {
         let slot = i64::from(run.first_slot) + i64::from(run.stride) * i64::from(at);
         (run.first_block + at, (SlotRef { segment: run.segment, slot: slot as u32 }, run.ready))
@@ -115,29 +101,32 @@ fn slots(runs: &[wire::Run]) -> BTreeMap<u32, (SlotRef, bool)> {
     runs.iter().flat_map(|run| (0..run.count).map(move |at| slot(run, at))).collect()
 }
 
-fn blocks(ranges: &[wire::BlockRange]) -> impl Iterator<Item = u32> {
+pub(super) fn blocks(ranges: &[wire::BlockRange]) -> impl Iterator<Item = u32> {
     ranges.iter().flat_map(|range| range.first..range.first + range.count)
 }
 
-fn request(member: MemberId, request_id: u64, body: Ask) -> Told {
+pub(super) fn request(member: MemberId, request_id: u64, body: Ask) -> Told {
     Told::Request { member, request_id, body }
 }
 
-fn release(member: MemberId, lease: u64) -> Told {
+pub(super) fn release(member: MemberId, lease: u64) -> Told {
     request(member, 0, Ask::Release(wire::ReleaseRequest { lease }))
 }
 
 impl World {
     /// Of its engine, and one for what other nodes fetch.
     pub(super) fn open_sessions(&mut self, machine: u16) {
-        for (member, maps) in [(ENGINE, true), (PEERS, false)] {
+        for member in [ENGINE, PEERS] {
             let opening = wire::OpenSessionRequest {
                 version_major: PROTOCOL_MAJOR,
                 engine: "simulated".to_owned(),
                 ..wire::OpenSessionRequest::default()
             };
             let token = [member as u8; 16];
-            self.tell(machine, Told::Open { member, request_id: 1, pid: 1, maps, token, request: opening });
+            self.tell(
+                machine,
+                Told::Open { member, request_id: 1, pid: 1, maps: true, token, request: opening },
+            );
             let space = Some(super::machine::space().to_wire());
             let register = Ask::RegisterSpace(wire::RegisterSpaceRequest { session: 0, space });
             self.tell(machine, request(member, 1, register));
@@ -158,9 +147,15 @@ impl World {
         self.requests.asked += 1;
         let number = self.requests.asked;
         let chain = prompt(&mut self.chance);
-        let asked = Request { machine, chain, local: 0, fetch: None, lease: 0, slots: Vec::new() };
+        let body = Ask::Match(wire::MatchRequest {
+            space: self.space(machine),
+            request_key: number.to_le_bytes().to_vec().into(),
+            chain: packed(&chain).into(),
+            ..wire::MatchRequest::default()
+        });
+        let asked = Request { machine, chain, local: 0, lease: 0, slots: Vec::new() };
         self.requests.running.insert(number, asked);
-        self.ask_match(machine, ENGINE, number * KINDS + MATCH);
+        self.tell(machine, request(ENGINE, number * KINDS + MATCH, body));
         self.ask_later(machine);
     }
 
@@ -168,56 +163,44 @@ impl World {
         self.machine(machine).and_then(|machine| machine.space).expect("it has sessions")
     }
 
-    fn ask_match(&mut self, machine: u16, member: MemberId, request_id: u64) {
-        let asked = &self.requests.running[&(request_id / KINDS)];
-        let body = Ask::Match(wire::MatchRequest {
-            space: self.space(machine),
-            request_key: request_id.to_le_bytes().to_vec().into(),
-            chain: packed(&asked.chain).into(),
-            skip_blocks: asked.local as u32,
-        });
-        self.tell(machine, request(member, request_id, body));
-    }
-
     /// A node's word; what it is told next goes into `next`.
     pub(super) fn answered(&mut self, at: u16, frame: wire::NodeFrame, next: &mut VecDeque<Told>) {
         let (of, kind) = (frame.request_id / KINDS, frame.request_id % KINDS);
         match frame.body.expect("a reply has a body") {
             Reply::SpaceRegistered(registered) => self.living(at).space = Some(registered.space),
-            Reply::Match(reply) => self.matched(at, (of, kind), &reply, next),
+            Reply::Match(reply) if kind == SERVE => self.served(at, of, &reply, next),
+            Reply::Match(reply) => self.matched(at, of, &reply, next),
             Reply::Reserve(reply) => self.reserved(at, of, &reply),
             Reply::Ready(ready) => self.ready(at, &ready),
             Reply::Error(error) => {
                 assert!(of > 0, "its sessions are opened: {error:?}");
                 self.requests.refused += 1;
                 match kind {
+                    MATCH => self.was_read(of, &[], next),
                     RESERVE => _ = self.requests.running.remove(&of),
-                    _ => self.was_read(of, kind, Vec::new(), next),
+                    _ => {} // a fetch is given up
                 }
             }
             _ => {}
         }
     }
 
-    fn matched(
-        &mut self,
-        at: u16,
-        (of, kind): (u64, u64),
-        reply: &wire::MatchReply,
-        next: &mut VecDeque<Told>,
-    ) {
+    fn matched(&mut self, at: u16, of: u64, reply: &wire::MatchReply, next: &mut VecDeque<Told>) {
         if reply.lease == 0 {
-            return self.was_read(of, kind, Vec::new(), next);
+            return self.was_read(of, &[], next);
         }
-        let member = if kind == SERVE { PEERS } else { ENGINE };
-        let reading = Reading { request: of, member, slots: slots(&reply.runs) };
+        let reading = Reading { request: of, slots: slots(&reply.runs) };
         self.requests.readings.insert((at, reply.lease), reading);
-        let us = READ_US + reply.predicted_us.min(LOAD_US_MAX);
+        let slow = self.chance.happens(SLOW_SHARE);
+        let slow_us = if slow { self.chance.between(SLOW_US.0, SLOW_US.1) } else { 0 };
+        let us = READ_US + reply.predicted_us.min(LOAD_US_MAX) + slow_us;
         self.clock.after(us, Event::Read { machine: at, lease: reply.lease });
     }
 
     fn ready(&mut self, at: u16, ready: &wire::Ready) {
-        let Some(reading) = self.requests.readings.get_mut(&(at, ready.lease)) else { return };
+        let Some(reading) = self.requests.readings.get_mut(&(at, ready.lease)) else {
+            return self.fetches.ready(at, ready);
+        };
         for block in blocks(&ready.blocks) {
             reading.slots.entry(block).and_modify(|slot| slot.1 = true);
         }
@@ -228,107 +211,22 @@ impl World {
     pub(super) fn read(&mut self, machine: u16, lease: u64) {
         let Some(reading) = self.requests.readings.remove(&(machine, lease)) else { return };
         let memory = &self.living(machine).memory;
-        let ready = reading.slots.values().take_while(|(_, ready)| *ready);
+        let ready = (0..).map_while(|block| reading.slots.get(&block).filter(|(_, ready)| *ready));
         let contents: Vec<_> = ready.map(|(slot, _)| memory.read(*slot).unwrap_or_default()).collect();
-        let kind = if reading.member == PEERS { SERVE } else { MATCH };
-        let mut next = VecDeque::from([release(reading.member, lease)]);
-        self.was_read(reading.request, kind, contents, &mut next);
-        next.into_iter().for_each(|event| self.tell(machine, event));
+        let mut next = VecDeque::from([release(ENGINE, lease)]);
+        self.was_read(reading.request, &contents, &mut next);
+        self.tell_all(machine, next);
     }
 
-    fn was_read(&mut self, of: u64, kind: u64, contents: Vec<BlockId>, next: &mut VecDeque<Told>) {
+    fn was_read(&mut self, of: u64, contents: &[BlockId], next: &mut VecDeque<Told>) {
         let Some(asked) = self.requests.running.get_mut(&of) else { return };
-        if kind == SERVE {
-            let Some(fetch) = &mut asked.fetch else { return };
-            fetch.contents = contents;
-            let (machine, owner) = (asked.machine, fetch.owner);
-            return self.pass(owner, machine, Event::FetchAnswered { request: of });
-        }
-        self.checks.compare_read(&contents, &asked.chain);
+        self.checks.compare_read(contents, &asked.chain);
         asked.local = contents.len();
-        self.requests.local_blocks += contents.len() as u64;
-        match self.deeper(of) {
-            Some(fetch) => self.start_fetch(of, fetch),
-            None => self.reserve(of, next),
-        }
+        self.requests.read_blocks += contents.len() as u64;
+        self.reserve(of, next);
     }
 
-    /// Where the index says there is more of it.
-    fn deeper(&mut self, of: u64) -> Option<Fetch> {
-        let asked = &self.requests.running[&of];
-        let chain = Chain::from_ids("chain", asked.chain.clone()).expect("a chain within limits");
-        let machine = self.machine(asked.machine).expect("it lives");
-        let found = machine.follower.index().locate(&chain, 0, 0);
-        let now_us = self.clock.now_us();
-        for location in &found {
-            let owner = self.machines[usize::from(number(&location.address))].as_ref();
-            self.checks.hint(owner, location, chain.ids(), now_us);
-        }
-        let more = |location: &&NodeLocation| {
-            location.blocks as usize > asked.local && number(&location.address) != asked.machine
-        };
-        found.iter().find(more).map(|location| Fetch {
-            owner: number(&location.address),
-            epoch: location.node_epoch,
-            blocks: location.blocks as usize,
-            contents: Vec::new(),
-        })
-    }
-
-    fn start_fetch(&mut self, of: u64, fetch: Fetch) {
-        let asked = self.requests.running.get_mut(&of).expect("it is under way");
-        let (machine, owner) = (asked.machine, fetch.owner);
-        asked.fetch = Some(fetch);
-        self.requests.fetches += 1;
-        self.pass(machine, owner, Event::FetchAsked { request: of });
-        self.clock.after(GIVE_UP_US, Event::GivenUp { request: of });
-    }
-
-    /// From machine to machine, if the link carries it.
-    fn pass(&mut self, from: u16, to: u16, event: Event) {
-        if !self.network.still(from, to, self.clock.now_us()) {
-            let us = Network::latency_us(&mut self.chance);
-            self.clock.after(us, event);
-        }
-    }
-
-    /// The owner looks again: it is the truth about what it has.
-    pub(super) fn fetch_asked(&mut self, of: u64) {
-        let Some(asked) = self.requests.running.get(&of) else { return };
-        let Some(Fetch { owner, epoch, .. }) = asked.fetch else { return };
-        let machine = asked.machine;
-        match self.machine(owner).map(|owner| owner.epoch) {
-            Some(now) if now == epoch => self.ask_match(owner, PEERS, of * KINDS + SERVE),
-            Some(_) => self.pass(owner, machine, Event::FetchAnswered { request: of }),
-            None => {} // it is given up
-        }
-    }
-
-    pub(super) fn fetch_answered(&mut self, of: u64) {
-        let Some(asked) = self.requests.running.get_mut(&of) else { return };
-        let Some(fetch) = asked.fetch.take() else { return };
-        self.checks.compare_read(&fetch.contents, &asked.chain[asked.local..]);
-        self.requests.fetched_blocks += fetch.contents.len() as u64;
-        let missed = (fetch.blocks - asked.local).saturating_sub(fetch.contents.len());
-        self.checks.stale_hints += missed as u64;
-        self.go_on(of);
-    }
-
-    pub(super) fn given_up(&mut self, of: u64) {
-        let Some(asked) = self.requests.running.get_mut(&of) else { return };
-        let Some(fetch) = asked.fetch.take() else { return };
-        self.requests.given_up += 1;
-        self.checks.stale_hints += (fetch.blocks - asked.local) as u64;
-        self.go_on(of);
-    }
-
-    fn go_on(&mut self, of: u64) {
-        let (machine, mut next) = (self.requests.running[&of].machine, VecDeque::new());
-        self.reserve(of, &mut next);
-        next.into_iter().for_each(|event| self.tell(machine, event));
-    }
-
-    /// What was not on its machine is stored there, fetched or computed.
+    /// What was not on its machine is computed and stored there.
     fn reserve(&mut self, of: u64, next: &mut VecDeque<Told>) {
         let asked = &self.requests.running[&of];
         let (local, chain) = (asked.local, &asked.chain);

@@ -6,6 +6,7 @@
 
 use super::checks::Checks;
 use super::clock::{Chance, Clock};
+use super::fetching::Fetches;
 use super::machine::{Caller, Machine, Move, TTL_MS, address};
 use super::network::{Network, Word};
 use super::requests::Requests;
@@ -40,9 +41,11 @@ pub(super) enum Event {
     Moved { machine: u16, life: u32, token: u64 },
     Asked { machine: u16, life: u32 },
     Read { machine: u16, lease: u64 },
-    FetchAsked { request: u64 },
-    FetchAnswered { request: u64 },
-    GivenUp { request: u64 },
+    FetchAsked { fetch: u64 },
+    OfferCame { fetch: u64 },
+    GivenUp { fetch: u64 },
+    Carried { fetch: u64 },
+    LeaseEnds { machine: u16, life: u32, lease: u64 },
     Filled { request: u64 },
     Death { machine: u16, silent: bool },
     Return { machine: u16 },
@@ -74,6 +77,7 @@ pub(super) struct World {
     lives: Vec<u32>,
     pub(super) addresses: Vec<String>,
     pub(super) requests: Requests,
+    pub(super) fetches: Fetches,
     pub(super) checks: Checks,
     pub(super) words: u64,
     pub(super) returns: u64,
@@ -90,6 +94,7 @@ impl World {
             lives: vec![0; usize::from(setup.machines)],
             addresses: (0..setup.machines).map(address).collect(),
             requests: Requests::default(),
+            fetches: Fetches::default(),
             checks: Checks::default(),
             words: 0,
             returns: 0,
@@ -150,9 +155,13 @@ impl World {
             Event::Moved { machine, life, token } if self.lives(machine, life) => self.moved(machine, token),
             Event::Asked { machine, life } if self.lives(machine, life) => self.ask(machine),
             Event::Read { machine, lease } => self.read(machine, lease),
-            Event::FetchAsked { request } => self.fetch_asked(request),
-            Event::FetchAnswered { request } => self.fetch_answered(request),
-            Event::GivenUp { request } => self.given_up(request),
+            Event::FetchAsked { fetch } => self.fetch_asked(fetch),
+            Event::OfferCame { fetch } => self.offer_came(fetch),
+            Event::GivenUp { fetch } => self.given_up(fetch),
+            Event::Carried { fetch } => self.carried(fetch),
+            Event::LeaseEnds { machine, life, lease } if self.lives(machine, life) => {
+                self.lease_ends(machine, lease);
+            }
             Event::Filled { request } => self.filled(request),
             Event::Death { machine, silent } => self.death(machine, silent),
             Event::Return { machine } => {
@@ -165,7 +174,11 @@ impl World {
                 self.clock.after(us, Event::MoveAgain { one, other });
             }
             Event::MoveAgain { one, other } => self.move_again(one, other),
-            Event::Beat { .. } | Event::Checksummed { .. } | Event::Moved { .. } | Event::Asked { .. } => {}
+            Event::Beat { .. }
+            | Event::Checksummed { .. }
+            | Event::Moved { .. }
+            | Event::Asked { .. }
+            | Event::LeaseEnds { .. } => {} // of an earlier life
         }
     }
 
@@ -197,6 +210,7 @@ impl World {
     fn death(&mut self, machine: u16, silent: bool) {
         let Some(dead) = self.machines[usize::from(machine)].take() else { return };
         self.requests.died(machine);
+        self.fetches_die(machine);
         self.network.power(machine, !silent);
         for other in (0..self.setup.machines).filter(|other| *other != machine) {
             let heard = self.network.cut(other, machine);
@@ -242,7 +256,7 @@ impl World {
         self.tell_all(machine, VecDeque::from([event]));
     }
 
-    fn tell_all(&mut self, at: u16, mut events: VecDeque<Told>) {
+    pub(super) fn tell_all(&mut self, at: u16, mut events: VecDeque<Told>) {
         let mut effects = Vec::new();
         while let Some(event) = events.pop_front() {
             let now_us = self.clock.now_us();
@@ -280,6 +294,8 @@ impl World {
             Effect::Promote { token, from, to, header, .. } => {
                 self.start_move(at, token, Move { promotion: true, from, to, id: header.id });
             }
+            Effect::Seek { ticket, wanted } => self.seek(at, ticket, wanted, next),
+            Effect::Fetch { ticket, orders } => self.ordered(at, ticket, orders),
             Effect::Copies { runs } => self.published(at, publish::Event::Copies { runs }, None, next),
             Effect::Slice { ticket, runs, next: more } => {
                 let slice = publish::Event::Slice { follower: ticket, runs, next: more };
