@@ -30,6 +30,9 @@ pub(crate) struct Setup {
     pub(crate) grpc_address: String,
     /// gRPC addresses of the whole cluster.
     pub(crate) nodes: Vec<String>,
+    /// Or the etcd that keeps the list.
+    pub(crate) etcd: Vec<String>,
+    pub(crate) node_name: String,
 }
 
 impl Default for Setup {
@@ -44,6 +47,8 @@ impl Default for Setup {
             metrics_address: String::new(),
             grpc_address: String::new(),
             nodes: Vec::new(),
+            etcd: Vec::new(),
+            node_name: "node".to_owned(),
         }
     }
 }
@@ -58,17 +63,19 @@ impl Setup {
         };
         let nvme_bytes = if self.nvme_bytes == 0 { self.segment_bytes } else { self.nvme_bytes };
         let text = format!(
-            "data_dir = \"{}\"\n\
+            "data_dir = \"{}\"\nnode_name = {:?}\n\
              [listen]\ngrpc_address = {:?}\nmetrics_address = {:?}\n\
-             [cluster]\nnodes = {:?}\nttl_ms = {CLUSTER_TTL_MS}\n\
+             [cluster]\nnodes = {:?}\netcd = {:?}\nttl_ms = {CLUSTER_TTL_MS}\n\
              [dram]\ncapacity_bytes = {}\nsegment_bytes = {}\n\
              [nvme]\npath = \"{}\"\ncapacity_bytes = {nvme_bytes}\nsegment_bytes = {}\n\
              [leases]\nttl_ms = {}\nbytes_max_per_session = {}\n\
              [limits]\nsessions_max = {}\nmembers_max = {}\n",
             folder.display(),
+            self.node_name,
             self.grpc_address,
             self.metrics_address,
             self.nodes,
+            self.etcd,
             self.dram_bytes,
             self.segment_bytes,
             nvme_path.display(),

@@ -8,6 +8,10 @@ mod cluster;
 mod content;
 mod daemon;
 mod engine;
+mod etcd;
+#[path = "../membership/server.rs"]
+#[allow(dead_code, reason = "the membership suite asks more of it")]
+mod etcd_server;
 mod fake_node;
 mod full_device;
 mod grpc;
