@@ -8,8 +8,8 @@
 //! same trace can stand beside ours. Against it: a request that starts anew for want of memory computes what it had generated
 //! too; memory for fetched blocks is taken when the request's turn comes, not when the fetch begins; writes into kvd are free.
 
-mod engine;
-mod hbm;
+pub(crate) mod engine;
+pub(crate) mod hbm;
 mod store;
 mod world;
 

@@ -1,0 +1,227 @@
+//! `bench engine`: a simulated engine as a process that serves OpenAI's API, keeps its blocks in kvd and stands as a worker.
+//!
+//! Owns the command and the process's life: it says where it listens, drains at SIGTERM (nothing new, what it has is finished
+//! within `DRAIN_MAX`), and ends. Invariant: neither kvd nor its node need be there, at the start or later.
+
+use super::answer::Words;
+use super::blocks::Blocks;
+use super::driver::{Driver, Event, Setup};
+use super::http::{self, Door};
+use super::profile::{Profile, ProfileName};
+use super::standing::Standing;
+use super::stats::Counting;
+use crate::failure::Failure;
+use kvd_proto::limits::{CHAIN_BLOCKS_MAX, WORKER_REQUESTS_MAX};
+use kvd_proto::wire::{WorkerProfile, WorkerRegistration, WorkerRole};
+use kvd_proto::{IdScheme, Layout, Space};
+use kvd_router::tokens::Tokenizer;
+use std::io::Write as _;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Semaphore, oneshot};
+use tokio::time::timeout;
+
+/// From SIGTERM to the last answer. At the limit: what is left is cut off.
+const DRAIN_MAX: Duration = Duration::from_secs(60);
+/// For storing what was computed last, and for last bytes to leave. At the limit: they do not.
+const SETTLE_MAX: Duration = Duration::from_secs(5);
+
+/// A simulated engine that serves OpenAI's API: the steps of `bench sim`, in real time; answers are made up from the prompt alone.
+///
+/// It keeps a prefix cache of its own (`--hbm-blocks`), gets what it does not have from kvd (`--kvd`), stores what it computes there,
+/// and stands as a worker at a node (`--node`), so that routers and planners find it. Every byte it reads is checked:
+/// `wrong_blocks` in `GET /stats`. Prints one line when it serves; SIGTERM drains it.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct Args {
+    /// Where it serves; port 0: any free one.
+    #[arg(long, default_value = "127.0.0.1:0")]
+    listen: SocketAddr,
+    /// Its own among its node's workers.
+    #[arg(long, default_value = "engine-0")]
+    name: String,
+    /// As clients call it.
+    #[arg(long, default_value = "sim-8b")]
+    model: String,
+    /// What routers may send it.
+    #[arg(long, value_enum, default_value = "both")]
+    role: Role,
+    /// How fast it computes.
+    #[arg(long, value_enum, default_value = "llama-3-8b-h100")]
+    profile: ProfileName,
+    /// kvd's session socket; without, nothing is kept but in its own memory.
+    #[arg(long)]
+    kvd: Option<PathBuf>,
+    /// Where to stand as a worker: the node's gRPC socket, or `http://host:port`.
+    #[arg(long)]
+    node: Option<String>,
+    /// A model's `tokenizer.json` or folder; without, prompts are tokens.
+    #[arg(long)]
+    tokenizer: Option<PathBuf>,
+    /// Tokens of a block.
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    block_tokens: u32,
+    /// Blocks of its own memory.
+    #[arg(long, default_value_t = 16_384, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+    hbm_blocks: u32,
+    /// Tokens of one step.
+    #[arg(long, default_value_t = 8192, value_parser = clap::value_parser!(u64).range(512..=1_000_000))]
+    max_batched_tokens: u64,
+    /// Waiting and running; who comes then is told to try again.
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=i64::from(WORKER_REQUESTS_MAX)))]
+    requests_max: u32,
+    /// Bytes that stand for one block in kvd.
+    #[arg(long, default_value_t = 65_536)]
+    block_bytes: u32,
+    /// 2: twice as fast as the profile.
+    #[arg(long, default_value_t = 1.0, value_parser = scale)]
+    time_scale: f64,
+}
+
+/// As `WorkerRole`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Role {
+    Both,
+    Prefill,
+    Decode,
+}
+
+fn scale(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(scale) if (0.001..=10_000.0).contains(&scale) => Ok(scale),
+        _ => Err("give a number from 0.001 to 10000".to_owned()),
+    }
+}
+
+/// Runs the command until SIGTERM.
+pub(crate) async fn run(args: Args) -> Result<(), Failure> {
+    let tokenizer = args.tokenizer.as_deref().map(Tokenizer::open).transpose()?;
+    let space = args.space()?;
+    let fingerprint = space.fingerprint();
+    let mut terminated = signal(SignalKind::terminate())?;
+    let listener = TcpListener::bind(args.listen).await?;
+    let address = format!("http://{}", listener.local_addr()?);
+    let stats = Counting::default();
+    let standing = match args.node.clone() {
+        None => Standing::default(),
+        Some(node) => Standing::at(node, args.registration(&address, fingerprint.0)),
+    };
+    let blocks = args.kvd.clone();
+    let blocks = blocks.map(|socket| Blocks::open(socket, args.name.clone(), space, stats.clone()));
+    let (driver, tell) = Driver::new(Setup {
+        profile: Profile::named(args.profile),
+        block_tokens: args.block_tokens.into(),
+        hbm_blocks: args.hbm_blocks,
+        batched_tokens_max: args.max_batched_tokens,
+        time_scale: args.time_scale,
+        blocks: blocks.clone(),
+        standing: standing.clone(),
+        stats: stats.clone(),
+    });
+    let door = Arc::new(Door {
+        words: Words::of(tokenizer.as_ref()),
+        tokenizer,
+        fingerprint,
+        block_tokens: args.block_tokens,
+        context_tokens_max: args.context_tokens_max(),
+        requests_max: args.requests_max,
+        room: Arc::new(Semaphore::new(args.requests_max as usize)),
+        prefills: args.role == Role::Prefill,
+        draining: AtomicBool::new(false),
+        tell,
+        standing,
+        stats,
+        answers: AtomicU64::new(0),
+        model: args.model,
+    });
+    let (stop, stopped) = oneshot::channel::<()>();
+    let server = axum::serve(listener, http::routes(door.clone()));
+    let server = server.with_graceful_shutdown(async { _ = stopped.await });
+    let server = tokio::spawn(server.into_future());
+    // not `println!`: a parent that no longer listens is no reason to panic
+    writeln!(std::io::stdout(), "listening {address}")?;
+    tokio::select! {
+        () = driver.run() => unreachable!("the driver runs for ever"),
+        () = async { _ = terminated.recv().await; drain(&door, blocks.as_deref()).await } => {}
+    }
+    drop(stop);
+    // answers are made; slow readers do not keep the process
+    timeout(SETTLE_MAX, server).await.map_or(Ok(()), |ended| Ok(ended??))
+}
+
+/// Takes nothing more and waits for what there is.
+async fn drain(door: &Door, blocks: Option<&Blocks>) {
+    door.draining.store(true, Ordering::Relaxed);
+    let _ = door.tell.send(Event::Draining).await; // the driver runs beside this
+    let ended = door.room.acquire_many(door.requests_max);
+    if timeout(DRAIN_MAX, ended).await.is_err() {
+        eprintln!("bench engine: requests are cut off after {DRAIN_MAX:?} of draining");
+    }
+    if let Some(blocks) = blocks {
+        let _ = timeout(SETTLE_MAX, blocks.settled()).await; // what is not stored is computed again
+    }
+}
+
+impl Args {
+    /// Engines of one model share it.
+    fn space(&self) -> Result<Space, Failure> {
+        Ok(Space {
+            tenant: "default".to_owned(),
+            model: self.model.clone(),
+            revision: blake3::hash(self.model.as_bytes()).as_bytes().to_vec(),
+            epoch: 0,
+            layout: Layout::opaque(self.block_bytes, self.block_tokens)?,
+            id_scheme: IdScheme::Tokens,
+        })
+    }
+
+    fn kv_tokens_max(&self) -> u64 {
+        u64::from(self.block_tokens) * u64::from(self.hbm_blocks)
+    }
+
+    /// One request alone fits the memory, its last block whole, and its chain the protocol.
+    fn context_tokens_max(&self) -> u64 {
+        let chain_tokens = u64::from(self.block_tokens) * CHAIN_BLOCKS_MAX as u64;
+        self.kv_tokens_max().min(chain_tokens)
+    }
+
+    fn registration(&self, address: &str, fingerprint: [u8; 32]) -> WorkerRegistration {
+        let fingerprint = if self.kvd.is_some() { fingerprint.to_vec() } else { Vec::new() };
+        let role = match self.role {
+            Role::Both => WorkerRole::Both,
+            Role::Prefill => WorkerRole::Prefill,
+            Role::Decode => WorkerRole::Decode,
+        };
+        WorkerRegistration {
+            name: self.name.clone(),
+            model: self.model.clone(),
+            address: address.to_owned(),
+            role: role.into(),
+            profile: Some(self.real_profile()),
+            requests_max: self.requests_max,
+            kv_tokens_max: self.kv_tokens_max(),
+            fingerprint: fingerprint.into(),
+            block_tokens: self.block_tokens,
+            batched_tokens_max: self.max_batched_tokens as u32,
+        }
+    }
+
+    /// Others predict in real time.
+    fn real_profile(&self) -> WorkerProfile {
+        let Profile { prefill, decode, .. } = Profile::named(self.profile);
+        let real = |us: f64| us / self.time_scale;
+        WorkerProfile {
+            prefill_base_us: real(prefill.base_us),
+            prefill_token_us: real(prefill.token_us),
+            prefill_square_us: real(prefill.square_us),
+            prefill_context_us: real(prefill.context_us),
+            decode_a_us: real(decode.a_us),
+            decode_b_us: real(decode.b_us),
+            decode_c_us: real(decode.c_us),
+        }
+    }
+}
