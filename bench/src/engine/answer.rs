@@ -36,9 +36,10 @@ impl Words {
 /// Names a prompt.
 pub(super) fn seed(prompt: &[u32]) -> u64 {
     let mut hasher = blake3::Hasher::new();
-    prompt.iter().for_each(|token| _ = hasher.update(&token.to_le_bytes()));
-    let (first, _) = hasher.finalize().as_bytes().split_first_chunk().map(|(first, rest)| (*first, rest.len())).expect("32 bytes");
-    u64::from_le_bytes(first)
+    prompt.iter().for_each(|token| {
+        hasher.update(&token.to_le_bytes());
+    });
+    u64::from_le_bytes(*hasher.finalize().as_bytes().first_chunk().expect("32 bytes"))
 }
 
 /// Tokens of a request.
@@ -73,9 +74,7 @@ impl Form {
     pub(super) fn whole(&self, text: &str, usage: Usage) -> Value {
         let (object, said) = match self.endpoint {
             Endpoint::Completions => ("text_completion", json!({"text": text})),
-            Endpoint::Chat => {
-                ("chat.completion", json!({"message": {"role": "assistant", "content": text}}))
-            }
+            Endpoint::Chat => ("chat.completion", json!({"message": {"role": "assistant", "content": text}})),
         };
         let mut whole = self.envelope(object, vec![choice(said, true)]);
         whole["usage"] = usage.to_json();
@@ -144,7 +143,10 @@ mod tests {
         let whole = chat.whole("hi", usage);
         assert_eq!(whole["choices"][0]["message"]["content"], "hi");
         assert_eq!(whole["usage"]["prompt_tokens_details"]["cached_tokens"], 4);
-        assert_eq!((&whole["usage"]["total_tokens"], &whole["object"]), (&json!(7), &json!("chat.completion")));
+        assert_eq!(
+            (&whole["usage"]["total_tokens"], &whole["object"]),
+            (&json!(7), &json!("chat.completion"))
+        );
         assert_eq!(chat.piece("h", true, false)["choices"][0]["delta"]["role"], "assistant");
         assert_eq!(chat.piece("i", false, true)["choices"][0]["finish_reason"], "length");
         assert_eq!(chat.usage_piece(usage)["choices"], json!([]));

@@ -10,10 +10,10 @@ use kvd_client::{ConnectOptions, Match, Read, ReserveState, Session, SpaceHandle
 use kvd_proto::cost::stall_us;
 use kvd_proto::{BlockId, Chain, Error, Space, block_id};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::time::timeout;
 
 /// Between two tries to open the session.
@@ -55,7 +55,7 @@ pub(super) struct Wanted {
 
 /// An engine's way to kvd.
 pub(super) struct Blocks {
-    space: Arc<OnceLock<SpaceHandle>>,
+    space: watch::Receiver<Option<SpaceHandle>>,
     slot_bytes: usize,
     stores: mpsc::Sender<(Store, OwnedSemaphorePermit)>,
     room: Arc<Semaphore>,
@@ -67,8 +67,9 @@ impl Blocks {
     /// Opens a session as `engine`, as soon as the node answers.
     pub(super) fn open(socket: PathBuf, engine: String, space: Space, stats: Counting) -> Arc<Self> {
         let (stores, queue) = mpsc::channel(STORES_MAX);
+        let (opened, open) = watch::channel(None);
         let blocks = Arc::new(Self {
-            space: Arc::default(),
+            space: open,
             slot_bytes: space.layout.slot_bytes(0) as usize,
             stores,
             room: Arc::new(Semaphore::new(STORES_MAX)),
@@ -76,17 +77,27 @@ impl Blocks {
             stats,
         });
         let options = ConnectOptions { engine, ..ConnectOptions::new(socket) };
-        tokio::spawn(opened(options, space, blocks.space.clone()));
+        tokio::spawn(keep_opening(options, space, opened));
         tokio::spawn(blocks.clone().store_all(queue));
         blocks
     }
 
+    /// Until the session is open.
+    pub(super) async fn opened(&self) {
+        let _ = self.space.clone().wait_for(Option::is_some).await; // its sender is dropped only after
+    }
+
+    fn space(&self) -> Option<SpaceHandle> {
+        self.space.borrow().clone()
+    }
+
     /// Where the blocks were that follow the engine's own and are there now.
     pub(super) async fn fetch(&self, wanted: &Wanted) -> Vec<Location> {
-        let Some(space) = self.space.get() else { return Vec::new() };
+        let Some(space) = self.space() else { return Vec::new() };
         let patience = Instant::now() + HAND_OVER_WAIT;
         loop {
-            let asked = space.match_prefix(&self.key(*b"get"), &wanted.chain, wanted.found_blocks as u32);
+            let key = self.key(*b"get");
+            let asked = space.match_prefix(&key, &wanted.chain, wanted.found_blocks as u32);
             let Some(matched) = self.answered(asked).await else { return Vec::new() };
             if matched.blocks() as usize >= wanted.prefilled_blocks || Instant::now() >= patience {
                 return self.read(&matched, wanted).await;
@@ -135,8 +146,8 @@ impl Blocks {
 
     async fn store_all(self: Arc<Self>, mut queue: mpsc::Receiver<(Store, OwnedSemaphorePermit)>) {
         while let Some((store, _room)) = queue.recv().await {
-            let Some(space) = self.space.get() else { continue };
-            let has = match timeout(STORE_WAIT, self.put(space, &store)).await {
+            let Some(space) = self.space() else { continue };
+            let has = match timeout(STORE_WAIT, self.put(&space, &store)).await {
                 Ok(Ok(has)) => has,
                 _ => {
                     self.stats.count(|stats| stats.failed += 1);
@@ -196,12 +207,15 @@ impl Blocks {
 }
 
 /// Tries until the node has registered the space; says once why not.
-async fn opened(options: ConnectOptions, space: Space, into: Arc<OnceLock<SpaceHandle>>) {
+async fn keep_opening(options: ConnectOptions, space: Space, opened: watch::Sender<Option<SpaceHandle>>) {
     let mut told = false;
     loop {
         let asked = async { Session::open(options.clone()).await?.space(&space).await };
         match asked.await {
-            Ok(space) => return assert!(into.set(space).is_ok(), "opened once"),
+            Ok(space) => {
+                opened.send_replace(Some(space));
+                return;
+            }
             Err(error) if !told => eprintln!("bench engine: {error}; until then every block is a miss"),
             Err(_) => {}
         }

@@ -92,7 +92,12 @@ impl Driver {
     pub(super) fn new(setup: Setup) -> (Self, mpsc::Sender<Event>) {
         let (tell, events) = mpsc::channel(EVENTS_MAX);
         let driver = Self {
-            engine: Engine::new(setup.profile, setup.block_tokens, setup.hbm_blocks, setup.batched_tokens_max),
+            engine: Engine::new(
+                setup.profile,
+                setup.block_tokens,
+                setup.hbm_blocks,
+                setup.batched_tokens_max,
+            ),
             clock: Clock { origin: Instant::now(), scale: setup.time_scale },
             setup,
             known: HashMap::new(),
@@ -184,7 +189,11 @@ impl Driver {
             prompt_tokens: known.request.prompt_tokens,
             output_tokens: known.request.output_tokens,
             chain: known.request.chain.ids().iter().map(|id| id.to_u64()).collect(),
-            fetched_blocks: if known.fetched.is_empty() { 0 } else { known.found_blocks + known.fetched.len() },
+            fetched_blocks: if known.fetched.is_empty() {
+                0
+            } else {
+                known.found_blocks + known.fetched.len()
+            },
             found_blocks: known.found_blocks,
             prefilled: false,
         });
@@ -243,9 +252,7 @@ impl Driver {
         let waiting_tokens =
             self.engine.load(self.clock.now_us()).waiting_tokens + fetching_tokens.sum::<u64>();
         let waiting = waiting + fetching().count();
-        self.setup
-            .stats
-            .count(|stats| (stats.running, stats.waiting) = (running as u64, waiting as u64));
+        self.setup.stats.count(|stats| (stats.running, stats.waiting) = (running as u64, waiting as u64));
         self.setup.standing.report(WorkerLoad {
             running_requests: running as u32,
             waiting_requests: waiting as u32,

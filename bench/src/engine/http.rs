@@ -109,11 +109,7 @@ struct Admitted {
 }
 
 impl Door {
-    async fn answer(
-        self: Arc<Self>,
-        endpoint: Endpoint,
-        body: Result<Bytes, BytesRejection>,
-    ) -> Response {
+    async fn answer(self: Arc<Self>, endpoint: Endpoint, body: Result<Bytes, BytesRejection>) -> Response {
         let asked = body.map_err(|_| Refusal::too_large(BODY_BYTES_MAX as u64));
         let asked = asked.and_then(|body| openai::Request::parse(endpoint, &body));
         match asked.and_then(|asked| self.admit(asked)) {

@@ -28,6 +28,8 @@ use tokio::time::timeout;
 
 /// From SIGTERM to the last answer. At the limit: what is left is cut off.
 const DRAIN_MAX: Duration = Duration::from_secs(60);
+/// How long it waits for kvd before it serves: one that is there answers sooner. At the limit: kvd is a miss until it comes.
+const OPEN_MAX: Duration = Duration::from_secs(1);
 /// For storing what was computed last, and for last bytes to leave. At the limit: they do not.
 const SETTLE_MAX: Duration = Duration::from_secs(5);
 
@@ -112,6 +114,9 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     };
     let blocks = args.kvd.clone();
     let blocks = blocks.map(|socket| Blocks::open(socket, args.name.clone(), space, stats.clone()));
+    if let Some(blocks) = &blocks {
+        let _ = timeout(OPEN_MAX, blocks.opened()).await;
+    }
     let (driver, tell) = Driver::new(Setup {
         profile: Profile::named(args.profile),
         block_tokens: args.block_tokens.into(),
