@@ -16,10 +16,13 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
 /// Events that wait for the driver. At the limit: their senders wait.
 const EVENTS_MAX: usize = 1024;
+/// Where nothing but tokens has changed, the load is told so often: to count them takes a look at every waiting block.
+const REPORT_EVERY: Duration = Duration::from_millis(50);
 /// After standing still for longer, the engine does not run faster than it can to make up for it.
 const LATE_MAX: Duration = Duration::from_millis(20);
 
@@ -50,8 +53,6 @@ pub(super) struct Request {
 /// What the driver is told.
 pub(super) enum Event {
     Arrived(Request),
-    /// A request's blocks that follow its first ones in HBM.
-    Fetched(usize, Vec<Location>),
     Draining,
 }
 
@@ -84,8 +85,11 @@ pub(super) struct Driver {
     arrived: usize,
     draining: bool,
     claimed: Vec<u64>,
-    tell: mpsc::Sender<Event>,
+    /// Requests, and where their blocks were that follow those in HBM. One a request at most.
+    fetches: JoinSet<(usize, Vec<Location>)>,
     events: mpsc::Receiver<Event>,
+    /// What was last reported, and when.
+    reported: Option<((usize, usize, bool), Instant)>,
 }
 
 impl Driver {
@@ -104,13 +108,14 @@ impl Driver {
             arrived: 0,
             draining: false,
             claimed: Vec::new(),
-            tell: tell.clone(),
+            fetches: JoinSet::new(),
             events,
+            reported: None,
         };
         (driver, tell)
     }
 
-    /// Until the process ends.
+    /// Until nobody is left who could ask.
     pub(super) async fn run(mut self) {
         let mut ends_us = None;
         let mut last_us = None;
@@ -119,7 +124,14 @@ impl Driver {
             ends_us = ends_us.or_else(|| self.engine.start(from_us));
             self.report();
             tokio::select! {
-                event = self.events.recv() => self.take(event.expect("the driver holds a sender")),
+                event = self.events.recv() => match event {
+                    Some(event) => self.take(event),
+                    None => return,
+                },
+                Some(fetch) = self.fetches.join_next() => {
+                    let (number, fetched) = fetch.expect("a fetch ends with what it has");
+                    self.fetched(number, fetched);
+                }
                 () = sleep_until(self.clock.at(ends_us.unwrap_or(0))), if ends_us.is_some() => {
                     last_us = ends_us.take();
                     let outcome = self.engine.end_step(last_us.expect("a step was under way"));
@@ -138,7 +150,6 @@ impl Driver {
     fn take(&mut self, event: Event) {
         match event {
             Event::Arrived(request) => self.arrive(request),
-            Event::Fetched(number, fetched) => self.fetched(number, fetched),
             Event::Draining => self.draining = true,
         }
     }
@@ -156,11 +167,7 @@ impl Driver {
         match blocks {
             None => self.enqueue(number),
             Some(blocks) => {
-                let tell = self.tell.clone();
-                tokio::spawn(async move {
-                    let fetched = blocks.fetch(&wanted).await;
-                    let _ = tell.send(Event::Fetched(number, fetched)).await; // at the process's end nobody listens
-                });
+                self.fetches.spawn(async move { (number, blocks.fetch(&wanted).await) });
             }
         }
     }
@@ -245,22 +252,31 @@ impl Driver {
     }
 
     fn report(&mut self) {
-        let (running, waiting) = self.engine.requests();
-        let fetching = || self.known.values().filter(|known| known.fetching);
-        let fetching_tokens = fetching()
-            .map(|known| known.request.prompt_tokens - known.found_blocks as u64 * self.setup.block_tokens);
-        let waiting_tokens =
-            self.engine.load(self.clock.now_us()).waiting_tokens + fetching_tokens.sum::<u64>();
-        let waiting = waiting + fetching().count();
+        let (running, queued) = self.engine.requests();
+        let waiting = queued + self.known.values().filter(|known| known.fetching).count();
+        let now = (running, waiting, self.draining);
+        let told = self.reported.is_some_and(|(last, at)| last == now && at.elapsed() < REPORT_EVERY);
+        if told && self.claimed.is_empty() {
+            return;
+        }
+        self.reported = Some((now, Instant::now()));
         self.setup.stats.count(|stats| (stats.running, stats.waiting) = (running as u64, waiting as u64));
         self.setup.standing.report(WorkerLoad {
             running_requests: running as u32,
             waiting_requests: waiting as u32,
-            waiting_tokens,
+            waiting_tokens: self.waiting_tokens(),
             kv_tokens: u64::from(self.engine.hbm.used()) * self.setup.block_tokens,
             draining: self.draining,
             claimed: std::mem::take(&mut self.claimed),
         });
+    }
+
+    fn waiting_tokens(&self) -> u64 {
+        let fetching =
+            self.known.values().filter(|known| known.fetching).map(|known| {
+                known.request.prompt_tokens - known.found_blocks as u64 * self.setup.block_tokens
+            });
+        self.engine.load(self.clock.now_us()).waiting_tokens + fetching.sum::<u64>()
     }
 }
 

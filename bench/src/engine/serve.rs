@@ -150,7 +150,7 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     // not `println!`: a parent that no longer listens is no reason to panic
     writeln!(std::io::stdout(), "listening {address}")?;
     tokio::select! {
-        () = driver.run() => unreachable!("the driver runs for ever"),
+        () = driver.run() => unreachable!("the door can still ask"),
         () = async { _ = terminated.recv().await; drain(&door, blocks.as_deref()).await } => {}
     }
     drop(stop);
