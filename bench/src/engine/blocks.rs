@@ -147,12 +147,9 @@ impl Blocks {
     async fn store_all(self: Arc<Self>, mut queue: mpsc::Receiver<(Store, OwnedSemaphorePermit)>) {
         while let Some((store, _room)) = queue.recv().await {
             let Some(space) = self.space() else { continue };
-            let has = match timeout(STORE_WAIT, self.put(&space, &store)).await {
-                Ok(Ok(has)) => has,
-                _ => {
-                    self.stats.count(|stats| stats.failed += 1);
-                    continue;
-                }
+            let Ok(Ok(has)) = timeout(STORE_WAIT, self.put(&space, &store)).await else {
+                self.stats.count(|stats| stats.failed += 1);
+                continue;
             };
             if let Some(stored) = store.stored {
                 let _ = stored.send(has); // whoever waited may have gone

@@ -82,10 +82,10 @@ async fn models(State(door): Shared) -> Response {
 }
 
 async fn health(State(door): Shared) -> Response {
-    match door.draining.load(Ordering::Relaxed) {
-        false => answered(StatusCode::OK, &json!({"status": "ok"})),
-        true => answered(StatusCode::SERVICE_UNAVAILABLE, &json!({"status": "draining"})),
+    if door.draining.load(Ordering::Relaxed) {
+        return answered(StatusCode::SERVICE_UNAVAILABLE, &json!({"status": "draining"}));
     }
+    answered(StatusCode::OK, &json!({"status": "ok"}))
 }
 
 async fn stats(State(door): Shared) -> Response {
@@ -176,10 +176,10 @@ impl Door {
                 return Err(Refusal::invalid(param(asked.endpoint), message));
             }
         };
-        match tokens.is_empty() {
-            true => Err(Refusal::invalid(param(asked.endpoint), "it has no tokens; give at least one")),
-            false => Ok(tokens),
+        if tokens.is_empty() {
+            return Err(Refusal::invalid(param(asked.endpoint), "it has no tokens; give at least one"));
         }
+        Ok(tokens)
     }
 
     fn check_length(&self, asked: &openai::Request, prompt: u64, output: u64) -> Result<(), Refusal> {

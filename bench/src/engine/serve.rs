@@ -23,11 +23,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
 
 /// From SIGTERM to the last answer. At the limit: what is left is cut off.
-const DRAIN_MAX: Duration = Duration::from_secs(60);
+const DRAIN_MAX: Duration = Duration::from_mins(1);
 /// How long it waits for kvd before it serves: one that is there answers sooner. At the limit: kvd is a miss until it comes.
 const OPEN_MAX: Duration = Duration::from_secs(1);
 /// For storing what was computed last, and for last bytes to leave. At the limit: they do not.
@@ -103,55 +103,27 @@ fn scale(text: &str) -> Result<f64, String> {
 pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let tokenizer = args.tokenizer.as_deref().map(Tokenizer::open).transpose()?;
     let space = args.space()?;
-    let fingerprint = space.fingerprint();
     let mut terminated = signal(SignalKind::terminate())?;
     let listener = TcpListener::bind(args.listen).await?;
     let address = format!("http://{}", listener.local_addr()?);
     let stats = Counting::default();
-    let standing = match args.node.clone() {
-        None => Standing::default(),
-        Some(node) => Standing::at(node, args.registration(&address, fingerprint.0)),
-    };
-    let blocks = args.kvd.clone();
-    let blocks = blocks.map(|socket| Blocks::open(socket, args.name.clone(), space, stats.clone()));
-    if let Some(blocks) = &blocks {
-        let _ = timeout(OPEN_MAX, blocks.opened()).await;
-    }
-    let (driver, tell) = Driver::new(Setup {
-        profile: Profile::named(args.profile),
-        block_tokens: args.block_tokens.into(),
-        hbm_blocks: args.hbm_blocks,
-        batched_tokens_max: args.max_batched_tokens,
-        time_scale: args.time_scale,
-        blocks: blocks.clone(),
-        standing: standing.clone(),
-        stats: stats.clone(),
-    });
-    let door = Arc::new(Door {
-        words: Words::of(tokenizer.as_ref()),
-        tokenizer,
-        fingerprint,
-        block_tokens: args.block_tokens,
-        context_tokens_max: args.context_tokens_max(),
-        requests_max: args.requests_max,
-        room: Arc::new(Semaphore::new(args.requests_max as usize)),
-        prefills: args.role == Role::Prefill,
-        draining: AtomicBool::new(false),
-        tell,
-        standing,
-        stats,
-        answers: AtomicU64::new(0),
-        model: args.model,
-    });
+    let standing = args.standing(&address, &space);
+    let blocks = args.blocks(&space, &stats).await;
+    let (driver, tell) = Driver::new(args.setup(blocks.clone(), standing.clone(), stats.clone()));
+    let door = Arc::new(args.door(&space, tokenizer, tell, standing, stats));
     let (stop, stopped) = oneshot::channel::<()>();
     let server = axum::serve(listener, http::routes(door.clone()));
     let server = server.with_graceful_shutdown(async { _ = stopped.await });
     let server = tokio::spawn(server.into_future());
     // not `println!`: a parent that no longer listens is no reason to panic
     writeln!(std::io::stdout(), "listening {address}")?;
+    let drained = async {
+        let _ = terminated.recv().await; // this process's own end is the only way for it to fail
+        drain(&door, blocks.as_deref()).await;
+    };
     tokio::select! {
         () = driver.run() => unreachable!("the door can still ask"),
-        () = async { _ = terminated.recv().await; drain(&door, blocks.as_deref()).await } => {}
+        () = drained => {}
     }
     drop(stop);
     // answers are made; slow readers do not keep the process
@@ -192,6 +164,57 @@ impl Args {
     fn context_tokens_max(&self) -> u64 {
         let chain_tokens = u64::from(self.block_tokens) * CHAIN_BLOCKS_MAX as u64;
         self.kv_tokens_max().min(chain_tokens)
+    }
+
+    fn standing(&self, address: &str, space: &Space) -> Standing {
+        let registered = |node| Standing::at(node, self.registration(address, space.fingerprint().0));
+        self.node.clone().map(registered).unwrap_or_default()
+    }
+
+    /// Where they are kept, if anywhere; open already if kvd is there.
+    async fn blocks(&self, space: &Space, stats: &Counting) -> Option<Arc<Blocks>> {
+        let blocks = Blocks::open(self.kvd.clone()?, self.name.clone(), space.clone(), stats.clone());
+        let _ = timeout(OPEN_MAX, blocks.opened()).await; // its own task goes on trying
+        Some(blocks)
+    }
+
+    fn setup(&self, blocks: Option<Arc<Blocks>>, standing: Standing, stats: Counting) -> Setup {
+        Setup {
+            profile: Profile::named(self.profile),
+            block_tokens: self.block_tokens.into(),
+            hbm_blocks: self.hbm_blocks,
+            batched_tokens_max: self.max_batched_tokens,
+            time_scale: self.time_scale,
+            blocks,
+            standing,
+            stats,
+        }
+    }
+
+    fn door(
+        self,
+        space: &Space,
+        tokenizer: Option<Tokenizer>,
+        tell: mpsc::Sender<Event>,
+        standing: Standing,
+        stats: Counting,
+    ) -> Door {
+        Door {
+            words: Words::of(tokenizer.as_ref()),
+            tokenizer,
+            fingerprint: space.fingerprint(),
+            block_tokens: self.block_tokens,
+            context_tokens_max: self.context_tokens_max(),
+            requests_max: self.requests_max,
+            room: Arc::new(Semaphore::new(self.requests_max as usize)),
+            prefills: self.role == Role::Prefill,
+            draining: AtomicBool::new(false),
+            tell,
+            standing,
+            stats,
+            answers: AtomicU64::new(0),
+            model: self.model,
+        }
     }
 
     fn registration(&self, address: &str, fingerprint: [u8; 32]) -> WorkerRegistration {
