@@ -7,11 +7,14 @@ mod engine_process;
 
 use engine_process::{Daemon, Engine, until};
 use kvd_client::grpc::Client;
+use kvd_client::{ConnectOptions, Session};
 use kvd_proto::wire::workers_client::WorkersClient;
 use kvd_proto::wire::{
     ListWorkersRequest, ReserveWorkerRequest, WorkerStatus, reserve_worker_reply::Outcome,
 };
+use kvd_proto::{Chain, IdScheme, Layout, Space, block_id};
 use serde_json::{Value, json};
+use std::time::Duration;
 
 const COMPLETIONS: &str = "/v1/completions";
 const CHAT: &str = "/v1/chat/completions";
@@ -107,6 +110,32 @@ fn what_one_engine_has_computed_another_reads_from_kvd() {
     let stats = other.stats();
     assert_eq!(stats["cached_tokens"], json!({"hbm": 640, "dram": 1280, "nvme": 0, "peer": 0}), "{stats}");
     assert_eq!((&stats["wrong_blocks"], &stats["failed"]), (&json!(0), &json!(0)), "{stats}");
+}
+
+#[test]
+fn a_block_with_a_wrong_byte_is_counted_and_not_used() {
+    let daemon = Daemon::start();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let session = Session::open(ConnectOptions::new(daemon.socket())).await.unwrap();
+        let space = Space {
+            tenant: "default".into(),
+            model: "sim-8b".into(),
+            revision: blake3::hash(b"sim-8b").as_bytes().to_vec(),
+            epoch: 0,
+            layout: Layout::opaque(4096, 64).unwrap(),
+            id_scheme: IdScheme::Tokens,
+        };
+        let space = session.space(&space).await.unwrap();
+        let root = block_id::root(&space.fingerprint(), b"", b"").unwrap();
+        let chain = Chain::of_tokens(&space.fingerprint(), root, &prompt(1), 64).unwrap();
+        let fill = space.reserve(b"k", root, 0, &chain, Duration::ZERO).await.unwrap();
+        fill.granted().iter().for_each(|&block| fill.write(block, 0, &[7; 4096]));
+        assert_eq!(fill.commit().await.unwrap(), 10);
+    });
+    let engine = Engine::start(&["--kvd", daemon.socket()]);
+    assert_eq!(cached(&engine.ask(COMPLETIONS, &completion(1, 1))), 0);
+    assert_eq!(engine.stats()["wrong_blocks"], 1);
 }
 
 #[test]

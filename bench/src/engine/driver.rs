@@ -306,3 +306,96 @@ impl Clock {
         last_us.map_or(now_us, |last_us| last_us.max(now_us.saturating_sub(late_us)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::profile::ProfileName;
+    use kvd_proto::BlockId;
+
+    fn setup(time_scale: f64) -> Setup {
+        Setup {
+            profile: Profile::named(ProfileName::Mocker),
+            block_tokens: 64,
+            hbm_blocks: 16_384,
+            batched_tokens_max: 8192,
+            time_scale,
+            blocks: None,
+            standing: Standing::default(),
+            stats: Counting::default(),
+        }
+    }
+
+    fn request(of: u8, prompt_tokens: u64, output_tokens: u64) -> (Request, watch::Receiver<Progress>) {
+        let id = |at: u64| {
+            let mut id = [of; 16];
+            id[..8].copy_from_slice(&at.to_be_bytes());
+            id[0] = of;
+            BlockId(id)
+        };
+        let chain = Chain::from_ids("chain", (0..prompt_tokens / 64).map(id).collect()).unwrap();
+        let (progress, told) = watch::channel(Progress::default());
+        let request = Request {
+            prompt_tokens,
+            output_tokens,
+            chain: Arc::new(chain),
+            progress,
+            reservation: None,
+            prefilled_blocks: 0,
+            stored: None,
+        };
+        (request, told)
+    }
+
+    /// Milliseconds until so many tokens of its answer are there.
+    async fn ms_until(told: &mut watch::Receiver<Progress>, tokens: u64, since: Instant) -> f64 {
+        told.wait_for(|progress| progress.generated >= tokens).await.unwrap();
+        since.elapsed().as_secs_f64() * 1e3
+    }
+
+    /// How much later than its virtual time, in milliseconds, came the first token of a long prompt, and the last of 80 more.
+    async fn late_ms(scale: f64) -> (f64, f64) {
+        let (driver, tell) = Driver::new(setup(scale));
+        let asked = async {
+            let since = Instant::now();
+            let (asked, mut told) = request(1, 17_450, 81);
+            tell.send(Event::Arrived(asked)).await.unwrap();
+            let first = ms_until(&mut told, 1, since).await - 371.4392 / scale;
+            let last = ms_until(&mut told, 81, since).await;
+            drop(tell);
+            (first, last - (371.4392 + 80.0 * 6.632) / scale)
+        };
+        tokio::join!(driver.run(), asked).1
+    }
+
+    /// The numbers are those of the engine in virtual time. A busy machine makes a run late, so the best of some counts; if each of
+    /// 80 steps waited for a timer of a whole millisecond, none would be good.
+    #[tokio::test]
+    async fn real_time_is_virtual_time_divided_by_the_scale() {
+        let mut best = (f64::MAX, f64::MAX);
+        for _ in 0..10 {
+            let late = late_ms(20.0).await;
+            assert!(late.0 > -0.1 && late.1 > -0.1, "never before its time: {late:?}");
+            best = (best.0.min(late.0), best.1.min(late.1));
+        }
+        assert!(best.0 < 5.0 && best.1 < 5.0, "{best:?} ms late");
+    }
+
+    #[tokio::test]
+    async fn a_request_that_nobody_waits_for_ends_with_its_step() {
+        let setup = setup(1.0);
+        let stats = setup.stats.clone();
+        let (driver, tell) = Driver::new(setup);
+        let asked = async {
+            let (gone, told) = request(1, 1000, 1000);
+            let (last, mut waits) = request(2, 1000, 3);
+            tell.send(Event::Arrived(gone)).await.unwrap();
+            drop(told);
+            tell.send(Event::Arrived(last)).await.unwrap();
+            waits.wait_for(|progress| progress.generated == 3).await.unwrap();
+            drop(tell);
+        };
+        tokio::join!(driver.run(), asked);
+        assert_eq!((stats.now().cancelled, stats.now().output_tokens), (1, 3));
+    }
+}

@@ -11,6 +11,7 @@ use super::profile::{Profile, ProfileName};
 use super::standing::Standing;
 use super::stats::Counting;
 use crate::failure::Failure;
+use axum::serve::ListenerExt as _;
 use kvd_proto::limits::{CHAIN_BLOCKS_MAX, WORKER_REQUESTS_MAX};
 use kvd_proto::wire::{WorkerProfile, WorkerRegistration, WorkerRole};
 use kvd_proto::{IdScheme, Layout, Space};
@@ -106,6 +107,8 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let mut terminated = signal(SignalKind::terminate())?;
     let listener = TcpListener::bind(args.listen).await?;
     let address = format!("http://{}", listener.local_addr()?);
+    // a token is not held back until the last one is acknowledged; a socket that refuses is only slower
+    let listener = listener.tap_io(|stream| _ = stream.set_nodelay(true));
     let stats = Counting::default();
     let standing = args.standing(&address, &space);
     let blocks = args.blocks(&space, &stats).await;

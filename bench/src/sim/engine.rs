@@ -384,7 +384,7 @@ mod tests {
         let mut engine = engine(200);
         (0..3).for_each(|request| engine.enqueue(job(request, 6000, 5)));
         let ends_us = engine.start(0).unwrap();
-        assert_eq!((engine.requests(), engine.hbm.used()), ((2, 1), 128));
+        assert_eq!((engine.requests(), engine.hbm.used()), ((2, 1), 94 + 35));
         let outcome = engine.end_step(ends_us);
         assert_eq!((outcome.first.len(), outcome.yielded), (1, vec![0]));
         (0..3).for_each(|request| engine.cancel(request));
