@@ -13,6 +13,7 @@ use kvd_proto::wire::{
     ListWorkersRequest, ReserveWorkerRequest, WorkerStatus, reserve_worker_reply::Outcome,
 };
 use kvd_proto::{Chain, IdScheme, Layout, Space, block_id};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::time::Duration;
 
@@ -163,6 +164,19 @@ fn without_kvd_and_with_one_that_dies_everything_is_answered() {
 }
 
 #[test]
+fn a_kvd_that_stands_still_costs_one_request_a_stall() {
+    let daemon = Daemon::start();
+    let engine = Engine::start(&["--kvd", daemon.socket()]);
+    daemon.signal(Signal::STOP);
+    for of in 1..4 {
+        engine.ask(COMPLETIONS, &completion(of, 1));
+    }
+    assert_eq!(engine.stats()["failed"], 1, "the others did not ask");
+    daemon.signal(Signal::CONT);
+    engine.until_stored(30);
+}
+
+#[test]
 fn a_client_that_goes_takes_its_request_with_it() {
     let engine = Engine::start(&["--requests-max", "1"]);
     let mut stream = completion(1, 500_000);
@@ -244,8 +258,13 @@ fn a_prefill_is_handed_over_through_kvd() {
     let mut lost = completion(2, 4);
     lost["kv_transfer_params"] = json!({"kvd": {"prefill_node": "n"}});
     assert_eq!(cached(&decode.ask(COMPLETIONS, &lost)), 0);
-    let mut alone = Engine::start(&["--role", "prefill"]).ask(COMPLETIONS, &completion(1, 1));
-    assert_eq!(alone["kv_transfer_params"].take(), json!({"kvd": {"prefilled_tokens": 0}}));
+    // an engine that does both prefills when it is told to; without kvd nothing is handed over
+    let mut told = completion(1, 1);
+    told["kv_transfer_params"] = json!({"kvd": {"do": "prefill"}});
+    let alone = Engine::start(&[]);
+    let mut answer = alone.ask(COMPLETIONS, &told);
+    assert_eq!(answer["kv_transfer_params"].take(), json!({"kvd": {"do": "prefill", "prefilled_tokens": 0}}));
+    assert_eq!(alone.ask(COMPLETIONS, &completion(1, 1))["kv_transfer_params"], Value::Null);
 }
 
 #[test]

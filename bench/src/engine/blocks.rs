@@ -10,19 +10,20 @@ use kvd_client::{ConnectOptions, Match, Read, ReserveState, Session, SpaceHandle
 use kvd_proto::cost::stall_us;
 use kvd_proto::{BlockId, Chain, Error, Space, block_id};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::time::timeout;
 
 /// Between two tries to open the session.
 const OPEN_AGAIN: Duration = Duration::from_millis(200);
-/// For one answer of the node's. At the limit: a miss.
-const ANSWER_WAIT: Duration = Duration::from_millis(500);
-/// No load is given up for standing still less than this: the process may be off its processor.
+/// No answer and no load is given up for standing still less than this: the process may be off its processor.
 const STALL_LEAST: Duration = Duration::from_millis(100);
-/// How long blocks that another engine has prefilled are waited for. At the limit: what is missing is computed.
+/// After one was given up, kvd is not asked for so long, so that a node that stands still costs one request's stall and not everyone's.
+const REST: Duration = Duration::from_secs(1);
+/// How long blocks that another engine has prefilled are waited for, and no longer than computing them takes. At the limit: what
+/// is missing is computed.
 const HAND_OVER_WAIT: Duration = Duration::from_secs(1);
 /// Between two looks meanwhile.
 const HAND_OVER_LOOK: Duration = Duration::from_millis(5);
@@ -53,6 +54,14 @@ pub(super) struct Wanted {
     pub(super) recompute: Duration,
 }
 
+impl Wanted {
+    /// Standing still for longer costs more than it may save.
+    fn stall(&self, predicted: Duration) -> Duration {
+        let us = stall_us(predicted.as_micros() as f64, self.recompute.as_micros() as f64);
+        Duration::from_micros(us as u64).max(STALL_LEAST)
+    }
+}
+
 /// An engine's way to kvd.
 pub(super) struct Blocks {
     space: watch::Receiver<Option<SpaceHandle>>,
@@ -60,6 +69,8 @@ pub(super) struct Blocks {
     stores: mpsc::Sender<(Store, OwnedSemaphorePermit)>,
     room: Arc<Semaphore>,
     keys: AtomicU64,
+    /// Until then kvd is not asked.
+    rests_until: Mutex<Option<Instant>>,
     stats: Counting,
 }
 
@@ -74,6 +85,7 @@ impl Blocks {
             stores,
             room: Arc::new(Semaphore::new(STORES_MAX)),
             keys: AtomicU64::new(0),
+            rests_until: Mutex::default(),
             stats,
         });
         let options = ConnectOptions { engine, ..ConnectOptions::new(socket) };
@@ -93,12 +105,18 @@ impl Blocks {
 
     /// Where the blocks were that follow the engine's own and are there now.
     pub(super) async fn fetch(&self, wanted: &Wanted) -> Vec<Location> {
-        let Some(space) = self.space() else { return Vec::new() };
-        let patience = Instant::now() + HAND_OVER_WAIT;
+        let Some(space) = self.space().filter(|_| !self.rests()) else { return Vec::new() };
+        let patience = Instant::now() + HAND_OVER_WAIT.min(wanted.recompute.max(STALL_LEAST));
         loop {
             let key = self.key(*b"get");
             let asked = space.match_prefix(&key, &wanted.chain, wanted.found_blocks as u32);
-            let Some(matched) = self.answered(asked).await else { return Vec::new() };
+            let Some(matched) = self.in_time(wanted.stall(Duration::ZERO), asked).await else {
+                return Vec::new();
+            };
+            let Ok(matched) = matched else {
+                self.stats.count(|stats| stats.failed += 1);
+                return Vec::new();
+            };
             if matched.blocks() as usize >= wanted.prefilled_blocks || Instant::now() >= patience {
                 return self.read(&matched, wanted).await;
             }
@@ -121,13 +139,11 @@ impl Blocks {
     }
 
     async fn read(&self, matched: &Match, wanted: &Wanted) -> Vec<Location> {
-        let (predicted_us, recompute_us) =
-            (matched.predicted().as_micros() as f64, wanted.recompute.as_micros() as f64);
-        let stall = Duration::from_micros(stall_us(predicted_us, recompute_us) as u64).max(STALL_LEAST);
+        let stall = wanted.stall(matched.predicted());
         let mut bytes = vec![0; self.slot_bytes];
         let mut locations = Vec::new();
         for block in wanted.found_blocks as u32..matched.blocks() {
-            let ready = timeout(stall, matched.wait_ready(block)).await.unwrap_or(false);
+            let Some(ready) = self.in_time(stall, matched.wait_ready(block)).await else { break };
             if !ready || matched.read(block, 0, &mut bytes) != Read::Whole {
                 self.stats.count(|stats| stats.failed += 1);
                 break;
@@ -189,13 +205,19 @@ impl Blocks {
         Ok(room)
     }
 
-    /// `None`, and counted, if it failed or took too long.
-    async fn answered<T>(&self, asked: impl Future<Output = Result<T, Error>>) -> Option<T> {
-        let answer = timeout(ANSWER_WAIT, asked).await.ok().and_then(Result::ok);
+    /// `None`, and counted, if it took too long; then kvd rests.
+    async fn in_time<T>(&self, stall: Duration, asked: impl Future<Output = T>) -> Option<T> {
+        let answer = timeout(stall, asked).await.ok();
         if answer.is_none() {
             self.stats.count(|stats| stats.failed += 1);
+            *self.rests_until.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now() + REST);
         }
         answer
+    }
+
+    fn rests(&self) -> bool {
+        let until = *self.rests_until.lock().unwrap_or_else(PoisonError::into_inner);
+        until.is_some_and(|until| Instant::now() < until)
     }
 
     fn key(&self, use_of: [u8; 3]) -> Vec<u8> {

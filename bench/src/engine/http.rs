@@ -143,8 +143,8 @@ impl Door {
         })?;
         let chain = Arc::new(self.chain(&prompt).map_err(|error| Refusal::internal(error.to_string()))?);
         let (progress, told) = watch::channel(Progress::default());
-        let (stored, is_stored) =
-            (self.prefills && output_tokens == 1 && !asked.stream).then(oneshot::channel).unzip();
+        let handed_over = self.hands_over(&asked, output_tokens);
+        let (stored, is_stored) = handed_over.then(oneshot::channel).unzip();
         let request = Request {
             prompt_tokens: prompt.len() as u64,
             output_tokens,
@@ -196,6 +196,12 @@ impl Door {
     fn chain(&self, prompt: &[u32]) -> Result<Chain, kvd_proto::Error> {
         let root = block_id::root(&self.fingerprint, b"", b"")?;
         Chain::of_tokens(&self.fingerprint, root, prompt, self.block_tokens)
+    }
+
+    /// Whether it is a prefill whose blocks another engine will want at once.
+    fn hands_over(&self, asked: &openai::Request, output_tokens: u64) -> bool {
+        let told = || kvd(asked, "do").and_then(Value::as_str) == Some("prefill");
+        output_tokens == 1 && !asked.stream && (self.prefills || told())
     }
 
     /// Where another engine has prefilled: what it said, or all.

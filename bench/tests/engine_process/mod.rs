@@ -53,6 +53,10 @@ impl Daemon {
         self.child.wait().unwrap();
     }
 
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
     pub(crate) fn start_again(&mut self) {
         self.child = served(&self.folder);
         self.answers();
