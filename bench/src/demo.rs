@@ -1,6 +1,6 @@
 //! `bench demo`: a daemon, a few simulated engines in processes of their own, a conversation workload, a table.
 //!
-//! Owns the command and its helper process (`bench engine`), which serves rows it is sent on its standard input, one
+//! Owns the command and its helper process (`bench engine-rows`), which serves rows it is sent on its standard input, one
 //! JSON line each, and answers with what each got. Rows go to the engines in turn; a round ends when all have answered,
 //! so that what one engine stored is there for the others, as it is in time.
 
@@ -135,7 +135,7 @@ struct Engine {
 impl Engine {
     fn start(socket: &Path, number: u64) -> Result<Self, Failure> {
         let mut child = Command::new(std::env::current_exe()?)
-            .arg("engine")
+            .arg("engine-rows")
             .arg("--socket")
             .arg(socket)
             .args(["--name", &format!("engine-{number}")])

@@ -37,12 +37,14 @@ enum Command {
     Peer(peer::Args),
     Million(million::Args),
     Sim(sim::Args),
+    Engine(engine::serve::Args),
     /// The daemon that a benchmark starts for itself.
     #[command(hide = true)]
     Daemon(daemon::Args),
     /// An engine process of the demo.
     #[command(hide = true)]
-    Engine(demo::EngineArgs),
+    #[command(name = "engine-rows")]
+    EngineRows(demo::EngineArgs),
 }
 
 fn main() -> ExitCode {
@@ -65,7 +67,8 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Replay(args) => block_on(replay::run(args)),
         Command::Local(args) => block_on(local::run(args)),
         Command::Million(args) => block_on(million::run(args)),
-        Command::Engine(args) => block_on(demo::engine(args)),
+        Command::Engine(args) => block_on(engine::serve::run(args)),
+        Command::EngineRows(args) => block_on(demo::engine(args)),
     }
 }
 

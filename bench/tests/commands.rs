@@ -21,12 +21,12 @@ fn objects(output: &Output) -> Vec<Value> {
 fn help_tells_a_newcomer_what_each_command_measures() {
     let folder = tempfile::tempdir().unwrap();
     let help = String::from_utf8(bench(&["--help"], folder.path()).stdout).unwrap();
-    for name in ["demo", "replay", "local", "nvme", "million", "peer", "sim"] {
+    for name in ["demo", "replay", "local", "nvme", "million", "peer", "sim", "engine"] {
         assert!(help.contains(name), "{name}");
         let own = bench(&[name, "--help"], folder.path()).stdout;
         assert!(own.len() > 700, "{name} --help is short");
     }
-    assert!(!help.contains("\n  daemon") && !help.contains("\n  engine"), "helpers are hidden");
+    assert!(!help.contains("\n  daemon") && !help.contains("engine-rows"), "helpers are hidden");
 }
 
 #[test]

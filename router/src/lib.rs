@@ -1,6 +1,9 @@
 //! Where a request runs.
 //!
-//! Owns: `place`, the choice among workers. Invariants: decides synchronously on numbers it is given; knows ids, nodes and
-//! workers, never payload. Leaves to others: bytes and ids (proto), who holds what (kvd), how many workers there are (planner).
+//! Owns: the OpenAI front door and `place`, the choice among workers. Invariants: what chooses decides synchronously on numbers it
+//! is given; knows ids, nodes and workers, never payload; what it knows it can lose. Leaves to others: bytes and ids (proto),
+//! who holds what and who has room (kvd), how many workers there are (planner).
 
+pub mod openai;
 pub mod place;
+pub mod tokens;

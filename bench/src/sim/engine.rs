@@ -6,7 +6,8 @@
 //! last step yields its first token. Blocks can be found by others as soon as their step has begun.
 //! Invariants: no clock, no randomness; a step makes progress; at most one step is under way. Without memory for one more token
 //! the youngest request starts anew (its blocks stay findable), so the oldest always ends.
-//! Leaves to others: what comes when (`world`), what the numbers are (`profile`).
+//! Leaves to others: what comes when, and how time passes (in virtual time `world`, in real time `crate::engine::driver`), what the
+//! numbers are (`profile`).
 
 use super::hbm::{BlockName, Hbm};
 use crate::engine::profile::Profile;
@@ -19,27 +20,32 @@ const BATCH_REQUESTS_MAX: usize = 256;
 
 /// A request as the engine gets it.
 #[derive(Debug, Clone)]
-pub(super) struct Job {
+pub(crate) struct Job {
     /// Its number.
-    pub(super) request: usize,
-    pub(super) prompt_tokens: u64,
+    pub(crate) request: usize,
+    pub(crate) prompt_tokens: u64,
     /// At least 1.
-    pub(super) output_tokens: u64,
+    pub(crate) output_tokens: u64,
     /// Its prompt's whole blocks.
-    pub(super) chain: Rc<[BlockName]>,
+    pub(crate) chain: Rc<[BlockName]>,
     /// Blocks of the beginning that were fetched for it, in other memory than the engine's own.
-    pub(super) fetched_blocks: usize,
+    pub(crate) fetched_blocks: usize,
+    /// How many of those are not in the other memory but were in the engine's own when asked for: without them the others are of
+    /// no use.
+    pub(crate) found_blocks: usize,
     /// Another engine has prefilled it and yielded its first token: all its KV was fetched.
-    pub(super) prefilled: bool,
+    pub(crate) prefilled: bool,
 }
 
 /// What came of a step, by request number.
 #[derive(Debug, Default)]
-pub(super) struct Outcome {
+pub(crate) struct Outcome {
     /// Had their first token: with how many tokens not computed.
-    pub(super) first: Vec<(usize, u64)>,
+    pub(crate) first: Vec<(usize, u64)>,
+    /// Had one token more, the first included.
+    pub(crate) yielded: Vec<usize>,
     /// Had their last.
-    pub(super) ended: Vec<usize>,
+    pub(crate) ended: Vec<usize>,
 }
 
 struct Running {
@@ -55,11 +61,11 @@ struct Running {
 }
 
 /// One engine.
-pub(super) struct Engine {
+pub(crate) struct Engine {
     profile: Profile,
     block_tokens: u64,
     batched_tokens_max: u64,
-    pub(super) hbm: Hbm,
+    pub(crate) hbm: Hbm,
     waiting: VecDeque<Job>,
     running: Vec<Running>,
     step_ends_us: Option<u64>,
@@ -68,18 +74,19 @@ pub(super) struct Engine {
 
 /// What a router may know of an engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Load {
-    pub(super) step_left_us: u64,
+pub(crate) struct Load {
+    /// 0 also where real time is late.
+    pub(crate) step_left_us: u64,
     /// Not computed yet and not in the step under way; found blocks of waiting requests count as computed.
-    pub(super) waiting_tokens: u64,
+    pub(crate) waiting_tokens: u64,
     /// Those whose last piece goes in the last step of that work.
-    pub(super) sharing_requests: u64,
-    pub(super) decoding_requests: u64,
-    pub(super) decoding_tokens: u64,
+    pub(crate) sharing_requests: u64,
+    pub(crate) decoding_requests: u64,
+    pub(crate) decoding_tokens: u64,
 }
 
 impl Engine {
-    pub(super) fn new(profile: Profile, block_tokens: u64, hbm_blocks: u32, batched_tokens_max: u64) -> Self {
+    pub(crate) fn new(profile: Profile, block_tokens: u64, hbm_blocks: u32, batched_tokens_max: u64) -> Self {
         let profile = Profile { kv_tokens: block_tokens * u64::from(hbm_blocks), ..profile };
         Self {
             profile,
@@ -94,17 +101,31 @@ impl Engine {
     }
 
     /// Time it has spent on prefills since its beginning.
-    pub(super) fn prefill_us(&self) -> f64 {
+    pub(crate) fn prefill_us(&self) -> f64 {
         self.prefill_us
     }
 
     /// A request joins the queue.
-    pub(super) fn enqueue(&mut self, job: Job) {
+    pub(crate) fn enqueue(&mut self, job: Job) {
         assert!(job.prompt_tokens > 0 && job.output_tokens > 0, "a request has tokens");
         self.waiting.push_back(job);
     }
 
-    pub(super) fn load(&self, now_us: u64) -> Load {
+    /// A request is no longer wanted: it and its memory's use end. Between steps.
+    pub(crate) fn cancel(&mut self, request: usize) {
+        assert_eq!(self.step_ends_us, None, "nothing is taken from a step under way");
+        self.waiting.retain(|job| job.request != request);
+        for gone in self.running.extract_if(.., |running| running.job.request == request) {
+            self.hbm.release(gone.blocks);
+        }
+    }
+
+    /// Requests running and waiting.
+    pub(crate) fn requests(&self) -> (usize, usize) {
+        (self.running.len(), self.waiting.len())
+    }
+
+    pub(crate) fn load(&self, now_us: u64) -> Load {
         let decoding = || self.running.iter().filter(|running| running.prefilled());
         let chunk = self.batched_tokens_max - decoding().count() as u64;
         let partly = self.running.iter().map(|running| running.left() - running.chunk);
@@ -120,7 +141,7 @@ impl Engine {
         let waiting_tokens = ends.last().copied().unwrap_or(0);
         let full = waiting_tokens / chunk * chunk;
         Load {
-            step_left_us: self.step_ends_us.map_or(0, |ends_us| ends_us - now_us),
+            step_left_us: self.step_ends_us.map_or(0, |ends_us| ends_us.saturating_sub(now_us)),
             waiting_tokens,
             sharing_requests: ends.iter().filter(|&&end| end > full).count() as u64,
             decoding_requests: decoding().count() as u64,
@@ -129,7 +150,7 @@ impl Engine {
     }
 
     /// Starts a step if there is work and none under way; when it ends.
-    pub(super) fn start(&mut self, now_us: u64) -> Option<u64> {
+    pub(crate) fn start(&mut self, now_us: u64) -> Option<u64> {
         if self.step_ends_us.is_some() {
             return None;
         }
@@ -154,18 +175,20 @@ impl Engine {
     }
 
     /// The step under way is over.
-    pub(super) fn end_step(&mut self, now_us: u64) -> Outcome {
+    pub(crate) fn end_step(&mut self, now_us: u64) -> Outcome {
         assert_eq!(self.step_ends_us.take(), Some(now_us), "a step ends when it was said");
         let mut outcome = Outcome::default();
         for running in &mut self.running {
             if running.prefilled() {
                 running.generated += 1;
+                outcome.yielded.push(running.job.request);
             } else if running.chunk > 0 {
                 running.computed += std::mem::take(&mut running.chunk);
                 if running.prefilled() {
                     running.generated += 1;
                     // one that starts anew has had its first token before
                     outcome.first.push((running.job.request, running.cached));
+                    outcome.yielded.push(running.job.request);
                 }
             }
         }
@@ -182,8 +205,9 @@ impl Engine {
         if job.prefilled {
             return job.prompt_tokens;
         }
-        let blocks = self.hbm.prefix(&job.chain).max(job.fetched_blocks) as u64;
-        let tokens = blocks * self.block_tokens;
+        let own = self.hbm.prefix(&job.chain);
+        let blocks = if own >= job.found_blocks { own.max(job.fetched_blocks) } else { own };
+        let tokens = blocks as u64 * self.block_tokens;
         // a prompt that is all there still computes its last block: that yields the first token
         if tokens >= job.prompt_tokens {
             job.prompt_tokens.saturating_sub(1) / self.block_tokens * self.block_tokens
@@ -288,6 +312,7 @@ mod tests {
             output_tokens,
             chain: (first..first + prompt_tokens / 64).collect(),
             fetched_blocks: 0,
+            found_blocks: 0,
             prefilled: false,
         }
     }
@@ -345,6 +370,25 @@ mod tests {
         let fetched = Job { fetched_blocks: 70, ..job(0, 5120, 1) };
         let told = run(&mut engine(16_384), &[(0, fetched)]);
         assert_eq!((told[0].2, told[0].0), (70 * 64, told[0].1), "one token: its first is its last");
+    }
+
+    #[test]
+    fn what_was_fetched_is_of_no_use_without_the_blocks_before_it() {
+        let fetched = |found_blocks| Job { fetched_blocks: 10, found_blocks, ..job(0, 1000, 1) };
+        let told = [0, 5].map(|found| run(&mut engine(100), &[(0, fetched(found))])[0].2);
+        assert_eq!(told, [640, 0], "the first five went before the others came");
+    }
+
+    #[test]
+    fn what_is_not_wanted_any_more_gives_its_memory_back() {
+        let mut engine = engine(200);
+        (0..3).for_each(|request| engine.enqueue(job(request, 6000, 5)));
+        let ends_us = engine.start(0).unwrap();
+        assert_eq!((engine.requests(), engine.hbm.used()), ((2, 1), 94 + 35));
+        let outcome = engine.end_step(ends_us);
+        assert_eq!((outcome.first.len(), outcome.yielded), (1, vec![0]));
+        (0..3).for_each(|request| engine.cancel(request));
+        assert_eq!((engine.requests(), engine.hbm.used(), engine.start(ends_us)), ((0, 0), 0, None));
     }
 
     #[test]

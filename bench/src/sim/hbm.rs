@@ -7,14 +7,15 @@ use kvd_tiers::eviction::{Eviction, Handle, lru::Lru};
 use std::collections::HashMap;
 
 /// A block of a prompt; equal names are equal prefixes.
-pub(super) type BlockName = u64;
+pub(crate) type BlockName = u64;
 
 /// Blocks of one engine.
-pub(super) struct Hbm {
+pub(crate) struct Hbm {
     slots: Vec<Slot>,
     found: HashMap<BlockName, Handle>,
     free: Vec<Handle>,
     idle: Lru,
+    used: u32,
 }
 
 struct Slot {
@@ -24,35 +25,43 @@ struct Slot {
 }
 
 impl Hbm {
-    pub(super) fn new(blocks: u32) -> Self {
+    pub(crate) fn new(blocks: u32) -> Self {
         let slot = || Slot { name: None, users: 0 };
         Self {
             slots: std::iter::repeat_with(slot).take(blocks as usize).collect(),
             found: HashMap::new(),
             free: (0..blocks).rev().collect(),
             idle: Lru::new(),
+            used: 0,
         }
     }
 
+    /// Blocks in use by requests.
+    pub(crate) fn used(&self) -> u32 {
+        self.used
+    }
+
     /// How many blocks of a chain's beginning are here.
-    pub(super) fn prefix(&self, chain: &[BlockName]) -> usize {
+    pub(crate) fn prefix(&self, chain: &[BlockName]) -> usize {
         chain.iter().take_while(|name| self.has(**name)).count()
     }
 
-    pub(super) fn has(&self, name: BlockName) -> bool {
+    pub(crate) fn has(&self, name: BlockName) -> bool {
         self.found.contains_key(&name)
     }
 
     /// A block with this name for one more user, found or made; `None`: every block is in use.
-    pub(super) fn acquire(&mut self, name: Option<BlockName>) -> Option<Handle> {
+    pub(crate) fn acquire(&mut self, name: Option<BlockName>) -> Option<Handle> {
         if let Some(&handle) = name.and_then(|name| self.found.get(&name)) {
             if self.slots[handle as usize].users == 0 {
                 self.idle.remove(handle);
+                self.used += 1;
             }
             self.slots[handle as usize].users += 1;
             return Some(handle);
         }
         let handle = self.free.pop().or_else(|| self.evict())?;
+        self.used += 1;
         self.slots[handle as usize] = Slot { name, users: 1 };
         if let Some(name) = name {
             self.found.insert(name, handle);
@@ -61,10 +70,11 @@ impl Hbm {
     }
 
     /// One user less for each, the last first.
-    pub(super) fn release(&mut self, handles: Vec<Handle>) {
+    pub(crate) fn release(&mut self, handles: Vec<Handle>) {
         for handle in handles.into_iter().rev() {
             let slot = &mut self.slots[handle as usize];
             slot.users = slot.users.checked_sub(1).expect("released once for each acquire");
+            self.used -= u32::from(slot.users == 0);
             match (slot.users, slot.name) {
                 (0, Some(name)) => self.idle.insert(handle, name),
                 (0, None) => self.free.push(handle),
@@ -91,7 +101,7 @@ mod tests {
         let mut hbm = Hbm::new(4);
         let one: Vec<_> = [1, 2, 3].map(|name| hbm.acquire(Some(name)).unwrap()).into();
         let two = vec![hbm.acquire(Some(1)).unwrap(), hbm.acquire(None).unwrap()];
-        assert_eq!(hbm.acquire(Some(9)), None, "all are in use");
+        assert_eq!((hbm.acquire(Some(9)), hbm.used()), (None, 4), "all are in use");
         hbm.release(one);
         assert_eq!(hbm.prefix(&[1, 2, 3, 4]), 3);
         let three = hbm.acquire(Some(9)).unwrap();
@@ -101,5 +111,6 @@ mod tests {
         let room: Vec<_> = (0..4).map(|_| hbm.acquire(None).unwrap()).collect();
         assert_eq!(hbm.prefix(&[1]) + hbm.prefix(&[9]), 0);
         hbm.release(room);
+        assert_eq!(hbm.used(), 0);
     }
 }

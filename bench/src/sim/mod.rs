@@ -9,8 +9,8 @@
 //! too; memory for fetched blocks is taken when the request's turn comes, not when the fetch begins; writes into kvd are free.
 
 mod cluster;
-mod engine;
-mod hbm;
+pub(crate) mod engine;
+pub(crate) mod hbm;
 mod store;
 mod world;
 

@@ -211,6 +211,7 @@ impl<'a> World<'a> {
             output_tokens: asked.output_tokens,
             chain: Rc::clone(&asked.chain),
             fetched_blocks: 0,
+            found_blocks: 0,
             prefilled: true,
         };
         self.jobs.insert(request, job);
@@ -256,6 +257,7 @@ impl<'a> World<'a> {
             output_tokens: if self.decode_on.contains_key(&request) { 1 } else { asked.output_tokens },
             chain: Rc::clone(&asked.chain),
             fetched_blocks: blocks,
+            found_blocks: 0,
             prefilled: false,
         };
         self.jobs.insert(request, job);

@@ -1,0 +1,3 @@
+//! `router`: the front door's command line.
+
+fn main() {}
