@@ -194,6 +194,7 @@ fn beyond_us(node: &NodeLocation, first: u64, block_bytes: u64) -> Option<f64> {
 mod tests {
     use super::*;
     use crate::fleet::tests::{fleet, status};
+    use WorkerRole::{Both, Decode, Prefill};
     use kvd_proto::wire::{TierRun, TierSpeed};
 
     fn run(blocks: u32, fetch_us: f64) -> TierRun {
@@ -222,7 +223,7 @@ mod tests {
 
     #[test]
     fn prefixes_are_own_tiers_and_then_what_others_have_beyond_them() {
-        let fleet = fleet(&[("a", vec![status(1, WorkerRole::Both)])]);
+        let fleet = fleet(&[("a", vec![status(1, Both)])]);
         let worker = &fleet.candidates("m", 0)[0];
         let nodes = || {
             vec![
@@ -242,7 +243,7 @@ mod tests {
 
     #[test]
     fn the_node_with_the_prefix_is_chosen_and_turns_are_taken_where_asked() {
-        let one = || vec![status(1, WorkerRole::Both)];
+        let one = || vec![status(1, Both)];
         let fleet = fleet(&[("a", one()), ("b", one())]);
         let workers = fleet.candidates("m", 0);
         let held = located(vec![node("b", vec![run(60, 0.0)], false)]);
@@ -265,7 +266,6 @@ mod tests {
             let workers: Vec<_> = fleet.workers().cloned().collect();
             pairs(&choose(&wish(Placement::Cost, 0), &workers, &Located::new()))
         };
-        use WorkerRole::{Both, Decode, Prefill};
         assert_eq!(roles(&[Prefill, Decode]), [(0, 1), (1, 1)]);
         assert_eq!(roles(&[Decode]), [(0, 0)]);
         assert_eq!(roles(&[Prefill]), []);
