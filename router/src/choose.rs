@@ -31,6 +31,8 @@ pub struct Wish {
     pub placement: Placement,
     /// How many were placed before, to take turns.
     pub turn: u64,
+    /// By the clock of the fleet.
+    pub now_ms: u64,
 }
 
 /// Where a request may run.
@@ -54,7 +56,7 @@ pub struct Choices {
 /// Chooses.
 pub fn choose(wish: &Wish, workers: &[Worker], located: &Located) -> Choices {
     let candidates: Vec<Candidate> =
-        workers.iter().map(|worker| candidate(worker, located, wish.block_bytes)).collect();
+        workers.iter().map(|worker| candidate(worker, located, wish.block_bytes, wish.now_ms)).collect();
     let demand = Demand { prompt_tokens: wish.prompt_tokens.max(1), layer_ranges: LAYER_RANGES };
     let predictions = place::rank(demand, &candidates);
     let alone = |prediction: &Prediction| Choice { prefill: *prediction, decode: prediction.candidate };
@@ -113,7 +115,7 @@ fn hand_over_us(wish: &Wish, workers: &[Worker], located: &Located) -> f64 {
 }
 
 /// A worker as `place` sees it.
-pub fn candidate(worker: &Worker, located: &Located, block_bytes: u64) -> Candidate {
+pub fn candidate(worker: &Worker, located: &Located, block_bytes: u64, now_ms: u64) -> Candidate {
     let (registration, load) = (worker.registration(), worker.load());
     let (prefill, decode) =
         <(PrefillProfile, DecodeProfile)>::from(&registration.profile.unwrap_or_default());
@@ -140,7 +142,7 @@ pub fn candidate(worker: &Worker, located: &Located, block_bytes: u64) -> Candid
         sharing_requests,
         decoding_requests: load.running_requests.into(),
         decoding_tokens: load.kv_tokens,
-        prefill_share: 0.0,
+        prefill_share: worker.prefill_share(now_ms),
         prefixes: prefixes(worker, located, block_bytes),
     }
 }
@@ -214,7 +216,15 @@ mod tests {
 
     fn wish(placement: Placement, turn: u64) -> Wish {
         let targets = Targets { first_token_us: 500_000.0, next_token_us: 50_000.0 };
-        Wish { prompt_tokens: 1000, output_tokens: 100, block_bytes: 1000, targets, placement, turn }
+        Wish {
+            prompt_tokens: 1000,
+            output_tokens: 100,
+            block_bytes: 1000,
+            targets,
+            placement,
+            turn,
+            now_ms: 0,
+        }
     }
 
     fn pairs(choices: &Choices) -> Vec<(usize, usize)> {
@@ -260,16 +270,25 @@ mod tests {
 
     #[test]
     fn roles_are_kept_and_a_decode_worker_alone_is_the_last_resort() {
-        let roles = |roles: &[WorkerRole]| {
+        let torn = |roles: &[WorkerRole], prefill_us: f64| {
             let workers = roles.iter().zip(1..).map(|(role, id)| status(id, *role)).collect();
-            let fleet = fleet(&[("a", workers)]);
+            let mut fleet = fleet(&[("a", workers)]);
+            let workers: Vec<_> = fleet.workers().cloned().collect();
+            let both = workers.iter().filter(|worker| worker.registration().role() == Both);
+            both.for_each(|worker| fleet.prefills(worker, prefill_us, 0));
             let workers: Vec<_> = fleet.workers().cloned().collect();
             pairs(&choose(&wish(Placement::Cost, 0), &workers, &Located::new()))
         };
+        let roles = |roles: &[WorkerRole]| torn(roles, 0.0);
         assert_eq!(roles(&[Prefill, Decode]), [(0, 1), (1, 1)]);
         assert_eq!(roles(&[Decode]), [(0, 0)]);
         assert_eq!(roles(&[Prefill]), []);
         assert_eq!(roles(&[Decode, Both])[0], (1, 1), "both promises are kept without handing over");
+        assert_eq!(
+            torn(&[Decode, Both], 9.5e6)[0],
+            (1, 0),
+            "steps of 5 ms take 100 where prefills take nearly all"
+        );
     }
 
     #[test]
@@ -280,7 +299,7 @@ mod tests {
         told.load.as_mut().unwrap().running_requests = 3;
         told.reserved_tokens = 192;
         told.reserved_requests = 1;
-        let seen = candidate(&fleet(&[("a", vec![told])]).candidates("m", 0)[0], &Located::new(), 0);
+        let seen = candidate(&fleet(&[("a", vec![told])]).candidates("m", 0)[0], &Located::new(), 0, 0);
         assert_eq!((seen.waiting_tokens, seen.sharing_requests, seen.decoding_requests), (9192, 1, 3));
         assert!((seen.step_left_us - 2500.0).abs() < 1e-9);
     }

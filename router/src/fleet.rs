@@ -9,6 +9,8 @@ use std::collections::BTreeMap;
 
 /// Workers looked at for one request. At the limit: the others are not.
 pub const CANDIDATES_MAX: usize = 1024;
+/// How far back "lately" reaches: what was placed so long ago counts a third.
+const LATELY_MS: f64 = 10_000.0;
 
 /// One of them, as it is now.
 #[derive(Debug, Clone, PartialEq)]
@@ -19,8 +21,25 @@ pub struct Worker {
     pub node_name: String,
     /// As its node told it.
     pub status: WorkerStatus,
+    ours: Ours,
+}
+
+/// What this router knows of a worker by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+struct Ours {
     /// It broke, and is not tried before.
     shunned_until_ms: u64,
+    /// Prefills placed there, fading with time.
+    prefill_us: f64,
+    /// When that was so.
+    placed_ms: u64,
+}
+
+impl Ours {
+    fn prefill_us(&self, now_ms: u64) -> f64 {
+        let passed_ms = now_ms.saturating_sub(self.placed_ms) as f64;
+        self.prefill_us * (-passed_ms / LATELY_MS).exp()
+    }
 }
 
 impl Worker {
@@ -42,7 +61,12 @@ impl Worker {
 
     /// Whether it broke a moment ago.
     pub fn shunned(&self, now_ms: u64) -> bool {
-        self.shunned_until_ms > now_ms
+        self.ours.shunned_until_ms > now_ms
+    }
+
+    /// The share of its time lately that prefills took which this router placed there; other routers' are not known.
+    pub fn prefill_share(&self, now_ms: u64) -> f64 {
+        (self.ours.prefill_us(now_ms) / (LATELY_MS * 1e3)).clamp(0.0, 1.0)
     }
 
     /// Whether another's blocks are blocks for it.
@@ -79,18 +103,14 @@ impl Fleet {
     pub fn heard(&mut self, address: &str, list: ListWorkersReply) {
         let Some(node) = self.nodes.get_mut(address) else { return };
         let before = std::mem::take(&mut node.workers);
-        let shunned = |id: u64| {
-            before
-                .iter()
-                .find(|worker| worker.status.worker == id)
-                .map_or(0, |worker| worker.shunned_until_ms)
-        };
+        let same = |id: u64| before.iter().find(|worker| worker.status.worker == id);
+        let ours = |id: u64| same(id).map(|worker| worker.ours);
         let known = list.workers.into_iter().filter(|status| status.registration.is_some()).take(WORKERS_MAX);
         node.workers = known
             .map(|status| Worker {
                 node: address.to_owned(),
                 node_name: node.name.clone(),
-                shunned_until_ms: shunned(status.worker),
+                ours: ours(status.worker).unwrap_or_default(),
                 status,
             })
             .collect();
@@ -112,10 +132,18 @@ impl Fleet {
         }
     }
 
+    /// A prompt is about to be computed there.
+    pub fn prefills(&mut self, worker: &Worker, prefill_us: f64, now_ms: u64) {
+        if let Some(known) = self.find(worker) {
+            let prefill_us = known.ours.prefill_us(now_ms) + prefill_us;
+            known.ours = Ours { prefill_us, placed_ms: now_ms, ..known.ours };
+        }
+    }
+
     /// A worker broke.
     pub fn shun(&mut self, worker: &Worker, until_ms: u64) {
         if let Some(known) = self.find(worker) {
-            known.shunned_until_ms = until_ms;
+            known.ours.shunned_until_ms = until_ms;
         }
     }
 
@@ -221,6 +249,17 @@ pub(crate) mod tests {
         let second = fleet.candidates("m", 99)[0].clone();
         fleet.shun(&second, 100);
         assert_eq!(names(&fleet, 99).len(), 2);
+    }
+
+    #[test]
+    fn prefills_fade() {
+        let mut fleet = fleet(&[("a", vec![status(1, WorkerRole::Both)])]);
+        let worker = |fleet: &Fleet| fleet.candidates("m", 0)[0].clone();
+        (0..10).for_each(|second| fleet.prefills(&worker(&fleet), 500_000.0, second * 1000));
+        let share = worker(&fleet).prefill_share(9000);
+        assert!((0.3..0.5).contains(&share), "half of its time for ten seconds: {share}");
+        fleet.heard("a", ListWorkersReply { node_epoch: 1, workers: vec![status(1, WorkerRole::Both)] });
+        assert!((worker(&fleet).prefill_share(19_000) / share - (-1.0_f64).exp()).abs() < 1e-9);
     }
 
     #[test]

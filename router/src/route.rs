@@ -163,6 +163,7 @@ impl Door {
             targets: self.config.targets(),
             placement: self.config.placement,
             turn: self.turn.fetch_add(1, Ordering::Relaxed),
+            now_ms: self.nodes.now_ms(),
         };
         let choices = choose::choose(&wish, &workers, &located);
         let took =
@@ -317,6 +318,9 @@ impl Way<'_> {
         }
         let engine = &self.door.config.engine;
         let within = if self.request.stream { engine.first_byte_ms } else { engine.answer_ms };
+        let prefills = &self.placed.workers[choice.prefill.candidate];
+        let nodes = &self.door.nodes;
+        nodes.fleet().prefills(prefills, choice.prefill.prefill_us, nodes.now_ms());
         let answer = self.ask(choice.decode, self.body(choice.decode, word, &[]), ms(within)).await?;
         let worker = &self.placed.workers[choice.decode];
         self.door.accounts.metrics.chose(&worker.label());

@@ -160,9 +160,10 @@ impl Workers for Kvd {
                     let state = state.borrow_and_update();
                     (state.away, state.workers.clone())
                 };
-                let list = match away {
-                    true => Err(Status::unavailable("away")),
-                    false => Ok(ListWorkersReply { node_epoch: 1, workers }),
+                let list = if away {
+                    Err(Status::unavailable("away"))
+                } else {
+                    Ok(ListWorkersReply { node_epoch: 1, workers })
                 };
                 if lists.send(list).await.is_err() || away || state.changed().await.is_err() {
                     return;
@@ -189,9 +190,10 @@ impl Workers for Kvd {
         if silent {
             std::future::pending::<()>().await;
         }
-        let outcome = match busy {
-            true => Outcome::Busy("8 requests of 8".into()),
-            false => Outcome::Reserved(WorkerReserved { reservation, ttl_ms: 1000 }),
+        let outcome = if busy {
+            Outcome::Busy("8 requests of 8".into())
+        } else {
+            Outcome::Reserved(WorkerReserved { reservation, ttl_ms: 1000 })
         };
         Ok(Response::new(wire::ReserveWorkerReply { outcome: Some(outcome) }))
     }

@@ -33,7 +33,8 @@ struct Front {
     url: String,
     kvd: Kvd,
     client: Client<HttpConnector, Full<Bytes>>,
-    _stop: oneshot::Sender<()>,
+    stop: oneshot::Sender<()>,
+    served: tokio::task::JoinHandle<Result<(), kvd_proto::Error>>,
 }
 
 impl Front {
@@ -55,11 +56,11 @@ impl Front {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let (stop, stopped) = oneshot::channel::<()>();
-        tokio::spawn(kvd_router::serve::run(config, listener, async {
+        let served = tokio::spawn(kvd_router::serve::run(config, listener, async {
             let _ = stopped.await;
         }));
-        let front =
-            Self { url, kvd, client: Client::builder(TokioExecutor::new()).build_http(), _stop: stop };
+        let client = Client::builder(TokioExecutor::new()).build_http();
+        let front = Self { url, kvd, client, stop, served };
         let workers = front.kvd.state.borrow().workers.len();
         front.until_workers(|count| count >= workers).await;
         front
@@ -156,8 +157,7 @@ async fn events_pass_as_they_are_and_are_counted() {
     let body = json!({"model": "demo", "messages": messages, "stream": true}).to_string();
     let answer = front.post("/v1/chat/completions", &[], body).await;
     assert_eq!(answer.headers()["content-type"], "text/event-stream; charset=utf-8");
-    let sent: String = events.iter().map(|event| format!("data: {event}\n\n")).collect();
-    assert_eq!(text(answer).await, sent);
+    assert_eq!(text(answer).await, format!("data: {}\n\n", events.join("\n\ndata: ")));
     front.until_counted("kvd_router_requests_total{outcome=\"answered\"} 1").await;
     let metrics = front.get_text("/metrics").await;
     assert!(metrics.contains("kvd_router_generated_tokens_total 2\n"), "{metrics}");
@@ -314,6 +314,27 @@ async fn more_requests_than_there_is_room_for_are_told_so() {
     engine.act(Act::Answer);
     front.until_counted("kvd_router_in_flight_requests 0").await;
     assert_eq!(front.complete(json!({})).await.status(), 200);
+}
+
+#[tokio::test]
+async fn what_is_under_way_at_the_end_has_its_time() {
+    let engine = Engine::start(Act::Hang(vec!["{}"])).await;
+    for (drain_ms, ends) in [(60_000, "whole"), (1, "cut")] {
+        let settings = format!("[limits]\ndrain_ms = {drain_ms}");
+        let front = Front::start(vec![worker(1, engine.address, WorkerRole::Both)], &settings).await;
+        let answer = front.complete(json!({"stream": true})).await;
+        front.stop.send(()).unwrap();
+        if ends == "whole" {
+            let asked = Request::get(format!("{}/health", front.url)).body(Full::default()).unwrap();
+            let fresh: Client<_, Full<Bytes>> = Client::builder(TokioExecutor::new()).build_http();
+            while fresh.request(asked.clone()).await.is_ok() {
+                tokio::task::yield_now().await; // it listens until it has heard
+            }
+            assert!(!front.served.is_finished());
+            drop(answer);
+        }
+        within(front.served).await.unwrap().unwrap();
+    }
 }
 
 fn held_by(address: &str, blocks: u32) -> LocateReply {
