@@ -255,6 +255,12 @@ impl Refusal {
         Self::new(413, "invalid_request_error", Some("request_too_large"), message)
     }
 
+    /// A body that does not come.
+    pub fn too_slow(body_ms: u64) -> Self {
+        let message = format!("the body did not come within {body_ms} ms");
+        Self::new(408, "invalid_request_error", Some("request_timeout"), message)
+    }
+
     /// No room now.
     pub fn busy(why: impl Into<String>, retry_after_s: u32) -> Self {
         let refusal = Self::new(429, "rate_limit_error", Some("rate_limit_exceeded"), why);
