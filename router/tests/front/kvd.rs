@@ -125,7 +125,10 @@ impl Index for Kvd {
             node_name: format!("name-of-{address}"),
             ..NodeStatus::default()
         };
-        Ok(Response::new(wire::ListNodesReply { nodes: state.nodes.iter().map(node).collect() }))
+        Ok(Response::new(wire::ListNodesReply {
+            nodes: state.nodes.iter().map(node).collect(),
+            ..Default::default()
+        }))
     }
 }
 
