@@ -210,4 +210,16 @@ mod tests {
         );
         assert!(text.contains("`kvd serve`"), "{text}");
     }
+    #[tokio::test]
+    async fn a_node_of_the_cluster_that_is_away_or_silent_or_no_address_is_told_apart() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let ask = async |address: &str| Node::reach(address, Duration::from_millis(50))?.status().await;
+        let silent = ask(&address).await.unwrap_err();
+        assert!(silent.message.ends_with(&format!("at {address}: no answer within 50ms")), "{silent}");
+        drop(listener);
+        let away = ask(&address).await.unwrap_err();
+        assert!(away.message.contains(&address) && away.message.contains("refused"), "{away}");
+        assert!(ask("no address").await.unwrap_err().message.contains("no address"));
+    }
 }
