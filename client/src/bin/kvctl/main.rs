@@ -151,7 +151,11 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let result = match runtime {
-        Ok(runtime) => runtime.block_on(run(&cli)),
+        Ok(runtime) => {
+            let ended = runtime.block_on(run(&cli));
+            runtime.shutdown_background(); // a name that is still being looked up is not waited for
+            ended
+        }
         Err(error) => Err(Error::invalid("kvctl", error.to_string(), "free some descriptors or memory")),
     };
     match result {

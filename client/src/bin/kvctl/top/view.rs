@@ -43,7 +43,7 @@ impl Show for View {
         let mut out = self.title();
         out += &dense(&NODE_HEADER, &NODE_HEADER[1..], self.nodes.iter().map(node_row).collect());
         if self.workers().next().is_some() {
-            let rows = self.workers().map(|(node_name, worker)| worker_row(node_name, worker));
+            let rows = self.workers().map(|(seen, worker)| worker_row(seen, worker));
             out += "\n";
             out += &dense(&WORKER_HEADER, &WORKER_HEADER[4..], rows.collect());
         }
@@ -51,7 +51,7 @@ impl Show for View {
     }
 
     fn objects(&self) -> Vec<Value> {
-        let workers = self.workers().map(|(node_name, worker)| worker_object(node_name, worker));
+        let workers = self.workers().map(|(seen, worker)| worker_object(seen, worker));
         vec![json!({
             "alone": self.alone, "trouble": self.trouble,
             "nodes": self.nodes.iter().map(node_object).collect::<Vec<_>>(),
@@ -61,10 +61,10 @@ impl Show for View {
 }
 
 impl View {
-    fn workers(&self) -> impl Iterator<Item = (&str, &WorkerStatus)> {
+    fn workers(&self) -> impl Iterator<Item = (&Seen, &WorkerStatus)> {
         self.nodes.iter().flat_map(|seen| {
             let workers = seen.look.iter().flat_map(|look| &look.sample.workers);
-            workers.map(|worker| (seen.node_name.as_str(), worker))
+            workers.map(move |worker| (seen, worker))
         })
     }
 
@@ -116,14 +116,14 @@ fn node_row(seen: &Seen) -> Vec<String> {
     ]
 }
 
-fn worker_row(node_name: &str, worker: &WorkerStatus) -> Vec<String> {
+fn worker_row(seen: &Seen, worker: &WorkerStatus) -> Vec<String> {
     let registration = worker.registration.clone().unwrap_or_default();
     let load = worker.load.clone().unwrap_or_default();
     vec![
         cut(&registration.name, WORKER_CHARS_MAX),
         cut(&registration.model, MODEL_CHARS_MAX),
         role(&registration),
-        cut(node_name, NODE_CHARS_MAX),
+        cut(&seen.node_name, NODE_CHARS_MAX),
         format!("{}/{}", short(load.running_requests.into()), short(registration.requests_max.into())),
         short(load.waiting_requests.into()),
         percent(load.kv_tokens, registration.kv_tokens_max),
@@ -156,12 +156,12 @@ fn node_object(seen: &Seen) -> Value {
     })
 }
 
-fn worker_object(node_name: &str, worker: &WorkerStatus) -> Value {
+fn worker_object(seen: &Seen, worker: &WorkerStatus) -> Value {
     let registration = worker.registration.clone().unwrap_or_default();
     let load = worker.load.clone().unwrap_or_default();
     json!({
         "name": registration.name, "model": registration.model, "role": role(&registration),
-        "node_name": node_name, "address": registration.address,
+        "node_name": seen.node_name, "node_address": seen.address, "address": registration.address,
         "running_requests": load.running_requests, "waiting_requests": load.waiting_requests,
         "requests_max": registration.requests_max, "kv_tokens": load.kv_tokens,
         "kv_tokens_max": registration.kv_tokens_max, "reserved_requests": worker.reserved_requests,
