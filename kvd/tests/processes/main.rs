@@ -18,6 +18,7 @@ mod grpc;
 mod index;
 mod killed;
 mod kvctl;
+mod kvctl_top;
 mod lost_socket;
 mod metrics;
 mod peers;

@@ -1,23 +1,28 @@
 //! kvctl: how a person looks inside a node and tunes it, over gRPC on its Unix socket.
 //!
-//! Owns the command line. `node` dials, `show` turns replies into tables or JSON, `text` reads and writes single values.
+//! Owns the command line. `node` dials, `show` turns replies into tables or JSON, `text` reads and writes single values; `top`
+//! watches a whole cluster, `planner` asks the planner, which is no node.
 //! Invariants: nothing hangs (every call has a deadline, `events` apart) and nothing panics on what a node or a person
 //! says; errors go to stderr with exit code 1, answers to stdout.
 
 mod node;
+mod planner;
 mod show;
 mod table;
 mod text;
+mod top;
 
 use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 use kvd_proto::Error;
 use kvd_proto::wire::{self, purge_request::What};
 use node::Node;
+use planner::Planner;
 use show::Show;
 use std::io::{IsTerminal as _, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use text::{Id, Prefix, Ttl};
+use top::TopArgs;
 
 /// Look inside a kvd node.
 #[derive(Debug, Parser)]
@@ -86,6 +91,14 @@ enum Command {
         #[arg(long, value_name = "N")]
         count: Option<u64>,
     },
+    /// The whole cluster, refreshed: each node's tiers, hits, speed, errors, and its engines
+    Top(TopArgs),
+    /// How many engines of which kind there should be, and why, as the planner says
+    Plan {
+        /// Where the planner serves: its listen.http_address
+        #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:7721")]
+        planner: Planner,
+    },
     /// Completion for a shell, to be sourced by it
     Completion {
         /// Which shell
@@ -138,7 +151,11 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let result = match runtime {
-        Ok(runtime) => runtime.block_on(run(&cli)),
+        Ok(runtime) => {
+            let ended = runtime.block_on(run(&cli));
+            runtime.shutdown_background(); // a name that is still being looked up is not waited for
+            ended
+        }
         Err(error) => Err(Error::invalid("kvctl", error.to_string(), "free some descriptors or memory")),
     };
     match result {
@@ -156,6 +173,9 @@ async fn run(cli: &Cli) -> Result<(), Error> {
         clap_complete::generate(*shell, &mut Cli::command(), "kvctl", &mut script);
         return print(&String::from_utf8_lossy(&script)).map(|_| ());
     }
+    if let Command::Plan { planner } = &cli.command {
+        return plan(planner, cli.output).await;
+    }
     if let Command::Purge(purge) = &cli.command {
         confirm(purge)?;
     }
@@ -172,9 +192,18 @@ async fn run(cli: &Cli) -> Result<(), Error> {
         Command::Unpin { prefix } => Box::new(node.pin(prefix, 0).await?),
         Command::Purge(purge) => Box::new(node.purge(purge.what.to_wire()).await?),
         Command::Events { count } => return follow(&mut node, *count, cli.output).await,
-        Command::Completion { .. } => unreachable!("answered above"),
+        Command::Top(args) => return top::run(node, args, cli.output).await,
+        Command::Plan { .. } | Command::Completion { .. } => unreachable!("answered above"),
     };
     print(&shown(reply.as_ref(), cli.output)).map(|_| ())
+}
+
+async fn plan(planner: &Planner, output: Output) -> Result<(), Error> {
+    let text = match output {
+        Output::Table => planner.text().await?,
+        Output::Json => format!("{}\n", planner.json().await?),
+    };
+    print(&text).map(|_| ())
 }
 
 async fn follow(node: &mut Node, count: Option<u64>, output: Output) -> Result<(), Error> {
@@ -255,6 +284,20 @@ mod tests {
             let Command::Purge(purge) = parse(args).unwrap().command else { panic!("{args:?}") };
             assert_eq!(purge.what.to_wire(), what);
             assert!(!purge.yes && !purge.what.described().is_empty());
+        }
+    }
+
+    #[test]
+    fn top_and_plan_have_defaults_and_refuse_what_makes_no_sense() {
+        assert!(parse(&["top"]).is_ok() && parse(&["top", "--once", "--interval", "500ms"]).is_ok());
+        assert!(parse(&["plan"]).is_ok() && parse(&["plan", "--planner", "http://[::1]:7721"]).is_ok());
+        for (args, why) in [
+            (["top", "--interval", "1"], "a number and a unit"),
+            (["top", "--interval", "1ms"], "100ms to 1h"),
+            (["plan", "--planner", "7721"], "http://127.0.0.1:7721"),
+        ] {
+            let error = parse(&args).unwrap_err().to_string();
+            assert!(error.contains(args[1]) && error.contains(why), "{error}");
         }
     }
 

@@ -1,4 +1,4 @@
-//! One node, by its gRPC Unix socket: dialling, deadlines, and errors that say what to do.
+//! One node, by its gRPC Unix socket or TCP address: dialling, deadlines, and errors that say what to do.
 
 use crate::text::{Id, Prefix};
 use hyper_util::rt::TokioIo;
@@ -17,12 +17,16 @@ const ANSWER_WAIT: Duration = Duration::from_secs(30);
 const SYSTEM_SOCKET: &str = "/var/lib/kvd/grpc.sock";
 const USER_SOCKET: &str = ".local/share/kvd/grpc.sock";
 
-/// A node that answered the dial.
+/// A node that answered the dial, or one that is dialled when it is asked; clones share the connection, which comes back
+/// by itself.
+#[derive(Clone)]
 pub(crate) struct Node {
     client: AdminClient<Channel>,
     workers: WorkersClient<Channel>,
     index: IndexClient<Channel>,
-    socket: PathBuf,
+    /// Its socket's path, or its TCP address.
+    at: String,
+    wait: Duration,
 }
 
 impl Node {
@@ -40,35 +44,50 @@ impl Node {
             async move { UnixStream::connect(path).await.map(TokioIo::new) }
         });
         let dialled = tokio::time::timeout(ANSWER_WAIT, endpoint.connect_with_connector(connector)).await;
+        let at = socket.display().to_string();
         match dialled {
-            Ok(Ok(channel)) => {
-                let workers = WorkersClient::new(channel.clone());
-                let index = IndexClient::new(channel.clone());
-                Ok(Self { client: AdminClient::new(channel), workers, index, socket })
-            }
-            Ok(Err(error)) => Err(away(&socket, &deepest(&error))),
-            Err(_) => Err(away(&socket, "it takes no connection")),
+            Ok(Ok(channel)) => Ok(Self::over(channel, at, ANSWER_WAIT)),
+            Ok(Err(error)) => Err(away(&at, &deepest(&error))),
+            Err(_) => Err(away(&at, "it takes no connection")),
         }
+    }
+
+    /// The node at a TCP address, `host:port`; dialled when it is asked.
+    pub(crate) fn reach(address: &str, wait: Duration) -> Result<Self, Error> {
+        let endpoint = Endpoint::from_shared(format!("http://{address}"));
+        let endpoint = endpoint.map_err(|error| away(address, &deepest(&error)))?;
+        Ok(Self::over(endpoint.connect_lazy(), address.to_owned(), wait))
+    }
+
+    fn over(channel: Channel, at: String, wait: Duration) -> Self {
+        let workers = WorkersClient::new(channel.clone());
+        let index = IndexClient::new(channel.clone());
+        Self { client: AdminClient::new(channel), workers, index, at, wait }
+    }
+
+    /// The same node, given less time for an answer.
+    pub(crate) fn hurried(self, wait: Duration) -> Self {
+        Self { wait, ..self }
     }
 
     pub(crate) async fn status(&mut self) -> Result<wire::StatusReply, Error> {
         let answer = self.client.status(wire::StatusRequest {});
-        within(&self.socket, answer).await
+        within(&self.at, self.wait, answer).await
     }
 
     pub(crate) async fn spaces(&mut self) -> Result<wire::ListSpacesReply, Error> {
         let answer = self.client.list_spaces(wire::ListSpacesRequest {});
-        within(&self.socket, answer).await
+        within(&self.at, self.wait, answer).await
     }
 
     pub(crate) async fn tiers(&mut self) -> Result<wire::ListTiersReply, Error> {
         let answer = self.client.list_tiers(wire::ListTiersRequest {});
-        within(&self.socket, answer).await
+        within(&self.at, self.wait, answer).await
     }
 
     pub(crate) async fn nodes(&mut self) -> Result<wire::ListNodesReply, Error> {
         let answer = self.index.list_nodes(wire::ListNodesRequest {});
-        within(&self.socket, answer).await
+        within(&self.at, self.wait, answer).await
     }
 
     pub(crate) async fn locate(&mut self, ids: &[Id], group: u8) -> Result<wire::LocateReply, Error> {
@@ -78,17 +97,17 @@ impl Node {
             group: group.into(),
             block_bytes: 0,
         });
-        within(&self.socket, answer).await
+        within(&self.at, self.wait, answer).await
     }
 
     pub(crate) async fn workers(&mut self) -> Result<wire::ListWorkersReply, Error> {
         let answer = self.workers.list_workers(wire::ListWorkersRequest {});
-        within(&self.socket, answer).await
+        within(&self.at, self.wait, answer).await
     }
 
     pub(crate) async fn block(&mut self, prefix: &Prefix) -> Result<wire::DescribeBlockReply, Error> {
         let request = wire::DescribeBlockRequest { id_prefix: prefix.0.clone().into() };
-        let reply = within(&self.socket, self.client.describe_block(request)).await?;
+        let reply = within(&self.at, self.wait, self.client.describe_block(request)).await?;
         if reply.blocks.is_empty() {
             return Err(no_block(prefix));
         }
@@ -98,7 +117,7 @@ impl Node {
     /// `ttl_ms` 0 unpins.
     pub(crate) async fn pin(&mut self, prefix: &Prefix, ttl_ms: u32) -> Result<wire::PinBlockReply, Error> {
         let request = wire::PinBlockRequest { id_prefix: prefix.0.clone().into(), ttl_ms };
-        let reply = within(&self.socket, self.client.pin_block(request)).await?;
+        let reply = within(&self.at, self.wait, self.client.pin_block(request)).await?;
         if reply.blocks == 0 {
             return Err(no_block(prefix));
         }
@@ -107,27 +126,32 @@ impl Node {
 
     pub(crate) async fn purge(&mut self, what: What) -> Result<wire::PurgeReply, Error> {
         let answer = self.client.purge(wire::PurgeRequest { what: Some(what) });
-        within(&self.socket, answer).await
+        within(&self.at, self.wait, answer).await
     }
 
     pub(crate) async fn events(&mut self) -> Result<tonic::Streaming<wire::NodeEvent>, Error> {
         let answer = self.client.events(wire::EventsRequest {});
-        within(&self.socket, answer).await
+        within(&self.at, self.wait, answer).await
     }
 
     /// The node ended a stream that has no end.
     pub(crate) fn gone(&self) -> Error {
-        away(&self.socket, "it stopped")
+        away(&self.at, "it stopped")
     }
 }
 
 async fn within<T>(
-    socket: &Path,
+    at: &str,
+    wait: Duration,
     answer: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
 ) -> Result<T, Error> {
-    match tokio::time::timeout(ANSWER_WAIT, answer).await {
-        Ok(answer) => Ok(answer?.into_inner()),
-        Err(_) => Err(away(socket, &format!("no answer within {} s", ANSWER_WAIT.as_secs()))),
+    match tokio::time::timeout(wait, answer).await {
+        Ok(Ok(answer)) => Ok(answer.into_inner()),
+        Ok(Err(status)) => match std::error::Error::source(&status) {
+            Some(cause) => Err(away(at, &deepest(cause))), // the connection's trouble, not the node's word
+            None => Err(status.into()),
+        },
+        Err(_) => Err(away(at, &format!("no answer within {wait:?}"))),
     }
 }
 
@@ -135,17 +159,17 @@ fn no_block(prefix: &Prefix) -> Error {
     Error::invalid("block", format!("no block's id begins with {prefix}"), "look at `kvctl events` for ids")
 }
 
-fn away(socket: &Path, reason: &str) -> Error {
+fn away(at: &str, reason: &str) -> Error {
     Error::new(
         Code::Unavailable,
         "--socket",
-        format!("no node answers at {}: {reason}", socket.display()),
+        format!("no node answers at {at}: {reason}"),
         "start one with `kvd serve`, or name its listen.grpc_socket with --socket",
     )
 }
 
 /// The cause that names the system call's trouble, under tonic's "transport error".
-fn deepest(error: &dyn std::error::Error) -> String {
+pub(crate) fn deepest(error: &dyn std::error::Error) -> String {
     std::iter::successors(Some(error), |error| error.source())
         .last()
         .map_or_else(String::new, ToString::to_string)
@@ -185,5 +209,17 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("`kvd serve`"), "{text}");
+    }
+    #[tokio::test]
+    async fn a_node_of_the_cluster_that_is_away_or_silent_or_no_address_is_told_apart() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let ask = async |address: &str| Node::reach(address, Duration::from_millis(50))?.status().await;
+        let silent = ask(&address).await.unwrap_err();
+        assert!(silent.message.ends_with(&format!("at {address}: no answer within 50ms")), "{silent}");
+        drop(listener);
+        let away = ask(&address).await.unwrap_err();
+        assert!(away.message.contains(&address) && away.message.contains("refused"), "{away}");
+        assert!(ask("no address").await.unwrap_err().message.contains("no address"));
     }
 }

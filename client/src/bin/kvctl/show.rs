@@ -157,7 +157,7 @@ impl Show for wire::LocateReply {
 }
 
 /// "both" of WORKER_ROLE_BOTH.
-fn role(registration: &wire::WorkerRegistration) -> String {
+pub(crate) fn role(registration: &wire::WorkerRegistration) -> String {
     registration.role().as_str_name().trim_start_matches("WORKER_ROLE_").to_lowercase()
 }
 

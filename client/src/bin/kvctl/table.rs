@@ -1,15 +1,24 @@
-//! Tables for people: no borders, two spaces between columns, numbers to the right.
+//! Tables for people: no borders, two spaces between columns (one in the dense ones), numbers to the right.
 
 use comfy_table::{CellAlignment, Table, presets};
 
 /// A table with a header; columns named in `right` hold numbers.
 pub(crate) fn columns(header: &[&str], right: &[&str], rows: Vec<Vec<String>>) -> String {
+    spaced(header, right, rows, 2)
+}
+
+/// Likewise, one space apart; headers may have several lines.
+pub(crate) fn dense(header: &[&str], right: &[&str], rows: Vec<Vec<String>>) -> String {
+    spaced(header, right, rows, 1)
+}
+
+fn spaced(header: &[&str], right: &[&str], rows: Vec<Vec<String>>, gap: u16) -> String {
     let mut table = bare();
     table.set_header(header.iter().copied());
     table.add_rows(rows);
     for (at, name) in header.iter().enumerate() {
         let column = table.column_mut(at).expect("a column for each header");
-        column.set_padding((0, 2));
+        column.set_padding((0, gap));
         if right.contains(name) {
             column.set_cell_alignment(CellAlignment::Right);
         }
