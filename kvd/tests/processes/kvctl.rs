@@ -8,7 +8,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::LazyLock;
 
 /// The command beside the daemon's; built, once, if it is not there.
-static KVCTL: LazyLock<PathBuf> = LazyLock::new(|| {
+pub(crate) static KVCTL: LazyLock<PathBuf> = LazyLock::new(|| {
     let path = Path::new(env!("CARGO_BIN_EXE_kvd")).with_file_name("kvctl");
     if !path.exists() {
         let mut cargo = Command::new(env!("CARGO"));
