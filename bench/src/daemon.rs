@@ -36,6 +36,12 @@ pub(crate) struct Args {
     /// gRPC addresses of its cluster's nodes.
     #[arg(long, value_delimiter = ',')]
     nodes: Vec<String>,
+    /// Or the etcd that keeps the list of nodes.
+    #[arg(long)]
+    etcd: Option<String>,
+    /// Its name among them.
+    #[arg(long)]
+    name: Option<String>,
     /// What prefilling a token costs; else what the daemon assumes.
     #[arg(long)]
     recompute_token_ns: Option<u32>,
@@ -45,8 +51,12 @@ pub(crate) struct Args {
 pub(crate) struct Cluster {
     /// Its gRPC address.
     pub(crate) address: String,
-    /// Of all, this one's too.
+    /// Of all, this one's too; none where etcd knows.
     pub(crate) nodes: Vec<String>,
+    /// Endpoint of the etcd that keeps the list.
+    pub(crate) etcd: Option<String>,
+    /// Its name.
+    pub(crate) name: String,
     /// What prefilling a token costs, where it is not what the daemon assumes.
     pub(crate) recompute_token_ns: Option<u32>,
 }
@@ -58,6 +68,8 @@ pub(crate) fn serve(args: &Args) -> Result<(), Failure> {
     config.listen.grpc_address = args.grpc_address;
     config.listen.data_address = args.grpc_address.map(|address| SocketAddr::new(address.ip(), 0));
     config.cluster.nodes.clone_from(&args.nodes);
+    config.cluster.etcd = args.etcd.iter().cloned().collect();
+    config.node_name = args.name.clone().unwrap_or(config.node_name);
     config.cluster.address = args.grpc_address.map(|address| address.to_string()).unwrap_or_default();
     if let Some(token_ns) = args.recompute_token_ns {
         config.recompute.token_ns = token_ns;
@@ -68,6 +80,7 @@ pub(crate) fn serve(args: &Args) -> Result<(), Failure> {
 /// A daemon process of ours.
 #[derive(Debug)]
 pub(crate) struct Daemon {
+    command: Command,
     child: Child,
     socket: PathBuf,
 }
@@ -86,19 +99,37 @@ impl Daemon {
         cluster: Option<&Cluster>,
     ) -> Result<Self, Failure> {
         let folder = folder.canonicalize()?;
-        let child = Command::new(std::env::current_exe()?)
+        let mut command = Command::new(std::env::current_exe()?);
+        command
             .args(["daemon", "--data-dir"])
             .arg(&folder)
             .args(["--dram-bytes", &dram_bytes.to_string(), "--nvme-bytes", &nvme_bytes.to_string()])
             .args(cluster.map(|it| format!("--grpc-address={}", it.address)))
-            .args(cluster.map(|it| format!("--nodes={}", it.nodes.join(","))))
+            .args(
+                cluster.filter(|it| !it.nodes.is_empty()).map(|it| format!("--nodes={}", it.nodes.join(","))),
+            )
+            .args(cluster.and_then(|it| it.etcd.as_ref()).map(|etcd| format!("--etcd={etcd}")))
+            .args(cluster.map(|it| format!("--name={}", it.name)))
             .args(cluster.and_then(|it| it.recompute_token_ns).map(|ns| format!("--recompute-token-ns={ns}")))
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn()?;
-        let mut daemon = Self { child, socket: folder.join("kvd.sock") };
+            .stdout(Stdio::null());
+        let child = command.spawn()?;
+        let mut daemon = Self { command, child, socket: folder.join("kvd.sock") };
         daemon.wait_until_it_answers()?;
         Ok(daemon)
+    }
+
+    /// With SIGKILL.
+    pub(crate) fn kill(&mut self) -> Result<(), Failure> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// The same again, in the same folder.
+    pub(crate) fn start_again(&mut self) -> Result<(), Failure> {
+        self.child = self.command.spawn()?;
+        self.wait_until_it_answers()
     }
 
     fn wait_until_it_answers(&mut self) -> Result<(), Failure> {

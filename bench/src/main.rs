@@ -9,6 +9,7 @@ mod daemon;
 mod demo;
 mod engine;
 mod failure;
+mod fleet;
 mod folder;
 mod local;
 mod million;
@@ -20,7 +21,6 @@ mod roofline;
 mod sim;
 mod trace;
 mod usage;
-mod workload;
 
 use clap::Parser as _;
 use failure::Failure;
@@ -41,10 +41,12 @@ enum Command {
     /// The daemon that a benchmark starts for itself.
     #[command(hide = true)]
     Daemon(daemon::Args),
-    /// An engine process of the demo.
+    /// The router that a fleet starts for itself.
     #[command(hide = true)]
-    #[command(name = "engine-rows")]
-    EngineRows(demo::EngineArgs),
+    Router(fleet::ServiceArgs),
+    /// The planner that a fleet starts for itself.
+    #[command(hide = true)]
+    Planner(fleet::ServiceArgs),
 }
 
 fn main() -> ExitCode {
@@ -68,7 +70,8 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Local(args) => block_on(local::run(args)),
         Command::Million(args) => block_on(million::run(args)),
         Command::Engine(args) => block_on(engine::serve::run(args)),
-        Command::EngineRows(args) => block_on(demo::engine(args)),
+        Command::Router(args) => fleet::serve_router(&args),
+        Command::Planner(args) => fleet::serve_planner(&args),
     }
 }
 

@@ -154,7 +154,10 @@ impl Blocks {
                 eprintln!("bench engine: block {id} at {block} of its chain came with a wrong byte");
                 break;
             }
-            locations.push(matched.source(block).into());
+            locations.push(match matched.is_remote(block) {
+                true => Location::Peer,
+                false => matched.source(block).into(),
+            });
             tokio::task::yield_now().await; // steps end meanwhile
         }
         locations

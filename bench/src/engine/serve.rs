@@ -16,6 +16,7 @@ use kvd_proto::limits::{CHAIN_BLOCKS_MAX, WORKER_REQUESTS_MAX};
 use kvd_proto::wire::{WorkerProfile, WorkerRegistration, WorkerRole};
 use kvd_proto::{IdScheme, Layout, Space};
 use kvd_router::tokens::Tokenizer;
+use rustix::process::{Signal, set_parent_process_death_signal};
 use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -80,6 +81,9 @@ pub(crate) struct Args {
     /// Bytes that stand for one block in kvd.
     #[arg(long, default_value_t = 65_536)]
     block_bytes: u32,
+    /// Ends when whoever started it does.
+    #[arg(long, hide = true)]
+    dies_with_parent: bool,
     /// 2: twice as fast as the profile.
     #[arg(long, default_value_t = 1.0, value_parser = scale)]
     time_scale: f64,
@@ -102,6 +106,9 @@ fn scale(text: &str) -> Result<f64, String> {
 
 /// Runs the command until SIGTERM.
 pub(crate) async fn run(args: Args) -> Result<(), Failure> {
+    if args.dies_with_parent {
+        set_parent_process_death_signal(Some(Signal::KILL))?;
+    }
     let tokenizer = args.tokenizer.as_deref().map(Tokenizer::open).transpose()?;
     let space = args.space()?;
     let mut terminated = signal(SignalKind::terminate())?;

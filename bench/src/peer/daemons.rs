@@ -6,6 +6,7 @@
 use crate::content;
 use crate::daemon::{self, Daemon};
 use crate::failure::Failure;
+use crate::fleet::free_addresses;
 use crate::folder;
 use crate::roofline::us_since;
 use kvd_client::{ConnectOptions, Read, Session, SpaceHandle};
@@ -45,7 +46,7 @@ impl Daemons {
     /// Starts both, and stores `chains` chains of `blocks` blocks on one.
     pub(super) async fn start(block_bytes: u64, blocks: usize, chains: usize) -> Result<Self, Failure> {
         let folder = folder::temporary(None)?;
-        let [first, second] = free_addresses()?;
+        let [first, second] = <[String; 2]>::try_from(free_addresses(2)?).expect("two were asked for");
         let dram_bytes = (ROOM * block_bytes * (blocks * chains) as u64).next_multiple_of(64 << 20);
         let start = |name: &str, own: &str, other: &str| {
             let place = folder.path().join(name);
@@ -53,6 +54,8 @@ impl Daemons {
             let cluster = daemon::Cluster {
                 address: own.to_owned(),
                 nodes: vec![own.to_owned(), other.to_owned()],
+                etcd: None,
+                name: name.to_owned(),
                 recompute_token_ns: Some(ALWAYS_NS),
             };
             Daemon::start_in(&place, dram_bytes, 0, Some(&cluster))
@@ -203,12 +206,6 @@ async fn open(daemon: &Daemon, block_bytes: u64) -> Result<SpaceHandle, Failure>
 
 async fn connect(address: &str) -> Result<Channel, Failure> {
     Ok(kvd_client::grpc::Client::connect(&format!("http://{address}")).await?.channel())
-}
-
-fn free_addresses() -> Result<[String; 2], Failure> {
-    let listeners =
-        [std::net::TcpListener::bind("127.0.0.1:0")?, std::net::TcpListener::bind("127.0.0.1:0")?];
-    Ok([listeners[0].local_addr()?.to_string(), listeners[1].local_addr()?.to_string()])
 }
 
 fn settled_by(start: Instant, what: &str) -> Result<(), Failure> {

@@ -3,30 +3,16 @@
 use crate::cluster::{Cluster, found, index_of};
 use crate::daemon::{Daemon, MIB, Setup};
 use crate::engine::{BLOCK_BYTES, Engine};
+use crate::kvctl::KVCTL;
 use crate::wait::{DEADLINE, until};
 use kvd_client::{Tier, Worker};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::io::{BufRead as _, BufReader, Lines};
-use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
-use std::sync::LazyLock;
 
 const ONCE: [&str; 4] = ["top", "--once", "--interval", "100ms"];
 const LOOKS_MAX: usize = 100;
-
-/// The command beside the daemon's; built, once, if it is not there.
-static KVCTL: LazyLock<PathBuf> = LazyLock::new(|| {
-    let path = Path::new(env!("CARGO_BIN_EXE_kvd")).with_file_name("kvctl");
-    if !path.exists() {
-        let mut cargo = Command::new(env!("CARGO"));
-        cargo.args(["build", "--quiet", "-p", "kvd-client", "--bin", "kvctl", "--target-dir"]);
-        cargo.arg(path.parent().unwrap().parent().unwrap());
-        cargo.args((!cfg!(debug_assertions)).then_some("--release"));
-        assert!(cargo.status().unwrap().success(), "kvctl cannot be built");
-    }
-    path
-});
 
 fn kvctl(daemon: &Daemon, arguments: &[&str]) -> Command {
     let mut command = Command::new(&*KVCTL);
