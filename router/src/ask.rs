@@ -13,6 +13,7 @@ use kvd_proto::wire::{
     LocateRequest, NodeLocation, ReleaseWorkerRequest, ReserveWorkerRequest, reserve_worker_reply::Outcome,
 };
 use kvd_proto::{Chain, Code, Error, Fingerprint, block_id};
+use std::time::Duration;
 use tokio::task::JoinSet;
 use tonic::transport::Channel;
 
@@ -121,31 +122,37 @@ impl Drop for Promise {
     }
 }
 
+/// What a request wants of a worker.
+#[derive(Debug, Clone, Copy)]
+pub struct Room<'a> {
+    /// Names it: asked again, it is the same promise.
+    pub request_key: &'a str,
+    /// To be prefilled.
+    pub new_tokens: u64,
+    /// Prompt and answer.
+    pub kv_tokens: u64,
+    /// Until the engine counts the request.
+    pub ttl_ms: u32,
+}
+
 /// Asks the worker's own node for a place.
-pub async fn reserve(
-    nodes: &Nodes,
-    config: &Kvd,
-    worker: &Worker,
-    request_key: &str,
-    new_tokens: u64,
-    kv_tokens: u64,
-) -> Asked {
+pub async fn reserve(nodes: &Nodes, worker: &Worker, room: Room<'_>, within: Duration) -> Asked {
     let mut node = match nodes.workers_of(worker) {
         Ok(node) => node,
         Err(error) => return Asked::Failed(error),
     };
     let request = ReserveWorkerRequest {
         worker: worker.status.worker,
-        request_key: request_key.to_owned(),
-        new_tokens,
-        kv_tokens,
-        ttl_ms: config.reservation_ms,
+        request_key: room.request_key.to_owned(),
+        new_tokens: room.new_tokens,
+        kv_tokens: room.kv_tokens,
+        ttl_ms: room.ttl_ms,
     };
-    let outcome = match tokio::time::timeout(ms(config.reserve_ms), node.reserve_worker(request)).await {
+    let outcome = match tokio::time::timeout(within, node.reserve_worker(request)).await {
         Ok(Ok(reply)) => reply.into_inner().outcome,
         Ok(Err(status)) => return Asked::Failed(status.into()),
         Err(_) => {
-            let message = format!("{} did not answer within {} ms", worker.node, config.reserve_ms);
+            let message = format!("{} did not answer within {} ms", worker.node, within.as_millis());
             return Asked::Failed(Error::new(
                 Code::Unavailable,
                 "kvd.reserve_ms",
@@ -156,7 +163,7 @@ pub async fn reserve(
     };
     match outcome {
         Some(Outcome::Reserved(reserved)) => {
-            nodes.fleet().promised(worker, new_tokens, kv_tokens);
+            nodes.fleet().promised(worker, room.new_tokens, room.kv_tokens);
             Asked::Promised(Promise { reservation: reserved.reservation, node })
         }
         Some(Outcome::Busy(why)) => Asked::Busy(why),

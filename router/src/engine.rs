@@ -14,8 +14,10 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use std::time::Duration;
 
-/// Of an engine's error, for the client's.
+/// Of an engine's error, for the client's. At the limit: left out.
 const ERROR_BYTES_MAX: usize = 2048;
+/// Of a prefill's answer. At the limit: it is as if it had failed.
+const PREFILL_BYTES_MAX: usize = 1 << 20;
 /// Idle connections kept to one engine. At the limit: the others are closed.
 const IDLE_CONNECTIONS_MAX: usize = 256;
 const IDLE_CONNECTION_KEPT: Duration = Duration::from_secs(30);
@@ -84,7 +86,7 @@ impl Answer {
     /// Reads it to its end; a prefill's answer is read for nothing but its being whole.
     pub async fn drain(self) -> Result<(), Broken> {
         let gone = |error: Box<dyn std::error::Error + Send + Sync>| Broken::Gone(error.to_string());
-        Limited::new(self.rest, ERROR_BYTES_MAX * 512).collect().await.map(drop).map_err(gone)
+        Limited::new(self.rest, PREFILL_BYTES_MAX).collect().await.map(drop).map_err(gone)
     }
 }
 

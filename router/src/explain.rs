@@ -2,8 +2,8 @@
 //!
 //! Invariants: looks, and changes nothing; times in microseconds, as they were compared. Leaves to others: the numbers themselves.
 
+use crate::door::Placed;
 use crate::place::Prediction;
-use crate::route::Placed;
 use comfy_table::{CellAlignment, Table, presets};
 use kvd_proto::wire::{NodeLocation, WorkerRole};
 use serde_json::{Map, Value, json};

@@ -7,6 +7,7 @@
 pub mod ask;
 pub mod choose;
 pub mod config;
+pub mod door;
 pub mod engine;
 pub mod explain;
 pub mod fleet;

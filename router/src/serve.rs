@@ -4,11 +4,12 @@
 //! asks is answered as OpenAI's clients understand it; at the end requests under way have their time. Leaves to others: answers.
 
 use crate::config::{Config, ms};
+use crate::door::Door;
 use crate::explain;
 use crate::flight::{self, Accounts, Flight};
 use crate::metrics::Metrics;
 use crate::openai::{Endpoint, Refusal, Request};
-use crate::route::Door;
+use crate::route;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::State;
@@ -184,7 +185,7 @@ impl Desk {
         let mut flight = Flight::new(self.door.accounts.clone(), room);
         let answered = async {
             let request = self.request(endpoint, body).await?;
-            self.door.answer(&request, &headers).await
+            route::answer(&self.door, &request, &headers).await
         };
         match answered.await {
             Err(refusal) => {

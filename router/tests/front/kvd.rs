@@ -191,7 +191,9 @@ impl Workers for Kvd {
             (state.busy.contains(&worker), state.silent.contains(&worker))
         };
         if silent {
-            std::future::pending::<()>().await;
+            let mut state = self.state.subscribe();
+            let woken = state.wait_for(|state| !state.silent.contains(&worker)).await;
+            drop(woken.map_err(|_| Status::cancelled("the test has ended"))?);
         }
         let outcome = if busy {
             Outcome::Busy("8 requests of 8".into())

@@ -262,7 +262,7 @@ async fn a_busy_worker_is_passed_over_and_if_all_are_the_client_is_told_when_to_
     let engine = Engine::start(Act::Answer).await;
     let workers =
         vec![worker(1, engine.address, WorkerRole::Both), worker(2, engine.address, WorkerRole::Both)];
-    let front = Front::start(workers, "[kvd]\nlocate_ms = 5000\nreserve_ms = 300").await;
+    let front = Front::start(workers, "[kvd]\nlocate_ms = 5000\nreserve_ms = 100").await;
     front.kvd.change(|state| state.busy.extend([1]));
     assert_eq!(front.complete(json!({})).await.status(), 200);
     assert_eq!(front.kvd.reserved(), [1, 2]);
@@ -275,6 +275,14 @@ async fn a_busy_worker_is_passed_over_and_if_all_are_the_client_is_told_when_to_
         state.silent.insert(1);
     });
     assert_eq!(refusal(front.complete(json!({})).await).await.0, 503, "the node of both says nothing");
+    // one that is only slow is asked again, with patience
+    let asked = front.kvd.reserved().len();
+    let answer = front.complete(json!({}));
+    let woken = async {
+        front.kvd.until(|state| state.reserved.len() == asked + 2).await;
+        front.kvd.change(|state| state.silent.clear());
+    };
+    assert_eq!(tokio::join!(answer, woken).0.status(), 200);
 }
 
 #[tokio::test]
