@@ -78,8 +78,13 @@ fn a_small_trace_goes_through_a_real_daemon() {
 #[test]
 fn a_small_demo_ends_with_its_object() {
     let folder = tempfile::tempdir().unwrap();
-    let end =
-        objects(&bench(&["demo", "--conversations", "6", "--output", "json"], folder.path())).pop().unwrap();
-    assert_eq!((end["bench"].as_str(), end["wrong_blocks"].as_u64()), (Some("demo"), Some(0)));
-    assert!(end["hit_ratio"].as_f64().unwrap() > 0.3, "{end}");
+    let args = ["demo", "--seconds", "4", "--engines", "2", "--folder", ".", "--output", "json"];
+    let end = objects(&bench(&args, folder.path())).pop().unwrap();
+    let (with, without) = (&end["with_kvd"], &end["without_kvd"]);
+    assert!(with["requests"].as_u64() > Some(3) && with["requests"] == without["requests"], "{end}");
+    for side in [with, without] {
+        assert_eq!((side["failures"].as_u64(), side["wrong_blocks"].as_u64()), (Some(0), Some(0)), "{end}");
+    }
+    assert_eq!(end["different_answers"].as_u64(), Some(0), "{end}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "everybody's files are gone");
 }

@@ -133,7 +133,7 @@ sections! {
     /// Where observations come from.
     Source {
         /// JSON over HTTP.
-        url: String = "http://127.0.0.1:7711/observation".to_owned(),
+        url: String = "http://127.0.0.1:8080/observation".to_owned(),
         /// How long an answer may take.
         timeout_ms: u64 = 2000,
     }

@@ -28,8 +28,8 @@ use kvd_proto::{Code, Error, wire};
 use std::sync::{Arc, Mutex};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::oneshot;
-use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
-use tonic::transport::server::Router;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::server::{Router, TcpIncoming};
 
 /// What other nodes are told and given.
 pub(super) struct Cluster {
@@ -63,7 +63,8 @@ pub(super) async fn serve(
         services.router()?.serve_with_incoming_shutdown(UnixListenerStream::new(unix), stop(stopped.clone()));
     let on_tcp = async {
         let Some(listener) = tcp else { return Ok(()) };
-        let incoming = TcpListenerStream::new(listener);
+        // or a small answer waits for the acknowledgement of the one before
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
         let served = services.router()?.serve_with_incoming_shutdown(incoming, stop(stopped.clone()));
         served.await.map_err(|e| e.to_string())
     };
