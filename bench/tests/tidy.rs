@@ -99,7 +99,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("kvd", &["kvd-proto", "kvd-tiers", "kvd-client"]),
     ("router", &["kvd-proto", "kvd-client"]),
     ("planner", &["kvd-proto", "kvd-client"]),
-    ("bench", &["kvd-proto", "kvd-tiers", "kvd-client", "kvd", "kvd-router"]),
+    ("bench", &["kvd-proto", "kvd-tiers", "kvd-client", "kvd", "kvd-router", "kvd-planner"]),
 ];
 
 /// Dependencies that no source names, and why they are there.
