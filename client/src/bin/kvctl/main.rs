@@ -64,6 +64,9 @@ enum Command {
         /// Group of the model's layout
         #[arg(long, default_value_t = 0)]
         group: u8,
+        /// Bytes of one block of that group, for the predicted times
+        #[arg(long, default_value_t = 2 << 20)]
+        block_bytes: u64,
     },
     /// Where blocks are and what fetching them costs
     Block {
@@ -185,7 +188,9 @@ async fn run(cli: &Cli) -> Result<(), Error> {
         Command::Spaces => Box::new(node.spaces().await?),
         Command::Tiers => Box::new(node.tiers().await?),
         Command::Nodes => Box::new(node.nodes().await?),
-        Command::Locate { ids, group } => Box::new(node.locate(ids, *group).await?),
+        Command::Locate { ids, group, block_bytes } => {
+            Box::new(node.locate(ids, *group, *block_bytes).await?)
+        }
         Command::Workers => Box::new(node.workers().await?),
         Command::Block { prefix } => Box::new(node.block(prefix).await?),
         Command::Pin { prefix, ttl } => Box::new(node.pin(prefix, ttl.0).await?),

@@ -1,5 +1,6 @@
 //! One node, by its gRPC Unix socket or TCP address: dialling, deadlines, and errors that say what to do.
 
+use crate::show::Located;
 use crate::text::{Id, Prefix};
 use hyper_util::rt::TokioIo;
 use kvd_proto::wire::admin_client::AdminClient;
@@ -90,14 +91,11 @@ impl Node {
         within(&self.at, self.wait, answer).await
     }
 
-    pub(crate) async fn locate(&mut self, ids: &[Id], group: u8) -> Result<wire::LocateReply, Error> {
+    pub(crate) async fn locate(&mut self, ids: &[Id], group: u8, block_bytes: u64) -> Result<Located, Error> {
         let chain: Vec<u8> = ids.iter().flat_map(|id| id.0).collect();
-        let answer = self.index.locate(wire::LocateRequest {
-            chain: chain.into(),
-            group: group.into(),
-            block_bytes: 0,
-        });
-        within(&self.at, self.wait, answer).await
+        let request = wire::LocateRequest { chain: chain.into(), group: group.into(), block_bytes };
+        let reply = within(&self.at, self.wait, self.index.locate(request)).await?;
+        Ok(Located { reply, block_bytes })
     }
 
     pub(crate) async fn workers(&mut self) -> Result<wire::ListWorkersReply, Error> {

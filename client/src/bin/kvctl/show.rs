@@ -5,8 +5,9 @@
 
 use crate::table::{columns, pairs};
 use crate::text::{count, duration_ms, duration_us, hex, percent, size};
-use kvd_proto::wire;
+use kvd_proto::{cost, wire};
 use serde_json::{Value, json};
+use std::fmt::Write as _;
 
 /// A reply that can be shown.
 pub(crate) trait Show {
@@ -115,11 +116,19 @@ impl Show for wire::ListNodesReply {
                 state,
             ]
         };
-        columns(
+        let mut table = columns(
             &["ADDRESS", "NODE", "EPOCH", "BLOCKS", "INDEX", "LEFT OUT", "RESYNCS", "HEARD", "STATE"],
             &["BLOCKS", "INDEX", "LEFT OUT", "RESYNCS"],
             self.nodes.iter().map(row).collect(),
-        )
+        );
+        if self.ignored_nodes > 0 {
+            let ignored = self.ignored_nodes;
+            writeln!(table, "{ignored} more nodes are left out: there are too many").expect("a String grows");
+        }
+        if !self.trouble.is_empty() {
+            writeln!(table, "who is in the cluster: {}", self.trouble).expect("a String grows");
+        }
+        table
     }
 
     fn objects(&self) -> Vec<Value> {
@@ -135,24 +144,45 @@ impl Show for wire::ListNodesReply {
     }
 }
 
-impl Show for wire::LocateReply {
+/// Microseconds until a node's own engines can read what it has, and on top until another node's can.
+fn located_us(node: &wire::NodeLocation, block_bytes: u64) -> (f64, Option<f64>) {
+    let own_us = node.runs.iter().map(|run| run.fetch_us).sum();
+    let bytes = u64::from(node.blocks) * block_bytes;
+    let sane = node.sending.filter(|speed| speed.bytes_per_us > 0.0);
+    (own_us, sane.map(|speed| cost::fetch_us(0.0, speed.latency_us, bytes, speed.bytes_per_us)))
+}
+
+/// What was located, of blocks of this size.
+pub(crate) struct Located {
+    pub(crate) reply: wire::LocateReply,
+    pub(crate) block_bytes: u64,
+}
+
+impl Show for Located {
     fn table(&self) -> String {
         let run = |run: &wire::TierRun| format!("{} {}", count(run.blocks.into()), tier(run.tier));
         let row = |node: &wire::NodeLocation| {
             let runs: Vec<String> = node.runs.iter().map(run).collect();
-            vec![node.node_name.clone(), node.address.clone(), count(node.blocks.into()), runs.join(", ")]
+            let (own_us, other_us) = located_us(node, self.block_bytes);
+            let other = other_us.map_or("-".to_owned(), |us| format!("{us:.0} us"));
+            let (name, address) = (node.node_name.clone(), node.address.clone());
+            vec![name, address, count(node.blocks.into()), runs.join(", "), format!("{own_us:.0} us"), other]
         };
-        columns(&["NODE", "ADDRESS", "BLOCKS", "WHERE"], &["BLOCKS"], self.nodes.iter().map(row).collect())
+        columns(
+            &["NODE", "ADDRESS", "BLOCKS", "WHERE", "READ THERE IN", "ELSEWHERE, MORE"],
+            &["BLOCKS", "READ THERE IN", "ELSEWHERE, MORE"],
+            self.reply.nodes.iter().map(row).collect(),
+        )
     }
 
     fn objects(&self) -> Vec<Value> {
-        let run = |run: &wire::TierRun| json!({ "tier": tier(run.tier), "blocks": run.blocks });
+        let run = |run: &wire::TierRun| json!({ "tier": tier(run.tier), "blocks": run.blocks, "fetch_us": run.fetch_us });
         let object = |node: &wire::NodeLocation| {
             let runs: Vec<Value> = node.runs.iter().map(run).collect();
             json!({ "node_name": node.node_name, "address": node.address, "node_epoch": node.node_epoch,
-                    "blocks": node.blocks, "runs": runs })
+                    "blocks": node.blocks, "runs": runs, "sending_us": located_us(node, self.block_bytes).1 })
         };
-        self.nodes.iter().map(object).collect()
+        self.reply.nodes.iter().map(object).collect()
     }
 }
 
@@ -326,6 +356,7 @@ impl Show for wire::ListTiersReply {
                 "quarantined_bytes": status.quarantined_bytes, "populated_bytes": status.populated_bytes,
                 "segments": status.segments, "copies": status.copies, "eviction": status.eviction,
                 "read_us": status.read_us, "write_us": status.write_us,
+                "read_latency_us": status.read_latency_us, "read_bytes_per_us": status.read_bytes_per_us,
             })
         };
         self.tiers.iter().map(object).collect()
