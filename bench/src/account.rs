@@ -1,13 +1,13 @@
 //! What a whole workload came to: hits, bytes, and time to first token with kvd and without.
 //!
-//! Owns the end object of `replay` and `demo`. "Without" (`_no_cache`) sends the same requests at the same times to the
+//! Owns the end object of `replay`. "Without" (`_no_cache`) sends the same requests at the same times to the
 //! same number of engines, each of which computes every token of every prompt.
 //! Invariant: hits by tier and misses add up to the block references; no clock: the elapsed time is told.
 
 use crate::engine::cache::Served;
 use crate::engine::fetch::Charges;
 use crate::engine::profile::{Profile, ProfileName};
-use crate::engine::simulator::{Engine, Job};
+use crate::engine::timeline::{Engine, Job};
 use crate::failure::Failure;
 use crate::report::percentile;
 use crate::trace::Row;
@@ -91,7 +91,11 @@ impl Account {
     /// Nothing served yet.
     pub(crate) fn new(model: Model) -> Self {
         assert!(model.engines > 0 && model.scale > 0.0);
-        let engines = || (0..model.engines).map(|_| Engine::new(Profile::named(model.profile))).collect();
+        let engines = || {
+            (0..model.engines)
+                .map(|_| Engine::new(Profile::named(model.profile), model.block_tokens))
+                .collect()
+        };
         Self {
             model,
             with: engines(),
@@ -111,12 +115,11 @@ impl Account {
             arrival_us: row.timestamp * 1000,
             prompt_tokens: row.input_length,
             output_tokens: row.output_length,
-            cached_tokens: 0,
+            cached_blocks: 0,
             fetch_us: 0,
         };
-        let cached_tokens = hits * self.model.block_tokens;
         let fetch_us = self.charges.charge_us(&served.fetched, self.model.scale);
-        self.with[engine].arrive(Job { cached_tokens, fetch_us, ..computed });
+        self.with[engine].arrive(Job { cached_blocks: hits, fetch_us, ..computed });
         self.without[engine].arrive(computed);
         self.requests += 1;
         self.sum(served);
@@ -218,7 +221,7 @@ impl Summary {
 
 fn ttft(engines: Vec<Engine>) -> Ttft {
     let outcomes = engines.into_iter().flat_map(Engine::finish);
-    let ms: Vec<f64> = outcomes.map(|outcome| outcome.ttft_us as f64 / 1000.0).collect();
+    let ms: Vec<f64> = outcomes.map(|ttft_us| ttft_us as f64 / 1000.0).collect();
     Ttft {
         mean: ms.iter().sum::<f64>() / ms.len() as f64,
         p50: percentile(ms.clone(), 0.5),
@@ -267,7 +270,7 @@ mod tests {
     fn the_end_object_has_the_promised_fields() {
         let mut account = Account::new(MODEL);
         account.add(&row(0), &Served { misses: 8, ..Served::default() });
-        let json = serde_json::to_value(account.finish("demo", Duration::from_secs(1))).unwrap();
+        let json = serde_json::to_value(account.finish("replay", Duration::from_secs(1))).unwrap();
         for field in [
             "requests",
             "block_refs",

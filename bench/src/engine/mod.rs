@@ -1,4 +1,4 @@
-//! An engine without a GPU: its timing (`profile`), its queues in virtual time (`simulator`), what it does with kvd for
+//! An engine without a GPU: its timing (`profile`), its queues over a workload in virtual time (`timeline`), what it does with kvd for
 //! a request (`cache`), what that is charged (`fetch`).
 //!
 //! And `bench engine`, the same as a process that serves OpenAI's API in real time: the command and its life (`serve`), requests
@@ -13,6 +13,6 @@ pub(crate) mod fetch;
 mod http;
 pub(crate) mod profile;
 pub(crate) mod serve;
-pub(crate) mod simulator;
 mod standing;
 mod stats;
+pub(crate) mod timeline;
