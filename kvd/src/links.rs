@@ -94,7 +94,9 @@ impl Links {
 
     /// It has come in full, or not.
     pub fn ended(&mut self, address: &str, bytes: u64, elapsed_us: u64, came: bool, now_us: u64) {
-        let link = self.links.get_mut(address).expect("a batch that began");
+        let Some(link) = self.links.get_mut(address).filter(|link| link.batches > 0) else {
+            return; // it left meanwhile
+        };
         if came {
             link.speed.observe(bytes, elapsed_us, link.batches);
             link.sick_until_us = 0;
@@ -102,7 +104,12 @@ impl Links {
             link.sick_until_us = now_us + SICK_US;
         }
         link.batches -= 1;
-        link.reading_bytes -= bytes;
+        link.reading_bytes = link.reading_bytes.saturating_sub(bytes);
+    }
+
+    /// It is of the cluster no more. What is still under way on it counts for nothing.
+    pub fn forget(&mut self, address: &str) {
+        self.links.remove(address);
     }
 
     /// It could not be asked.
@@ -247,6 +254,10 @@ mod tests {
         links.began("b", 1);
         links.ended("b", 1, 1, false, 0);
         assert_eq!(chosen(&links, &wanted(10, 0), &nodes), None);
+        links.began("a", 1);
+        links.forget("a");
+        links.ended("a", 1, 1, false, 0);
+        assert_eq!(chosen(&links, &wanted(10, 0), &nodes), Some(("a".into(), 8)), "as if never heard of");
     }
 
     #[test]

@@ -7,6 +7,7 @@
 use super::dram::DramSegments;
 use super::follower::Locations;
 use super::inbox::{Inbox, Input};
+use crate::cluster::Member;
 use crate::links::{Links, common};
 use crate::node::event::{Event, FetchOrder, MoveError, Offer, Wanted};
 use kvd_client::transport::tcp::{PeerOptions, PeerPool};
@@ -77,15 +78,24 @@ struct Leased {
 pub(crate) async fn run(fetcher: Fetcher, mut orders: mpsc::UnboundedReceiver<Order>) {
     let (peers, offers) = Default::default();
     let shared = Arc::new(Shared { fetcher, peers, offers });
-    while let Some(order) = orders.recv().await {
+    let mut members = shared.fetcher.locations.members();
+    loop {
+        let order = tokio::select! {
+            order = orders.recv() => order,
+            Ok(()) = members.changed() => {
+                shared.forget_others(&members.borrow_and_update());
+                continue;
+            }
+        };
         match order {
-            Order::Seek { ticket, wanted } => drop(tokio::spawn(shared.clone().seek(ticket, wanted))),
-            Order::Fetch { ticket, orders } => {
+            Some(Order::Seek { ticket, wanted }) => drop(tokio::spawn(shared.clone().seek(ticket, wanted))),
+            Some(Order::Fetch { ticket, orders }) => {
                 let leased = lock(&shared.offers).remove(&ticket).expect("what is fetched was offered");
                 if !orders.is_empty() {
                     tokio::spawn(shared.clone().fetch(leased, orders));
                 }
             }
+            None => return,
         }
     }
 }
@@ -97,6 +107,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Shared {
     fn now_us(&self) -> u64 {
         self.fetcher.started.elapsed().as_micros() as u64
+    }
+
+    /// Nobody dials those who left.
+    fn forget_others(&self, members: &[Member]) {
+        let is_member = |address: &String| members.iter().any(|member| member.address == *address);
+        let gone: Vec<_> = lock(&self.peers).extract_if(|address, _| !is_member(address)).collect();
+        gone.iter().for_each(|(address, _)| lock(&self.fetcher.links).forget(address));
+        tokio::task::spawn_blocking(move || drop(gone)); // waits for their threads
     }
 
     async fn seek(self: Arc<Self>, ticket: u64, wanted: Box<Wanted>) {

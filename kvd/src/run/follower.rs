@@ -4,7 +4,7 @@
 //! for them; nothing here ends but with the daemon.
 //! Leaves to others: who is dialled and hung up on, and when (`index/follow`).
 
-use crate::cluster::Outlook;
+use crate::cluster::{Members, Outlook};
 use crate::index::Index;
 use crate::index::follow::{Attempt, Effect, Event, Follower, TICK_MS};
 use kvd_proto::wire::index_client::IndexClient;
@@ -12,7 +12,7 @@ use kvd_proto::wire::{self, FollowReply};
 use kvd_proto::{Chain, Code, Error};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::AbortHandle;
 use tonic::transport::{Channel, Endpoint};
 
@@ -59,6 +59,10 @@ impl Locations {
                 return;
             }
         }
+    }
+
+    pub(crate) fn members(&self) -> watch::Receiver<Members> {
+        self.cluster.members()
     }
 
     pub(crate) async fn locate(
