@@ -13,7 +13,7 @@ use std::collections::HashMap;
 /// Before anything was measured: a round trip, and a hundred gigabits a second. Better than most, because a way that is thought too slow
 /// is never measured.
 const PRIOR: (f64, f64) = (300.0, 12_500.0);
-/// How long a way that failed is left alone.
+/// How long a way that failed is left alone, unless its node has begun another life.
 const SICK_US: u64 = 5_000_000;
 
 /// The ways to all nodes, by their addresses.
@@ -27,13 +27,14 @@ struct Link {
     speed: Estimate,
     batches: usize,
     reading_bytes: u64,
-    sick_until_us: u64,
+    /// In which life of its node it failed, and until when it rests.
+    sick: Option<(u64, u64)>,
 }
 
 impl Default for Link {
     fn default() -> Self {
         let speed = Estimate::new(PRIOR.0, PRIOR.1);
-        Self { speed, batches: 0, reading_bytes: 0, sick_until_us: 0 }
+        Self { speed, batches: 0, reading_bytes: 0, sick: None }
     }
 }
 
@@ -42,6 +43,8 @@ impl Default for Link {
 pub struct Choice {
     /// Of the node.
     pub address: String,
+    /// Its life.
+    pub node_epoch: u64,
     /// The prefix it would have, what is here included.
     pub blocks: u32,
     /// Until it is here.
@@ -62,15 +65,16 @@ impl Links {
         for node in locations.iter().filter(|node| node.node_epoch != own_epoch) {
             let fresh = Link::default();
             let link = self.links.get(&node.address).unwrap_or(&fresh);
-            if now_us < link.sick_until_us {
+            if link.sick.is_some_and(|(epoch, until_us)| epoch == node.node_epoch && now_us < until_us) {
                 continue;
             }
             for (blocks, owner_us) in depths(node, wanted) {
                 let predicted_us = owner_us + link.predict_us(u64::from(blocks - wanted.stored), wanted);
                 let saved_us = recompute_us(wanted, blocks) - predicted_us;
                 if saved_us > best.as_ref().map_or(0.0, |best| best.0) {
-                    let (address, predicted_us) = (node.address.clone(), predicted_us as u64);
-                    best = Some((saved_us, Choice { address, blocks, predicted_us }));
+                    let (address, node_epoch) = (node.address.clone(), node.node_epoch);
+                    let predicted_us = predicted_us as u64;
+                    best = Some((saved_us, Choice { address, node_epoch, blocks, predicted_us }));
                 }
             }
         }
@@ -92,16 +96,17 @@ impl Links {
         link.reading_bytes += bytes;
     }
 
-    /// It has come in full, or not.
-    pub fn ended(&mut self, address: &str, bytes: u64, elapsed_us: u64, came: bool, now_us: u64) {
+    /// It has come in full, or `failed` in that life of its node.
+    pub fn ended(&mut self, address: &str, bytes: u64, elapsed_us: u64, failed: Option<u64>, now_us: u64) {
         let Some(link) = self.links.get_mut(address).filter(|link| link.batches > 0) else {
             return; // it left meanwhile
         };
-        if came {
-            link.speed.observe(bytes, elapsed_us, link.batches);
-            link.sick_until_us = 0;
-        } else {
-            link.sick_until_us = now_us + SICK_US;
+        match failed {
+            Some(epoch) => link.sick = Some((epoch, now_us + SICK_US)),
+            None => {
+                link.speed.observe(bytes, elapsed_us, link.batches);
+                link.sick = None;
+            }
         }
         link.batches -= 1;
         link.reading_bytes = link.reading_bytes.saturating_sub(bytes);
@@ -113,8 +118,8 @@ impl Links {
     }
 
     /// It could not be asked.
-    pub fn failed(&mut self, address: &str, now_us: u64) {
-        self.links.entry(address.to_owned()).or_default().sick_until_us = now_us + SICK_US;
+    pub fn failed(&mut self, address: &str, node_epoch: u64, now_us: u64) {
+        self.links.entry(address.to_owned()).or_default().sick = Some((node_epoch, now_us + SICK_US));
     }
 }
 
@@ -243,20 +248,26 @@ mod tests {
     fn a_way_that_failed_rests_and_a_slow_one_is_known() {
         let mut links = Links::default();
         let nodes = [node("a", 2, &[(Tier::Dram, 8, 0.0)]), node("b", 3, &[(Tier::Dram, 4, 0.0)])];
-        links.failed("a", 0);
+        links.failed("a", 1, 0);
+        assert_eq!(
+            chosen(&links, &wanted(10, 0), &nodes),
+            Some(("a".into(), 8)),
+            "it has begun another life"
+        );
+        links.failed("a", 2, 0);
         assert_eq!(chosen(&links, &wanted(10, 0), &nodes), Some(("b".into(), 4)));
         assert_eq!(links.choose(&wanted(10, 0), &nodes, OWN, SICK_US).unwrap().address, "a");
         for _ in 0..50 {
             links.began("a", 1 << 20);
-            links.ended("a", 1 << 20, 50_000, true, 0);
+            links.ended("a", 1 << 20, 50_000, None, 0);
         }
         assert_eq!(chosen(&links, &wanted(10, 0), &nodes), Some(("b".into(), 4)), "50 ms a block");
         links.began("b", 1);
-        links.ended("b", 1, 1, false, 0);
+        links.ended("b", 1, 1, Some(3), 0);
         assert_eq!(chosen(&links, &wanted(10, 0), &nodes), None);
         links.began("a", 1);
         links.forget("a");
-        links.ended("a", 1, 1, false, 0);
+        links.ended("a", 1, 1, Some(2), 0);
         assert_eq!(chosen(&links, &wanted(10, 0), &nodes), Some(("a".into(), 8)), "as if never heard of");
     }
 

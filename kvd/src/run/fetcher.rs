@@ -60,6 +60,7 @@ struct Shared {
 /// A node that blocks are fetched from.
 struct Peer {
     address: String,
+    node_epoch: u64,
     channel: Channel,
     /// With the data port that it last told: another one after a restart.
     pool: Mutex<Option<(u32, Arc<PeerPool>)>>,
@@ -139,9 +140,9 @@ impl Shared {
         let (locations, epoch) = (common(by_group), self.fetcher.node_epoch);
         let choice = lock(&self.fetcher.links).choose(wanted, &locations, epoch, self.now_us());
         let Some(choice) = choice else { return Ok(None) };
-        let peer = self.peer(&choice.address)?;
+        let peer = self.peer(&choice.address, choice.node_epoch)?;
         let leased = timeout(OFFER, peer.lease(wanted, choice.blocks)).await;
-        let failed = || lock(&self.fetcher.links).failed(&choice.address, self.now_us());
+        let failed = || lock(&self.fetcher.links).failed(&choice.address, choice.node_epoch, self.now_us());
         let (replies, first) = match leased {
             Ok(Ok(leased)) => leased,
             Ok(Err(error)) => {
@@ -164,20 +165,23 @@ impl Shared {
         Ok(Some(offer))
     }
 
-    fn peer(&self, address: &str) -> Result<Arc<Peer>, Error> {
+    /// A node in another life is another peer: connections to the one before are of no use.
+    fn peer(&self, address: &str, node_epoch: u64) -> Result<Arc<Peer>, Error> {
         let mut peers = lock(&self.peers);
-        if let Some(peer) = peers.get(address) {
+        if let Some(peer) = peers.get(address).filter(|peer| peer.node_epoch == node_epoch) {
             return Ok(peer.clone());
         }
         let endpoint = Endpoint::from_shared(format!("http://{address}"))
             .map_err(|error| Error::invalid("cluster.nodes", error.to_string(), "write host:port"))?;
         let peer = Arc::new(Peer {
             address: address.to_owned(),
+            node_epoch,
             channel: endpoint.connect_timeout(OFFER).tcp_nodelay(true).connect_lazy(),
             pool: Mutex::default(),
             batches: Arc::new(Semaphore::new(BATCHES_MAX)),
         });
-        peers.insert(address.to_owned(), peer.clone());
+        let before = peers.insert(address.to_owned(), peer.clone());
+        tokio::task::spawn_blocking(move || drop(before)); // waits for its threads
         Ok(peer)
     }
 
@@ -217,7 +221,7 @@ impl Shared {
             };
         }
         if !wanted.is_empty() {
-            lock(&self.fetcher.links).failed(&peer.address, self.now_us());
+            lock(&self.fetcher.links).failed(&peer.address, peer.node_epoch, self.now_us());
             self.fail(
                 wanted.into_values().collect(),
                 &why.unwrap_or_else(|| "its owner said nothing".to_owned()),
@@ -272,17 +276,17 @@ impl Shared {
             let batch = Batch { lease, pieces, deadline: Instant::now() + patience };
             let places = (permit, under_way.clone());
             let reading = Reading { blocks, bytes, begun: Instant::now(), places };
-            let (shared, address) = (self.clone(), peer.address.clone());
-            pool.read(batch, Box::new(move |outcome| shared.ended(&address, reading, outcome)));
+            let (shared, peer) = (self.clone(), peer.clone());
+            pool.read(batch, Box::new(move |outcome| shared.ended(&peer, reading, outcome)));
         }
         Ok(())
     }
 
     /// On a thread of the transport's.
-    fn ended(&self, address: &str, reading: Reading, outcome: Outcome) {
+    fn ended(&self, peer: &Peer, reading: Reading, outcome: Outcome) {
         let elapsed_us = reading.begun.elapsed().as_micros() as u64;
-        let came = outcome.miss.is_none();
-        lock(&self.fetcher.links).ended(address, reading.bytes, elapsed_us, came, self.now_us());
+        let failed = outcome.miss.is_some().then_some(peer.node_epoch);
+        lock(&self.fetcher.links).ended(&peer.address, reading.bytes, elapsed_us, failed, self.now_us());
         let why = outcome
             .miss
             .as_ref()

@@ -202,7 +202,8 @@ impl World {
         let now_us = self.clock.now_us();
         let fetch = &self.fetches.running[&of];
         let machine = self.machines[usize::from(fetch.machine)].as_mut().expect("its fetches die with it");
-        machine.links.failed(&fetch.choice.address, now_us - machine.started_us);
+        let now_us = now_us - machine.started_us;
+        machine.links.failed(&fetch.choice.address, fetch.choice.node_epoch, now_us);
     }
 
     pub(super) fn ordered(&mut self, at: u16, ticket: u64, orders: Vec<FetchOrder>) {
@@ -244,8 +245,9 @@ impl World {
         fetch.orders = left;
         if over {
             let (address, bytes, us) = (fetch.choice.address.clone(), fetch.bytes, now_us - fetch.begun_us);
+            let failed = (!came).then_some(fetch.choice.node_epoch);
             let machine = self.living(machine);
-            machine.links.ended(&address, bytes, us, came, now_us - machine.started_us);
+            machine.links.ended(&address, bytes, us, failed, now_us - machine.started_us);
             self.fetches.failed += u64::from(!came);
             self.end_fetch(of);
         } else {
