@@ -6,7 +6,7 @@
 use crate::session::{Inner, SpaceHandle};
 use crate::transport::shm::SharedSegment;
 use kvd_proto::slot_header::{FLAG_CHECKSUMMED, SlotHeader};
-use kvd_proto::wire::{self, Tier};
+use kvd_proto::wire::{self, HandOffStatus, Tier};
 use kvd_proto::{BlockId, Chain, Code, Error};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -99,6 +99,7 @@ pub struct Match {
     lease: u64,
     blocks: u32,
     runs: Vec<(wire::Run, Arc<SharedSegment>)>,
+    hand_off: HandOffStatus,
     predicted: Duration,
     ends: Instant,
     incarnation: u64,
@@ -123,6 +124,7 @@ impl Match {
             lease: reply.lease,
             blocks: reply.blocks.max(skip_blocks.min(chain.ids().len() as u32)),
             runs: Vec::with_capacity(reply.runs.len()),
+            hand_off: reply.hand_off.unwrap_or_default(),
             predicted: Duration::from_micros(reply.predicted_us),
             ends: asked + Duration::from_millis(reply.lease_ttl_ms.into()),
             incarnation,
@@ -142,6 +144,11 @@ impl Match {
     /// Blocks of the chain that the lease covers, the skipped ones included.
     pub fn blocks(&self) -> u32 {
         self.blocks
+    }
+
+    /// What became of the claim: `NotYet` has leased nothing, `Ready` has the tail too, after `Gone` it is as any match.
+    pub fn hand_off(&self) -> HandOffStatus {
+        self.hand_off
     }
 
     /// Where a block was when it was asked for.

@@ -51,7 +51,7 @@ pub mod transport;
 mod worker;
 
 pub use fill::Fill;
-pub use kvd_proto::wire::{ReserveState, Tier};
+pub use kvd_proto::wire::{HandOffState, HandOffStatus, ReserveState, Tier};
 pub use lease::{Match, MissReason, Read, View};
-pub use session::{ConnectOptions, Session, SpaceHandle};
+pub use session::{Claim, ConnectOptions, HandOff, Session, SpaceHandle};
 pub use worker::Worker;

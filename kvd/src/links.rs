@@ -77,6 +77,19 @@ impl Links {
         best.map(|(_, choice)| choice)
     }
 
+    /// Whether the way to a node has not failed lately.
+    pub fn is_well(&self, address: &str, now_us: u64) -> bool {
+        self.links.get(address).is_none_or(|link| now_us >= link.sick_until_us)
+    }
+
+    /// How long a node's blocks take to come from its DRAM; `None`: recomputing them takes no longer.
+    pub fn pays(&self, address: &str, blocks: u32, wanted: &Wanted) -> Option<u64> {
+        let fresh = Link::default();
+        let link = self.links.get(address).unwrap_or(&fresh);
+        let predicted_us = link.predict_us(u64::from(blocks - wanted.stored), wanted);
+        (predicted_us < recompute_us(wanted, blocks)).then_some(predicted_us as u64)
+    }
+
     /// What moving bytes from a node takes, as measured so far.
     pub fn speed(&self, address: &str) -> TierSpeed {
         let fresh = Link::default();
@@ -192,6 +205,7 @@ mod tests {
             chain: vec![BlockId::default(); blocks],
             stored,
             profile: PrefillProfile::causal(0.0, 12.0, 0.0),
+            claim: None,
         }
     }
 

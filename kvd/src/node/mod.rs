@@ -12,6 +12,7 @@ mod apply;
 mod commit;
 pub mod event;
 mod filling;
+mod hand_off;
 mod inspect;
 mod lease;
 mod matching;
@@ -98,6 +99,9 @@ pub struct Node {
     leases: lease::Leases,
     movement: movement::Movement,
     waiting: filling::Waiting,
+    hand_offs: hand_off::HandOffs,
+    /// How other nodes reach this one; empty: they do not.
+    address: String,
     deferred: VecDeque<matching::Deferred>,
     seeking: seeking::Seeking,
     /// Leased entries whose DRAM copy a reader found broken.
@@ -138,6 +142,8 @@ impl Node {
             leases: lease::Leases::new(config.epoch),
             movement: movement::Movement::default(),
             waiting: filling::Waiting::default(),
+            hand_offs: hand_off::HandOffs::default(),
+            address: String::new(),
             deferred: VecDeque::new(),
             seeking: seeking::Seeking::default(),
             doubted: BTreeSet::new(),
@@ -152,6 +158,11 @@ impl Node {
             counters: Counters::default(),
             config,
         }
+    }
+
+    /// How other nodes reach this one: what is claimed from there is claimed here.
+    pub fn known_as(&mut self, address: &str) {
+        address.clone_into(&mut self.address);
     }
 
     fn now_s(&self) -> u32 {

@@ -70,6 +70,11 @@ impl Locations {
         self.ask(|answer| Ask::Locate { chain, group, block_bytes, answer }).await
     }
 
+    /// Whether a node of the cluster has this address.
+    pub(crate) fn is_member(&self, address: &str) -> bool {
+        self.cluster.members().borrow().iter().any(|member| member.address == address)
+    }
+
     pub(crate) async fn list(&self) -> Result<wire::ListNodesReply, Error> {
         let nodes = self.ask(|answer| Ask::List { answer }).await?;
         let trouble = self.cluster.trouble().unwrap_or_default();

@@ -159,8 +159,8 @@ pub(super) fn reserve_of(space: u32, key: &str, chain: &[BlockId], wait_ms: u32)
         parent: vec![0; 16].into(),
         depth: 0,
         chain: packed(chain).into(),
-        tail_tokens: 0,
         wait_ms,
+        ..wire::ReserveRequest::default()
     }
 }
 

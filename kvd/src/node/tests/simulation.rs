@@ -155,7 +155,13 @@ impl Storm {
         let chain = packed(&chain).into();
         self.world.begin(
             member,
-            Ask::Match(wire::MatchRequest { space, request_key, chain, skip_blocks, this_node_only: false }),
+            Ask::Match(wire::MatchRequest {
+                space,
+                request_key,
+                chain,
+                skip_blocks,
+                ..wire::MatchRequest::default()
+            }),
         );
     }
 
