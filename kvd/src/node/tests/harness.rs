@@ -76,7 +76,7 @@ pub(super) struct World {
     pub(super) ready: Vec<(MemberId, wire::Ready)>,
     /// What was asked and not answered yet.
     asked: BTreeMap<(MemberId, u64), Ask>,
-    replies: BTreeMap<(MemberId, u64), Reply>,
+    pub(super) replies: BTreeMap<(MemberId, u64), Reply>,
     /// Segments open by themselves as soon as they are ordered.
     pub(super) opens_at_once: bool,
     pub(super) spaces: BTreeMap<u32, (Fingerprint, String)>,
