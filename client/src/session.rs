@@ -168,7 +168,7 @@ pub struct HandOff {
 pub struct Claim {
     /// As the filler gave it.
     pub key: Vec<u8>,
-    /// Where the filler's node is reached, "host:port"; empty: it is this session's node.
+    /// The filler's node, by its name or "host:port"; empty: it is this session's.
     pub node: String,
     /// How long to wait for what is still being filled.
     pub wait: Duration,

@@ -409,7 +409,11 @@ impl Node {
         self.check_tail(space, "claim.tail_tokens", claim.tail_tokens)?;
         if claim.node.len() > WORKER_NAME_BYTES_MAX {
             let message = format!("{} bytes", claim.node.len());
-            return Err(Error::invalid("claim.node", message, "write host:port, or nothing for this node"));
+            return Err(Error::invalid(
+                "claim.node",
+                message,
+                "write its name or host:port, or nothing for this node",
+            ));
         }
         Ok(space)
     }
@@ -423,7 +427,7 @@ impl Node {
 
     /// Whether what is claimed would be this node's.
     fn is_for_here(&self, claim: &wire::Claim) -> bool {
-        claim.node.is_empty() || claim.node == self.address
+        claim.node.is_empty() || self.names.contains(&claim.node)
     }
 
     /// What is to be claimed from another node: this one knows nothing of it.

@@ -100,8 +100,8 @@ pub struct Node {
     movement: movement::Movement,
     waiting: filling::Waiting,
     hand_offs: hand_off::HandOffs,
-    /// How other nodes reach this one; empty: they do not.
-    address: String,
+    /// What others call this node: its name and its address.
+    names: Vec<String>,
     deferred: VecDeque<matching::Deferred>,
     seeking: seeking::Seeking,
     /// Leased entries whose DRAM copy a reader found broken.
@@ -143,7 +143,7 @@ impl Node {
             movement: movement::Movement::default(),
             waiting: filling::Waiting::default(),
             hand_offs: hand_off::HandOffs::default(),
-            address: String::new(),
+            names: Vec::new(),
             deferred: VecDeque::new(),
             seeking: seeking::Seeking::default(),
             doubted: BTreeSet::new(),
@@ -160,9 +160,9 @@ impl Node {
         }
     }
 
-    /// How other nodes reach this one: what is claimed from there is claimed here.
-    pub fn known_as(&mut self, address: &str) {
-        address.clone_into(&mut self.address);
+    /// What others call this node: what is claimed from there is claimed here.
+    pub fn known_as(&mut self, names: Vec<String>) {
+        self.names = names;
     }
 
     fn now_s(&self) -> u32 {

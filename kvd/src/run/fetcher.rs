@@ -126,22 +126,20 @@ impl Shared {
     /// What the node that holds it says, and offers, in time; a node that cannot be asked has nothing.
     async fn claimed(&self, ticket: u64, wanted: &Wanted, claim: &Claim) -> (HandOffStatus, Option<Offer>) {
         let gone = HandOffStatus { state: HandOffState::Gone.into(), ..HandOffStatus::default() };
-        let may_ask = self.fetcher.locations.is_member(&claim.node)
-            && lock(&self.fetcher.links).is_well(&claim.node, self.now_us());
-        if !may_ask {
-            return (gone, None);
-        }
+        let address = self.fetcher.locations.address_of(&claim.node).await;
+        let well = |address: &String| lock(&self.fetcher.links).is_well(address, self.now_us());
+        let Some(address) = address.filter(well) else { return (gone, None) };
         let waits = Duration::from_millis(claim.wait_ms.min(RESERVE_WAIT_MS_MAX).into());
-        match timeout(OFFER + waits, self.claim(ticket, wanted, claim)).await {
+        match timeout(OFFER + waits, self.claim(ticket, wanted, claim, &address)).await {
             Ok(Ok((HandOffState::Ready, _, None))) => (gone, None), // of no use any more
             Ok(Ok((_, status, offer))) => (status, offer),
             Ok(Err(error)) => {
                 tracing::debug!(%error, "nothing is claimed");
-                lock(&self.fetcher.links).failed(&claim.node, self.now_us());
+                lock(&self.fetcher.links).failed(&address, self.now_us());
                 (gone, None)
             }
             Err(_) => {
-                lock(&self.fetcher.links).failed(&claim.node, self.now_us());
+                lock(&self.fetcher.links).failed(&address, self.now_us());
                 (gone, None)
             }
         }
@@ -152,14 +150,15 @@ impl Shared {
         ticket: u64,
         wanted: &Wanted,
         claim: &Claim,
+        address: &str,
     ) -> Result<(HandOffState, HandOffStatus, Option<Offer>), Error> {
-        let peer = self.peer(&claim.node)?;
+        let peer = self.peer(address)?;
         let (replies, first) = peer.lease(wanted, wanted.chain.len() as u32, Some(claim)).await?;
         let status = first.hand_off.unwrap_or_default();
         let of_use =
             status.state() == HandOffState::Ready && first.lease != 0 && first.blocks > wanted.stored;
         let blocks = first.blocks.min(wanted.chain.len() as u32);
-        let pays = || lock(&self.fetcher.links).pays(&claim.node, blocks, wanted);
+        let pays = || lock(&self.fetcher.links).pays(address, blocks, wanted);
         let Some(sent_us) = of_use.then(pays).flatten() else { return Ok((status.state(), status, None)) };
         let parent = BlockId::from_slice("parent", &first.parent)?;
         let predicted_us = sent_us.max(first.predicted_us);

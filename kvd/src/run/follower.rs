@@ -70,9 +70,12 @@ impl Locations {
         self.ask(|answer| Ask::Locate { chain, group, block_bytes, answer }).await
     }
 
-    /// Whether a node of the cluster has this address.
-    pub(crate) fn is_member(&self, address: &str) -> bool {
-        self.cluster.members().borrow().iter().any(|member| member.address == address)
+    /// The address of the node of the cluster with this address, or with the name that it says it has.
+    pub(crate) async fn address_of(&self, node: &str) -> Option<String> {
+        let nodes = self.list().await.ok()?.nodes;
+        let named = || nodes.iter().find(|known| known.node_name == node);
+        let found = nodes.iter().find(|known| known.address == node).or_else(named);
+        found.map(|known| known.address.clone())
     }
 
     pub(crate) async fn list(&self) -> Result<wire::ListNodesReply, Error> {

@@ -454,7 +454,7 @@ fn a_node_that_does_not_answer_is_given_up() {
 #[test]
 fn its_own_address_is_here() {
     let mut world = World::new(NodeConfig { has_peers: true, ..config() });
-    world.node.known_as("here:1");
+    world.node.known_as(vec!["here".into(), "here:1".into()]);
     let member = world.open("a");
     let space = world.space(member);
     let mut request = claim_of(space, "k", &ids(1..4), 1000);
