@@ -14,15 +14,15 @@ use std::collections::BTreeMap;
 /// Tokens of the tails here; a block has 16.
 pub(super) const TAIL_TOKENS: u32 = 5;
 
-pub(super) fn handed_off(key: &[u8], blocks: u32, ttl_ms: u32) -> Option<wire::HandOff> {
-    Some(wire::HandOff { key: key.to_vec().into(), ttl_ms, blocks })
+pub(super) fn handed_off(key: &[u8], blocks: u32, ttl_ms: u32) -> wire::HandOff {
+    wire::HandOff { key: key.to_vec().into(), ttl_ms, blocks }
 }
 
 /// A prompt from its beginning, the last block a tail.
 fn reserve_all(space: u32, key: &str, chain: &[BlockId]) -> wire::ReserveRequest {
     wire::ReserveRequest {
         tail_tokens: TAIL_TOKENS,
-        hand_off: handed_off(key.as_bytes(), chain.len() as u32, 5000),
+        hand_off: Some(handed_off(key.as_bytes(), chain.len() as u32, 5000)),
         ..reserve_after(space, BlockId::default(), 0, chain)
     }
 }
@@ -169,9 +169,9 @@ fn a_filler_that_dies_or_gives_up_is_told_of_at_once() {
         world.ask(prefill, super::harness::commit_of(reserved.lease, &[(0, 2)], &[])).unwrap();
         let waits = world.begin(decode, Ask::Match(claim_of(space, "k", &ids(1..5), 9000)));
         if dies {
-            world.kill(prefill)
+            world.kill(prefill);
         } else {
-            world.release(prefill, reserved.lease)
+            world.release(prefill, reserved.lease);
         }
         let reply = match_reply(world.answer(decode, waits).expect("at once").unwrap());
         assert_eq!(came(&reply), (HandOffState::Gone, 2), "with what is there");
@@ -182,7 +182,7 @@ fn a_filler_that_dies_or_gives_up_is_told_of_at_once() {
 fn a_filler_that_dies_between_its_pieces_is_told_of_too() {
     let (mut world, prefill, decode, space) = world();
     let piece = wire::ReserveRequest {
-        hand_off: handed_off(b"k", 5, 5000),
+        hand_off: Some(handed_off(b"k", 5, 5000)),
         ..reserve_after(space, BlockId::default(), 0, &ids(1..3))
     };
     world.put_at_once(prefill, piece);
@@ -198,7 +198,7 @@ fn pieces_make_one_hand_off() {
     let chain = ids(1..6);
     let piece = |from: usize, to: usize, tail_tokens| {
         let parent = if from == 0 { BlockId::default() } else { chain[from - 1] };
-        let hand_off = handed_off(b"k", 5, 5000);
+        let hand_off = Some(handed_off(b"k", 5, 5000));
         wire::ReserveRequest {
             hand_off,
             tail_tokens,
@@ -326,11 +326,11 @@ fn what_makes_no_sense_is_refused_and_changes_nothing() {
     let reserves = [
         wire::ReserveRequest { hand_off: None, ..good() },
         wire::ReserveRequest { tail_tokens: 16, ..good() },
-        wire::ReserveRequest { hand_off: handed_off(b"", 3, 1), ..good() },
-        wire::ReserveRequest { hand_off: handed_off(&[0; 65], 3, 1), ..good() },
-        wire::ReserveRequest { hand_off: handed_off(b"k", 2, 1), ..good() },
-        wire::ReserveRequest { hand_off: handed_off(b"k", 4, 1), ..good() },
-        wire::ReserveRequest { hand_off: handed_off(b"k", 1 << 20, 1), tail_tokens: 0, ..good() },
+        wire::ReserveRequest { hand_off: Some(handed_off(b"", 3, 1)), ..good() },
+        wire::ReserveRequest { hand_off: Some(handed_off(&[0; 65], 3, 1)), ..good() },
+        wire::ReserveRequest { hand_off: Some(handed_off(b"k", 2, 1)), ..good() },
+        wire::ReserveRequest { hand_off: Some(handed_off(b"k", 4, 1)), ..good() },
+        wire::ReserveRequest { hand_off: Some(handed_off(b"k", 1 << 20, 1)), tail_tokens: 0, ..good() },
     ];
     for request in reserves {
         let refused = world.ask(prefill, Ask::Reserve(request.clone())).map(|_| ()).expect_err("no sense");

@@ -149,7 +149,7 @@ impl Storm {
         let key = [self.random.below(6) as u8];
         let request = wire::ReserveRequest {
             tail_tokens,
-            hand_off: handed_off(&key, blocks, ttl_ms).filter(|_| handed),
+            hand_off: handed.then(|| handed_off(&key, blocks, ttl_ms)),
             wait_ms,
             request_key: self.key().into(),
             ..reserve_after(space, parent, from as u32, &chain[from..])
