@@ -2,7 +2,8 @@
 //!
 //! Invariants: only granted blocks can be written; dropping a fill gives its uncommitted slots back.
 
-use crate::session::{Inner, SpaceHandle, unexpected};
+use crate::session::{Inner, unexpected};
+use crate::space::SpaceHandle;
 use crate::transport::shm::SharedSegment;
 use kvd_proto::wire::{self, ReserveState, client_frame::Body as Ask, node_frame::Body as Answer};
 use kvd_proto::{Code, Error, Layout};

@@ -3,7 +3,8 @@
 //! Invariants: `Read::Whole` means id, space, group, generation and every part checksum that the header has agreed and the
 //! lease still stood after the last byte; anything else is a `Miss` with its reason. Dropping a match releases its lease.
 
-use crate::session::{Inner, SpaceHandle};
+use crate::session::Inner;
+use crate::space::SpaceHandle;
 use crate::transport::shm::SharedSegment;
 use kvd_proto::slot_header::{FLAG_CHECKSUMMED, SlotHeader};
 use kvd_proto::wire::{self, HandOffStatus, Tier};
