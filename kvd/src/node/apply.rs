@@ -153,6 +153,7 @@ impl Node {
     fn tick(&mut self) {
         self.end_leases();
         self.end_hand_offs();
+        self.end_claims();
         self.give_up_stalled();
         self.give_up_seeking();
         self.unpin_expired();

@@ -1,38 +1,32 @@
 //! Hand-off leases: blocks that one engine has filled, kept for the engine that goes on with the request. And tails, which live nowhere else.
 //!
-//! Owns the records, by (space, key), and the claims that wait for them. Invariants: a record is the node's own: it outlives its filler and
+//! Owns the records, by (space, key). Invariants: a record is the node's own: it outlives its filler and
 //! maps nothing, so at its end its holds go at once (law 2 is about those who map); it is claimed once, and goes when the claimer's lease
-//! has its blocks; a claim is answered when its record changes or its wait is over; a tail is there only while somebody holds it, and nobody
+//! has its blocks; a tail is there only while somebody holds it, and nobody
 //! matches, is told of, demotes or continues one.
-//! Leaves to others: who fills (`filling`), the claimer's lease (`matching`), asking other nodes (`seeking`).
+//! Leaves to others: who fills (`filling`), who claims and waits (`claiming`).
 
 use super::Node;
-use super::event::MemberId;
 use super::filling::Wanted;
-use super::lease::RequestKind;
 use super::session::SessionId;
-use kvd_proto::limits::{
-    CHAIN_BLOCKS_MAX, HAND_OFF_TTL_MS_MAX, REQUEST_KEY_BYTES_MAX, RESERVE_WAIT_MS_MAX, WORKER_NAME_BYTES_MAX,
-};
-use kvd_proto::wire::{self, HandOffState, HandOffStatus, MatchRequest, Tier, node_frame::Body as Reply};
-use kvd_proto::{BlockId, Chain, Error};
+use kvd_proto::limits::{CHAIN_BLOCKS_MAX, HAND_OFF_TTL_MS_MAX, REQUEST_KEY_BYTES_MAX};
+use kvd_proto::wire::{self, Tier};
+use kvd_proto::{BlockId, Error};
 use kvd_tiers::catalog::{Handle, Key, Mark};
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// Records of one tenant, those that are over and remembered included. At the limit: what is reserved is not handed off.
 const RECORDS_PER_TENANT_MAX: usize = 4096;
 /// Bytes of all records together, as a share of DRAM: a quarter. At the limit: as above.
 const HELD_SHARE: u64 = 4;
-/// Claims that wait. At the limit: the next one is told how far it is.
-const CLAIMS_MAX: usize = 1024;
 /// How long a record that is over is remembered: so long a second claim is answered at once.
-const REMEMBERED_US: u64 = 5_000_000;
+pub(super) const REMEMBERED_US: u64 = 5_000_000;
 /// Records that end in one call; the others do in the next.
 const ENDED_PER_CALL_MAX: usize = 256;
 
-type RecordId = u64;
+pub(super) type RecordId = u64;
 /// The space, and what the filler and the claimer call it.
-type Name = (u16, Vec<u8>);
+pub(super) type Name = (u16, Vec<u8>);
 /// Depth and group.
 type Place = (u32, u8);
 
@@ -46,9 +40,8 @@ pub(super) struct HandOffs {
     per_tenant: HashMap<usize, usize>,
     bytes: u64,
     last: RecordId,
-    claims: VecDeque<Claiming>,
     /// Of records that changed, so that claims can be answered.
-    changed: BTreeSet<Name>,
+    pub(super) changed: BTreeSet<Name>,
 }
 
 pub(super) struct Record {
@@ -57,7 +50,7 @@ pub(super) struct Record {
     /// Whoever reserved last: while it is there, more may come.
     filler: SessionId,
     /// Of the prompt, in all; those before `from` were never reserved.
-    blocks: u32,
+    pub(super) blocks: u32,
     from: u32,
     pub(super) held: BTreeMap<Place, Held>,
     whole: usize,
@@ -87,16 +80,8 @@ pub(super) struct Wish {
     blocks: u32,
 }
 
-struct Claiming {
-    member: MemberId,
-    request_id: u64,
-    request: MatchRequest,
-    name: Name,
-    until_us: u64,
-}
-
 impl HandOffs {
-    fn of(&self, name: &Name) -> Option<(RecordId, &Record)> {
+    pub(super) fn of(&self, name: &Name) -> Option<(RecordId, &Record)> {
         let id = *self.by_name.get(name)?;
         Some((id, &self.records[&id]))
     }
@@ -144,7 +129,7 @@ impl HandOffs {
 
 impl Record {
     /// Blocks of which every group is there.
-    fn ready_blocks(&self, groups: usize) -> u32 {
+    pub(super) fn ready_blocks(&self, groups: usize) -> u32 {
         let mut by_block = BTreeMap::<u32, usize>::new();
         let whole = self.held.iter().filter(|(_, held)| held.whole);
         whole.for_each(|((depth, _), _)| *by_block.entry(*depth).or_default() += 1);
@@ -152,7 +137,6 @@ impl Record {
     }
 }
 
-// Filling.
 impl Node {
     /// What a reservation says about its hand-off; a tail needs one.
     pub(super) fn check_hand_off(
@@ -183,7 +167,7 @@ impl Node {
         Ok(Some(Wish { key: wanted.key.to_vec(), ttl_us, blocks: wanted.blocks }))
     }
 
-    fn check_tail(&self, space: u16, field: &str, tail_tokens: u32) -> Result<(), Error> {
+    pub(super) fn check_tail(&self, space: u16, field: &str, tail_tokens: u32) -> Result<(), Error> {
         let block_tokens = self.spaces[usize::from(space)].space.layout.block_tokens();
         if tail_tokens >= block_tokens {
             let message = format!("{tail_tokens} of a block of {block_tokens}");
@@ -221,7 +205,7 @@ impl Node {
         Some(id)
     }
 
-    fn new_record(&mut self, name: Name, blocks: u32, from: u32, ends_us: u64) -> RecordId {
+    pub(super) fn new_record(&mut self, name: Name, blocks: u32, from: u32, ends_us: u64) -> RecordId {
         let tenant = self.spaces[usize::from(name.0)].tenant;
         self.hand_offs.insert(Record {
             name,
@@ -310,7 +294,7 @@ impl Node {
     }
 
     /// Nobody can claim it any more; what it holds may go. It is remembered for a while.
-    fn end_hand_off(&mut self, id: RecordId) {
+    pub(super) fn end_hand_off(&mut self, id: RecordId) {
         let record = self.hand_offs.records.get_mut(&id).expect("a record");
         if std::mem::replace(&mut record.state, State::Over) == State::Over {
             return;
@@ -342,165 +326,6 @@ impl Node {
                 self.end_hand_off(id);
             }
         }
-        let over = |claim: &Claiming| claim.until_us <= self.now_us;
-        let over: Vec<_> =
-            self.hand_offs.claims.iter().filter(|claim| over(claim)).map(|c| c.name.clone()).collect();
-        self.hand_offs.changed.extend(over);
-    }
-}
-
-// Claiming.
-impl Node {
-    /// As `match_now_or_later`, for whoever may wait for what another engine is filling for it.
-    pub(super) fn match_or_claim(
-        &mut self,
-        member: MemberId,
-        request_id: u64,
-        request: MatchRequest,
-    ) -> Result<Option<wire::MatchReply>, Error> {
-        let Some(claim) = &request.claim else {
-            return self.match_now_or_later(member, request_id, request, true);
-        };
-        let space = self.check_claim(member, &request, claim)?;
-        let name = (space, claim.key.to_vec());
-        let wait_us = u64::from(claim.wait_ms.min(RESERVE_WAIT_MS_MAX)) * 1000;
-        let may_wait = wait_us > 0 && request_id != 0 && self.hand_offs.claims.len() < CLAIMS_MAX;
-        let waits = match self.hand_offs.of(&name) {
-            Some((_, record)) => record.state == State::Filling,
-            None => self.is_for_here(claim) && !self.asked_before(member, space, &request)?,
-        };
-        if waits && may_wait {
-            let until_us = self.now_us + wait_us;
-            self.hand_offs.claims.push_back(Claiming { member, request_id, request, name, until_us });
-            return Ok(None);
-        }
-        self.claim_now(member, request_id, request, &name)
-    }
-
-    /// What there is to claim now, or how far it is; or else what an ordinary match finds, other nodes included.
-    fn claim_now(
-        &mut self,
-        member: MemberId,
-        request_id: u64,
-        request: MatchRequest,
-        name: &Name,
-    ) -> Result<Option<wire::MatchReply>, Error> {
-        if let Some((_, record)) = self.hand_offs.of(name).filter(|(_, of)| of.state == State::Filling) {
-            let groups = self.spaces[usize::from(name.0)].pools.len();
-            let (ready_blocks, blocks) = (record.ready_blocks(groups), record.blocks);
-            return Ok(Some(not_yet(HandOffStatus {
-                state: HandOffState::NotYet.into(),
-                ready_blocks,
-                blocks,
-            })));
-        }
-        self.match_now_or_later(member, request_id, request, true)
-    }
-
-    fn check_claim(
-        &self,
-        member: MemberId,
-        request: &MatchRequest,
-        claim: &wire::Claim,
-    ) -> Result<u16, Error> {
-        let space = self.space_of(member, request.space)?;
-        Chain::from_packed("chain", &request.chain)?;
-        check_hand_off_key("claim.key", &claim.key)?;
-        self.check_tail(space, "claim.tail_tokens", claim.tail_tokens)?;
-        if claim.node.len() > WORKER_NAME_BYTES_MAX {
-            let message = format!("{} bytes", claim.node.len());
-            return Err(Error::invalid(
-                "claim.node",
-                message,
-                "write its name or host:port, or nothing for this node",
-            ));
-        }
-        Ok(space)
-    }
-
-    fn asked_before(&self, member: MemberId, space: u16, request: &MatchRequest) -> Result<bool, Error> {
-        let chain = Chain::from_packed("chain", &request.chain)?;
-        let (session, key) = (self.sessions.of(member)?, &request.request_key);
-        let skip = request.skip_blocks.min(chain.ids().len() as u32);
-        Ok(self.same_question(session, RequestKind::Match, key, space, chain.ids(), skip).is_some())
-    }
-
-    /// Whether what is claimed would be this node's.
-    fn is_for_here(&self, claim: &wire::Claim) -> bool {
-        claim.node.is_empty() || self.names.contains(&claim.node)
-    }
-
-    /// What is to be claimed from another node: this one knows nothing of it.
-    pub(super) fn claim_elsewhere(&self, space: u16, request: &MatchRequest) -> Option<wire::Claim> {
-        let claim = request.claim.as_ref().filter(|claim| !self.is_for_here(claim))?;
-        self.hand_offs.of(&(space, claim.key.to_vec())).is_none().then(|| claim.clone())
-    }
-
-    /// The record that this match may claim now.
-    pub(super) fn claimable(&self, space: u16, request: &MatchRequest) -> Option<RecordId> {
-        let name = (space, request.claim.as_ref()?.key.to_vec());
-        self.hand_offs.of(&name).filter(|(_, record)| record.state == State::Ready).map(|(id, _)| id)
-    }
-
-    /// A lease has what the record held.
-    pub(super) fn claimed(&mut self, record: RecordId) {
-        self.note("hand-off", || "claimed".to_owned());
-        self.end_hand_off(record);
-    }
-
-    /// Another node has given it to this one, for the match that is about to be answered.
-    pub(super) fn claimed_elsewhere(&mut self, space: u16, request: &MatchRequest) {
-        let Some(claim) = &request.claim else { return };
-        let name = (space, claim.key.to_vec());
-        if self.hand_offs.of(&name).is_none() {
-            let id = self.new_record(name, 0, 0, self.now_us + REMEMBERED_US);
-            self.hand_offs.records.get_mut(&id).expect("just made").state = State::Ready;
-        }
-    }
-
-    /// With the blocks before it found, so is the claimer's tail.
-    pub(super) fn find_tail(&self, space: u16, chain: &Chain, tokens: u32, found: &mut [Vec<Handle>]) {
-        let Some((tail, whole)) = chain.ids().split_last().filter(|_| tokens != 0) else { return };
-        if found.iter().any(|handles| handles.len() != whole.len()) {
-            return;
-        }
-        let of = |group: usize| self.catalog.find(&Key { space, group: group as u8, id: *tail });
-        let there = |handle: &Handle| {
-            let entry = self.catalog.get(*handle);
-            let readable = entry.readable(Tier::Dram).is_some() && !self.doubted.contains(handle);
-            entry.tokens() == tokens && (readable || self.movement.comes(*handle))
-        };
-        let tails: Option<Vec<_>> = (0..found.len()).map(|group| of(group).filter(there)).collect();
-        for (handles, tail) in found.iter_mut().zip(tails.into_iter().flatten()) {
-            handles.push(tail);
-        }
-    }
-
-    /// Claims whose record has changed or whose wait is over.
-    pub(super) fn serve_claims(&mut self) {
-        while let Some(name) = self.hand_offs.changed.pop_first() {
-            let state = self.hand_offs.of(&name).map(|(_, record)| record.state);
-            let now = self.now_us;
-            let due = |claim: &Claiming| {
-                claim.name == name && (claim.until_us <= now || state != Some(State::Filling))
-            };
-            let (served, wait) = std::mem::take(&mut self.hand_offs.claims).into_iter().partition(due);
-            self.hand_offs.claims = wait;
-            let served: VecDeque<Claiming> = served;
-            served.into_iter().for_each(|claim| self.serve_claim(claim));
-        }
-    }
-
-    fn serve_claim(&mut self, claim: Claiming) {
-        let Claiming { member, request_id, request, name, .. } = claim;
-        if self.sessions.of(member).is_err() {
-            return; // it is gone
-        }
-        match self.claim_now(member, request_id, request, &name) {
-            Ok(None) => {}
-            Ok(Some(reply)) => self.send(member, request_id, Reply::Match(reply)),
-            Err(error) => self.refuse(member, request_id, error),
-        }
     }
 }
 
@@ -522,11 +347,7 @@ impl Node {
     }
 }
 
-pub(super) fn not_yet(status: HandOffStatus) -> wire::MatchReply {
-    wire::MatchReply { hand_off: Some(status), ..wire::MatchReply::default() }
-}
-
-fn check_hand_off_key(field: &str, key: &[u8]) -> Result<(), Error> {
+pub(super) fn check_hand_off_key(field: &str, key: &[u8]) -> Result<(), Error> {
     if key.is_empty() || key.len() > REQUEST_KEY_BYTES_MAX {
         let fix = format!("give 1 to {REQUEST_KEY_BYTES_MAX}; hash what is longer");
         return Err(Error::invalid(field, format!("{} bytes", key.len()), fix));

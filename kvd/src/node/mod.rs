@@ -9,6 +9,7 @@
 //! Reading order: `event` (the vocabulary), `apply` (dispatch), then by noun.
 
 mod apply;
+mod claiming;
 mod commit;
 pub mod event;
 mod filling;
@@ -100,6 +101,7 @@ pub struct Node {
     movement: movement::Movement,
     waiting: filling::Waiting,
     hand_offs: hand_off::HandOffs,
+    claims: claiming::Claims,
     /// What others call this node: its name and its address.
     names: Vec<String>,
     deferred: VecDeque<matching::Deferred>,
@@ -143,6 +145,7 @@ impl Node {
             movement: movement::Movement::default(),
             waiting: filling::Waiting::default(),
             hand_offs: hand_off::HandOffs::default(),
+            claims: claiming::Claims::default(),
             names: Vec::new(),
             deferred: VecDeque::new(),
             seeking: seeking::Seeking::default(),

@@ -6,8 +6,8 @@
 //! Leaves to others: who has what, whether it pays and the lease there (the shell).
 
 use super::Node;
+use super::claiming::not_yet;
 use super::event::{Effect, FetchOrder, MemberId, Offer, Wanted};
-use super::hand_off::not_yet;
 use super::movement::MoveKind;
 use kvd_proto::limits::RESERVE_WAIT_MS_MAX;
 use kvd_proto::slot_header::FLAG_CHECKSUMMED;

@@ -152,6 +152,7 @@ fn a_claim_before_the_commit_waits_for_it_or_hears_how_far_it_is() {
 fn a_wait_ends_in_its_time() {
     let (mut world, prefill, decode, space) = world();
     let never = world.begin(decode, Ask::Match(claim_of(space, "never", &ids(1..5), 500)));
+    let patient = world.begin(decode, Ask::Match(claim_of(space, "never", &ids(1..5), 5000)));
     world.reserve(prefill, reserve_all(space, "k", &ids(1..5)));
     let slow = world.begin(decode, Ask::Match(claim_of(space, "k", &ids(1..5), 500)));
     world.pass_ms(400);
@@ -159,6 +160,7 @@ fn a_wait_ends_in_its_time() {
     world.pass_ms(100);
     assert_eq!(came(&match_reply(world.answer(decode, never).unwrap().unwrap())), (HandOffState::Gone, 0));
     assert_eq!(came(&match_reply(world.answer(decode, slow).unwrap().unwrap())), (HandOffState::NotYet, 0));
+    assert!(world.answer(decode, patient).is_none(), "each has its own");
 }
 
 #[test]
