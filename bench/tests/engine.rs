@@ -247,12 +247,18 @@ fn a_prefill_is_handed_over_through_kvd() {
     asked["kv_transfer_params"] = json!({"kvd": {"request_key": "k"}, "other": 1});
     let prefilled = prefill.ask(COMPLETIONS, &asked);
     let params = &prefilled["kv_transfer_params"];
-    assert_eq!(params, &json!({"kvd": {"request_key": "k", "prefilled_tokens": 640}, "other": 1}));
+    assert_eq!(
+        params,
+        &json!({"kvd": {"request_key": "k", "prefilled_tokens": 650}, "other": 1}),
+        "tail included"
+    );
     let mut asked = completion(1, 4);
     asked["kv_transfer_params"] =
-        json!({"kvd": {"request_key": "k", "prefill_node": "n", "prefilled_tokens": 640}});
+        json!({"kvd": {"request_key": "k", "prefill_node": "n", "prefilled_tokens": 650}});
     let decoded = decode.ask(COMPLETIONS, &asked);
-    assert_eq!(cached(&decoded), 640);
+    assert_eq!(cached(&decoded), 649, "all but the last token");
+    assert_eq!(decode.stats()["cached_tokens"]["dram"], 649);
+    assert_eq!(cached(&decode.ask(COMPLETIONS, &asked)), 640, "it is handed over once");
     assert!(text(&decoded).starts_with(text(&prefilled)), "{decoded}");
     // one that never was: what is missing is computed, after a while
     let mut lost = completion(2, 4);
@@ -265,6 +271,53 @@ fn a_prefill_is_handed_over_through_kvd() {
     let mut answer = alone.ask(COMPLETIONS, &told);
     assert_eq!(answer["kv_transfer_params"].take(), json!({"kvd": {"do": "prefill", "prefilled_tokens": 0}}));
     assert_eq!(alone.ask(COMPLETIONS, &completion(1, 1))["kv_transfer_params"], Value::Null);
+}
+
+/// What a router tells the two engines of a request.
+fn handed(of: u32, output_tokens: u32, key: &str, prefill_node: Option<&str>) -> Value {
+    let mut asked = completion(of, output_tokens);
+    asked["kv_transfer_params"] = json!({"kvd": {"request_key": key}});
+    match prefill_node {
+        Some(node) => asked["kv_transfer_params"]["kvd"]["prefill_node"] = json!(node),
+        None => asked["kv_transfer_params"]["kvd"]["do"] = json!("prefill"),
+    }
+    asked
+}
+
+#[test]
+fn a_prefill_is_handed_over_from_node_to_node_whoever_dies() {
+    let [first, second] = Daemon::start_two();
+    let prefill = Engine::start(&["--kvd", first.socket(), "--role", "prefill"]);
+    let decode = Engine::start(&["--kvd", second.socket(), "--role", "decode"]);
+    let alone = Engine::start(&[]);
+    // until the nodes have heard of each other, nothing is claimed
+    let mut of = 0;
+    until("the nodes know each other", || {
+        of += 1;
+        let key = format!("early-{of}");
+        prefill.ask(COMPLETIONS, &handed(of, 1, &key, None));
+        cached(&decode.ask(COMPLETIONS, &handed(of, 4, &key, Some(first.address())))) == 649
+    });
+    let before = decode.stats()["cached_tokens"]["peer"].as_u64().unwrap();
+    prefill.ask(COMPLETIONS, &handed(1000, 1, "k", None));
+    prefill.ask(COMPLETIONS, &handed(1001, 1, "l", None));
+    drop(prefill); // killed
+    let decoded = decode.ask(COMPLETIONS, &handed(1000, 4, "k", Some(first.address())));
+    assert_eq!(cached(&decoded), 649);
+    assert_eq!(decode.stats()["cached_tokens"]["peer"], before + 649);
+    assert_eq!(text(&decoded), text(&alone.ask(COMPLETIONS, &completion(1000, 4))));
+    let usage = &decoded["usage"];
+    assert_eq!((&usage["prompt_tokens"], &usage["completion_tokens"]), (&json!(650), &json!(4)));
+    let one = decode.ask(COMPLETIONS, &handed(1001, 1, "l", Some(first.address())));
+    assert_eq!((cached(&one), text(&one)), (649, text(&alone.ask(COMPLETIONS, &completion(1001, 1)))));
+    // killed before it prefilled
+    let computed = decode.ask(COMPLETIONS, &handed(1002, 4, "never", Some(first.address())));
+    assert_eq!(cached(&computed), 0);
+    // and its node with it
+    let address = first.address().to_owned();
+    drop(first);
+    let computed = decode.ask(COMPLETIONS, &handed(1003, 4, "m", Some(&address)));
+    assert_eq!((cached(&computed), &decode.stats()["wrong_blocks"]), (0, &json!(0)));
 }
 
 #[test]

@@ -2,7 +2,8 @@
 //!
 //! Invariants: only granted blocks can be written; dropping a fill gives its uncommitted slots back.
 
-use crate::session::{Inner, SpaceHandle, unexpected};
+use crate::session::{Inner, unexpected};
+use crate::space::SpaceHandle;
 use crate::transport::shm::SharedSegment;
 use kvd_proto::wire::{self, ReserveState, client_frame::Body as Ask, node_frame::Body as Answer};
 use kvd_proto::{Code, Error, Layout};
@@ -16,6 +17,7 @@ pub struct Fill {
     lease: u64,
     runs: Vec<(wire::Run, Arc<SharedSegment>)>,
     states: Vec<u8>,
+    handed_off: bool,
     incarnation: u64,
 }
 
@@ -32,6 +34,7 @@ impl Fill {
             lease: reply.lease,
             runs: Vec::with_capacity(reply.runs.len()),
             states: reply.states.to_vec(),
+            handed_off: reply.handed_off,
             incarnation,
         };
         for run in reply.runs {
@@ -48,6 +51,11 @@ impl Fill {
     pub fn state(&self, block: u32) -> ReserveState {
         let state = self.states.get(block as usize).copied().unwrap_or(ReserveState::NoSpace as u8);
         ReserveState::try_from(i32::from(state)).unwrap_or(ReserveState::NoSpace)
+    }
+
+    /// Whether the node keeps these blocks for whoever claims them; a limit may stand against it, and then a tail is not stored.
+    pub fn handed_off(&self) -> bool {
+        self.handed_off
     }
 
     /// The lease's number at the node, for logs and `kvctl`; 0: nothing was granted.

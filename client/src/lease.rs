@@ -3,10 +3,11 @@
 //! Invariants: `Read::Whole` means id, space, group, generation and every part checksum that the header has agreed and the
 //! lease still stood after the last byte; anything else is a `Miss` with its reason. Dropping a match releases its lease.
 
-use crate::session::{Inner, SpaceHandle};
+use crate::session::Inner;
+use crate::space::SpaceHandle;
 use crate::transport::shm::SharedSegment;
 use kvd_proto::slot_header::{FLAG_CHECKSUMMED, SlotHeader};
-use kvd_proto::wire::{self, Tier};
+use kvd_proto::wire::{self, HandOffStatus, Tier};
 use kvd_proto::{BlockId, Chain, Code, Error};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -99,6 +100,7 @@ pub struct Match {
     lease: u64,
     blocks: u32,
     runs: Vec<(wire::Run, Arc<SharedSegment>)>,
+    hand_off: HandOffStatus,
     predicted: Duration,
     ends: Instant,
     incarnation: u64,
@@ -123,6 +125,7 @@ impl Match {
             lease: reply.lease,
             blocks: reply.blocks.max(skip_blocks.min(chain.ids().len() as u32)),
             runs: Vec::with_capacity(reply.runs.len()),
+            hand_off: reply.hand_off.unwrap_or_default(),
             predicted: Duration::from_micros(reply.predicted_us),
             ends: asked + Duration::from_millis(reply.lease_ttl_ms.into()),
             incarnation,
@@ -142,6 +145,11 @@ impl Match {
     /// Blocks of the chain that the lease covers, the skipped ones included.
     pub fn blocks(&self) -> u32 {
         self.blocks
+    }
+
+    /// What became of the claim: `NotYet` has leased nothing, `Ready` has the tail too, after `Gone` it is as any match.
+    pub fn hand_off(&self) -> HandOffStatus {
+        self.hand_off
     }
 
     /// Where a block was when it was asked for.

@@ -47,11 +47,13 @@ mod fill;
 pub mod grpc;
 mod lease;
 mod session;
+mod space;
 pub mod transport;
 mod worker;
 
 pub use fill::Fill;
-pub use kvd_proto::wire::{ReserveState, Tier};
+pub use kvd_proto::wire::{HandOffState, HandOffStatus, ReserveState, Tier};
 pub use lease::{Match, MissReason, Read, View};
-pub use session::{ConnectOptions, Session, SpaceHandle};
+pub use session::{ConnectOptions, Session};
+pub use space::{Claim, HandOff, SpaceHandle};
 pub use worker::Worker;

@@ -5,11 +5,11 @@
 //! are registered again before any new request uses them; while the node is away every call fails at once.
 
 use crate::connection::{Connection, Heard, Listener, lost};
-use crate::fill::Fill;
-use crate::lease::{Match, Progress};
+use crate::lease::Progress;
+use crate::space::SpaceHandle;
 use crate::transport::shm::SharedSegment;
 use kvd_proto::wire::{self, client_frame::Body as Ask, node_frame::Body as Answer};
-use kvd_proto::{BlockId, Chain, Code, Error, Fingerprint, PROTOCOL_MAJOR, PROTOCOL_MINOR};
+use kvd_proto::{Code, Error, Fingerprint, PROTOCOL_MAJOR, PROTOCOL_MINOR};
 use rustix::fd::OwnedFd;
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -150,123 +150,14 @@ impl Session {
     }
 }
 
-/// A registered space of a session.
-#[derive(Clone)]
-pub struct SpaceHandle {
-    pub(crate) session: Session,
-    index: usize,
-    fingerprint: Fingerprint,
-    pub(crate) layout: Arc<kvd_proto::Layout>,
-}
-
-impl SpaceHandle {
-    /// Keys all its block ids.
-    pub fn fingerprint(&self) -> Fingerprint {
-        self.fingerprint
-    }
-
-    /// The session it belongs to.
-    pub fn session(&self) -> &Session {
-        &self.session
-    }
-
-    /// What its blocks mean.
-    pub fn layout(&self) -> &kvd_proto::Layout {
-        &self.layout
-    }
-
-    fn id(&self) -> u32 {
-        locked(&self.session.inner.spaces)[self.index].id
-    }
-
-    /// Leases the prefix of `chain` worth loading, without its first `skip_blocks`. Asking again with the same key and
-    /// chain gives the same lease until it is released.
-    pub async fn match_prefix(
-        &self,
-        request_key: &[u8],
-        chain: &Chain,
-        skip_blocks: u32,
-    ) -> Result<Match, Error> {
-        let inner = &self.session.inner;
-        let asked = std::time::Instant::now();
-        let incarnation = inner.incarnation(); // before the number that it gives meaning
-        let request = wire::MatchRequest {
-            space: self.id(),
-            request_key: request_key.to_vec().into(),
-            chain: chain.to_packed().into(),
-            skip_blocks,
-            this_node_only: false,
-        };
-        let Answer::Match(reply) = inner.call_of(incarnation, Ask::Match(request)).await? else {
-            return Err(unexpected());
-        };
-        Match::new(self, chain, skip_blocks, reply, incarnation, asked)
-    }
-
-    /// Reserves slots for the blocks of `chain` that follow `parent` at `depth`; waits up to `wait` for space.
-    pub async fn reserve(
-        &self,
-        request_key: &[u8],
-        parent: BlockId,
-        depth: u32,
-        chain: &Chain,
-        wait: Duration,
-    ) -> Result<Fill, Error> {
-        let inner = &self.session.inner;
-        let incarnation = inner.incarnation();
-        let request = wire::ReserveRequest {
-            space: self.id(),
-            request_key: request_key.to_vec().into(),
-            parent: parent.0.to_vec().into(),
-            depth,
-            chain: chain.to_packed().into(),
-            tail_tokens: 0,
-            wait_ms: wait.as_millis().try_into().unwrap_or(u32::MAX),
-        };
-        let Answer::Reserve(reply) = inner.call_of(incarnation, Ask::Reserve(request)).await? else {
-            return Err(unexpected());
-        };
-        Fill::new(self, reply, incarnation)
-    }
-
-    /// The tiers of the longest stored prefix, one a block. Pins and touches nothing.
-    pub async fn exists(&self, chain: &Chain) -> Result<Vec<wire::Tier>, Error> {
-        let incarnation = self.session.inner.incarnation();
-        let request = wire::ExistsRequest { space: self.id(), chain: chain.to_packed().into(), session: 0 };
-        let Answer::Exists(reply) = self.session.inner.call_of(incarnation, Ask::Exists(request)).await?
-        else {
-            return Err(unexpected());
-        };
-        let tier = |tier: &u8| wire::Tier::try_from(i32::from(*tier)).unwrap_or(wire::Tier::Unspecified);
-        Ok(reply.tiers.iter().map(tier).collect())
-    }
-
-    /// Keeps the stored prefix from being evicted for `ttl`; zero unpins. Returns how many blocks.
-    pub async fn pin(&self, chain: &Chain, ttl: Duration) -> Result<u32, Error> {
-        let incarnation = self.session.inner.incarnation();
-        let ttl_ms = ttl.as_millis().try_into().unwrap_or(u32::MAX);
-        let request =
-            wire::PinRequest { space: self.id(), chain: chain.to_packed().into(), ttl_ms, session: 0 };
-        match self.session.inner.call_of(incarnation, Ask::Pin(request)).await? {
-            Answer::Pin(reply) => Ok(reply.blocks),
-            _ => Err(unexpected()),
-        }
-    }
-
-    /// Starts to bring the stored prefix into DRAM; returns how many blocks started to move.
-    pub async fn prefetch(&self, chain: &Chain) -> Result<u32, Error> {
-        let incarnation = self.session.inner.incarnation();
-        let request = wire::PrefetchRequest { space: self.id(), chain: chain.to_packed().into(), session: 0 };
-        match self.session.inner.call_of(incarnation, Ask::Prefetch(request)).await? {
-            Answer::Prefetch(reply) => Ok(reply.started),
-            _ => Err(unexpected()),
-        }
-    }
-}
-
 impl Inner {
     pub(crate) fn tenant(&self) -> &str {
         if self.options.tenant.is_empty() { "default" } else { &self.options.tenant }
+    }
+
+    /// What the daemon of now calls a space.
+    pub(crate) fn space_number(&self, index: usize) -> u32 {
+        locked(&self.spaces)[index].id
     }
 
     pub(crate) fn incarnation(&self) -> u64 {
@@ -282,7 +173,7 @@ impl Inner {
     }
 
     /// As `call`, of the daemon of that incarnation only: numbers of spaces mean something else to the next.
-    async fn call_of(&self, incarnation: u64, ask: Ask) -> Result<Answer, Error> {
+    pub(crate) async fn call_of(&self, incarnation: u64, ask: Ask) -> Result<Answer, Error> {
         let (now, connection) = self.connection()?;
         if now != incarnation {
             return Err(lost("the node was restarted"));

@@ -65,7 +65,7 @@ impl Links {
         for node in locations.iter().filter(|node| node.node_epoch != own_epoch) {
             let fresh = Link::default();
             let link = self.links.get(&node.address).unwrap_or(&fresh);
-            if link.sick.is_some_and(|(epoch, until_us)| epoch == node.node_epoch && now_us < until_us) {
+            if link.rests(node.node_epoch, now_us) {
                 continue;
             }
             for (blocks, owner_us) in depths(node, wanted) {
@@ -79,6 +79,19 @@ impl Links {
             }
         }
         best.map(|(_, choice)| choice)
+    }
+
+    /// Whether the way to a node has not failed lately.
+    pub fn is_well(&self, address: &str, node_epoch: u64, now_us: u64) -> bool {
+        self.links.get(address).is_none_or(|link| !link.rests(node_epoch, now_us))
+    }
+
+    /// How long a node's blocks take to come from its DRAM; `None`: recomputing them takes no longer.
+    pub fn pays(&self, address: &str, blocks: u32, wanted: &Wanted) -> Option<u64> {
+        let fresh = Link::default();
+        let link = self.links.get(address).unwrap_or(&fresh);
+        let predicted_us = link.predict_us(u64::from(blocks - wanted.stored), wanted);
+        (predicted_us < recompute_us(wanted, blocks)).then_some(predicted_us as u64)
     }
 
     /// What moving bytes from a node takes, as measured so far.
@@ -124,6 +137,10 @@ impl Links {
 }
 
 impl Link {
+    fn rests(&self, node_epoch: u64, now_us: u64) -> bool {
+        self.sick.is_some_and(|(epoch, until_us)| epoch == node_epoch && now_us < until_us)
+    }
+
     fn predict_us(&self, blocks: u64, wanted: &Wanted) -> f64 {
         self.speed.predict_us(blocks * block_bytes(wanted), self.reading_bytes)
     }
@@ -204,6 +221,7 @@ mod tests {
             chain: vec![BlockId::default(); blocks],
             stored,
             profile: PrefillProfile::causal(0.0, 12.0, 0.0),
+            claim: None,
         }
     }
 

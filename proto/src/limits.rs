@@ -38,6 +38,8 @@ pub const FRAME_FDS_MAX: usize = 128;
 pub const CHUNK_BYTES_MAX: usize = 1 << 20;
 /// How long `reserve` may wait for space. Longer wishes are cut to this.
 pub const RESERVE_WAIT_MS_MAX: u32 = 10_000;
+/// How long a hand-off lease may wait to be claimed. Longer wishes are cut to this.
+pub const HAND_OFF_TTL_MS_MAX: u32 = 60_000;
 /// Registered spaces of one node. At the limit: the space is refused.
 pub const SPACES_MAX: usize = 4096;
 /// Workers of one node. At the limit: the worker is refused.

@@ -6,7 +6,9 @@
 
 use super::stats::{Counting, Location};
 use crate::content;
-use kvd_client::{ConnectOptions, Match, Read, ReserveState, Session, SpaceHandle};
+use kvd_client::{
+    Claim, ConnectOptions, HandOff, HandOffState, Match, Read, ReserveState, Session, SpaceHandle,
+};
 use kvd_proto::cost::stall_us;
 use kvd_proto::{BlockId, Chain, Error, Space, block_id};
 use std::path::PathBuf;
@@ -22,11 +24,11 @@ const OPEN_AGAIN: Duration = Duration::from_millis(200);
 const STALL_LEAST: Duration = Duration::from_millis(100);
 /// After one was given up, kvd is not asked for so long, so that a node that stands still costs one request's stall and not everyone's.
 const REST: Duration = Duration::from_secs(1);
-/// How long blocks that another engine has prefilled are waited for, and no longer than computing them takes. At the limit: what
-/// is missing is computed.
+/// How long what another engine prefills is waited for, and no longer than computing it takes. At the limit: what is missing is
+/// computed.
 const HAND_OVER_WAIT: Duration = Duration::from_secs(1);
-/// Between two looks meanwhile.
-const HAND_OVER_LOOK: Duration = Duration::from_millis(5);
+/// How long what was prefilled waits for the other engine. At the limit: its blocks are as any others.
+const HAND_OVER_TTL: Duration = Duration::from_secs(30);
 /// Prompts whose blocks wait to be stored. At the limit: they are not, and counted.
 const STORES_MAX: usize = 64;
 /// Blocks reserved at once, so that a long prompt does not hold a session's leases alone.
@@ -36,11 +38,25 @@ const RESERVE_WAIT: Duration = Duration::from_secs(1);
 /// Storing one prompt. At the limit: the rest is not stored.
 const STORE_WAIT: Duration = Duration::from_secs(20);
 
+/// A request that two engines share: one prefills, the other goes on.
+#[derive(Debug, Clone)]
+pub(super) struct HandOver {
+    /// What both call it: 1 to 64 bytes.
+    pub(super) key: Vec<u8>,
+    /// Where the other has prefilled; none: this engine prefills.
+    pub(super) node: Option<String>,
+    /// The whole prompt; its last id is a tail's if `tail_tokens` is not 0.
+    pub(super) chain: Chain,
+    pub(super) tail_tokens: u32,
+}
+
 /// A prompt whose blocks are all in the engine's memory.
 pub(super) struct Store {
     pub(super) chain: Arc<Chain>,
-    /// Told how many of its first blocks kvd then has; dropped if nobody knows.
-    pub(super) stored: Option<oneshot::Sender<usize>>,
+    /// Keeps them, and the tail, for another engine.
+    pub(super) hand_over: Option<HandOver>,
+    /// Told how many of the prompt's first tokens kvd then has; dropped if nobody knows.
+    pub(super) stored: Option<oneshot::Sender<u64>>,
 }
 
 /// What is to be fetched.
@@ -48,8 +64,8 @@ pub(super) struct Wanted {
     pub(super) chain: Arc<Chain>,
     /// In the engine's own memory already.
     pub(super) found_blocks: usize,
-    /// Another engine has prefilled so many for it.
-    pub(super) prefilled_blocks: usize,
+    /// Another engine has prefilled it.
+    pub(super) hand_over: Option<HandOver>,
     /// What computing the rest would take.
     pub(super) recompute: Duration,
 }
@@ -103,26 +119,47 @@ impl Blocks {
         self.space.borrow().clone()
     }
 
-    /// Where the blocks were that follow the engine's own and are there now.
+    /// Where the blocks were that follow the engine's own and are there now; of what another engine has prefilled, all of them, with
+    /// the tail.
     pub(super) async fn fetch(&self, wanted: &Wanted) -> Vec<Location> {
         let Some(space) = self.space().filter(|_| !self.rests()) else { return Vec::new() };
-        let patience = Instant::now() + HAND_OVER_WAIT.min(wanted.recompute.max(STALL_LEAST));
-        loop {
-            let key = self.key(*b"get");
-            let asked = space.match_prefix(&key, &wanted.chain, wanted.found_blocks as u32);
-            let Some(matched) = self.in_time(wanted.stall(Duration::ZERO), asked).await else {
-                return Vec::new();
-            };
-            let Ok(matched) = matched else {
-                self.stats.count(|stats| stats.failed += 1);
-                return Vec::new();
-            };
-            if matched.blocks() as usize >= wanted.prefilled_blocks || Instant::now() >= patience {
-                return self.read(&matched, wanted).await;
+        if let Some(hand_over) = &wanted.hand_over {
+            let Some(claimed) = self.claim(&space, wanted, hand_over).await else { return Vec::new() };
+            if claimed.hand_off().state() != HandOffState::NotYet {
+                return self.read(&claimed, &hand_over.chain, wanted).await;
             }
-            drop(matched);
-            tokio::time::sleep(HAND_OVER_LOOK).await;
         }
+        let key = self.key(*b"get");
+        let asked = space.match_prefix(&key, &wanted.chain, wanted.found_blocks as u32);
+        let Some(matched) = self.matched(wanted.stall(Duration::ZERO), asked).await else {
+            return Vec::new();
+        };
+        self.read(&matched, &wanted.chain, wanted).await
+    }
+
+    async fn claim(&self, space: &SpaceHandle, wanted: &Wanted, hand_over: &HandOver) -> Option<Match> {
+        let claim = Claim {
+            key: hand_over.key.clone(),
+            node: hand_over.node.clone().unwrap_or_default(),
+            wait: HAND_OVER_WAIT.min(wanted.recompute.max(STALL_LEAST)),
+            tail_tokens: hand_over.tail_tokens,
+        };
+        let key = self.key(*b"get");
+        let asked = space.match_claimed(&key, &hand_over.chain, wanted.found_blocks as u32, &claim);
+        self.matched(claim.wait + wanted.stall(Duration::ZERO), asked).await
+    }
+
+    /// `None`, and counted: no answer in time, or a refusal.
+    async fn matched(
+        &self,
+        stall: Duration,
+        asked: impl Future<Output = Result<Match, Error>>,
+    ) -> Option<Match> {
+        let matched = self.in_time(stall, asked).await?;
+        if matched.is_err() {
+            self.stats.count(|stats| stats.failed += 1);
+        }
+        matched.ok()
     }
 
     /// In the background.
@@ -138,7 +175,7 @@ impl Blocks {
         let _all = self.room.acquire_many(STORES_MAX as u32).await.expect("never closed");
     }
 
-    async fn read(&self, matched: &Match, wanted: &Wanted) -> Vec<Location> {
+    async fn read(&self, matched: &Match, chain: &Chain, wanted: &Wanted) -> Vec<Location> {
         let stall = wanted.stall(matched.predicted());
         let mut bytes = vec![0; self.slot_bytes];
         let mut locations = Vec::new();
@@ -148,16 +185,14 @@ impl Blocks {
                 self.stats.count(|stats| stats.failed += 1);
                 break;
             }
-            let id = wanted.chain.ids()[block as usize];
+            let id = chain.ids()[block as usize];
             if !content::is(id.to_u64(), &bytes) {
                 self.stats.count(|stats| stats.wrong_blocks += 1);
                 eprintln!("bench engine: block {id} at {block} of its chain came with a wrong byte");
                 break;
             }
-            locations.push(match matched.is_remote(block) {
-                true => Location::Peer,
-                false => matched.source(block).into(),
-            });
+            let here = matched.source(block).into();
+            locations.push(if matched.is_remote(block) { Location::Peer } else { here });
             tokio::task::yield_now().await; // steps end meanwhile
         }
         locations
@@ -176,36 +211,56 @@ impl Blocks {
         }
     }
 
-    /// Stores what kvd does not have; how many of the first blocks it then has.
-    async fn put(&self, space: &SpaceHandle, store: &Store) -> Result<usize, Error> {
-        let ids = store.chain.ids();
-        let mut at = space.exists(&store.chain).await?.len();
+    /// Stores what kvd does not have; how many of the prompt's first tokens it then has.
+    async fn put(&self, space: &SpaceHandle, store: &Store) -> Result<u64, Error> {
+        let hand_over = store.hand_over.as_ref();
+        let ids = hand_over.map_or(store.chain.ids(), |hand_over| hand_over.chain.ids());
+        // what is handed over is reserved from its beginning: the node keeps what it has already
+        let mut at = if hand_over.is_some() { 0 } else { space.exists(&store.chain).await?.len() };
+        let mut kept = hand_over.is_some();
         while at < ids.len() {
             let ends = ids.len().min(at + RESERVE_BLOCKS_MAX);
-            if !self.put_blocks(space, &ids[..ends], at).await? {
+            let put = self.put_blocks(space, &ids[..ends], at, hand_over).await?;
+            kept &= put.kept;
+            if !put.has_room {
                 break;
             }
             at = ends;
         }
-        if store.stored.is_some() { Ok(space.exists(&store.chain).await?.len()) } else { Ok(at) }
+        let block_tokens = u64::from(space.layout().block_tokens());
+        let tail_tokens = hand_over.filter(|_| kept).map_or(0, |hand_over| hand_over.tail_tokens);
+        let whole = if store.stored.is_some() { space.exists(&store.chain).await?.len() } else { at };
+        Ok(whole as u64 * block_tokens + u64::from(tail_tokens))
     }
 
-    /// The blocks from `at`; whether storing those after them makes sense.
-    async fn put_blocks(&self, space: &SpaceHandle, ids: &[BlockId], at: usize) -> Result<bool, Error> {
+    /// The blocks from `at`.
+    async fn put_blocks(
+        &self,
+        space: &SpaceHandle,
+        ids: &[BlockId],
+        at: usize,
+        hand_over: Option<&HandOver>,
+    ) -> Result<Put, Error> {
         let root = block_id::root(&space.fingerprint(), b"", b"")?;
         let parent = at.checked_sub(1).map_or(root, |before| ids[before]);
         let chain = Chain::from_ids("chain", ids[at..].to_vec())?;
-        let fill = space.reserve(&self.key(*b"put"), parent, at as u32, &chain, RESERVE_WAIT).await?;
+        let (key, depth) = (self.key(*b"put"), at as u32);
+        let fill = match hand_over.map(HandOver::hand_off) {
+            Some(kept) => space.reserve_for(&kept, &key, parent, depth, &chain, RESERVE_WAIT).await?,
+            None => space.reserve(&key, parent, depth, &chain, RESERVE_WAIT).await?,
+        };
         let mut bytes = vec![0; self.slot_bytes];
         for block in fill.granted() {
             content::fill(chain.ids()[block as usize].to_u64(), &mut bytes);
             fill.write(block, 0, &bytes);
             tokio::task::yield_now().await;
         }
-        let room = (0..chain.ids().len() as u32).all(|block| fill.state(block) != ReserveState::NoSpace);
+        let no_space = |block| fill.state(block) == ReserveState::NoSpace;
+        let has_room = !(0..chain.ids().len() as u32).any(no_space);
+        let kept = fill.handed_off();
         let committed = fill.commit().await?;
         self.stats.count(|stats| stats.stored_blocks += u64::from(committed));
-        Ok(room)
+        Ok(Put { has_room, kept })
     }
 
     /// `None`, and counted, if it took too long; then kvd rests.
@@ -225,6 +280,25 @@ impl Blocks {
 
     fn key(&self, use_of: [u8; 3]) -> Vec<u8> {
         [use_of.as_slice(), &self.keys.fetch_add(1, Ordering::Relaxed).to_le_bytes()].concat()
+    }
+}
+
+/// What came of storing some blocks.
+struct Put {
+    /// Storing those after them makes sense.
+    has_room: bool,
+    /// For the other engine.
+    kept: bool,
+}
+
+impl HandOver {
+    fn hand_off(&self) -> HandOff {
+        HandOff {
+            key: self.key.clone(),
+            ttl: HAND_OVER_TTL,
+            blocks: self.chain.ids().len() as u32,
+            tail_tokens: self.tail_tokens,
+        }
     }
 }
 

@@ -5,7 +5,7 @@
 //! cancelled at the next step's end; a request joins when its fetch has ended, whatever came of it.
 //! Leaves to others: what a step is and how long it lasts (`sim::engine`), blocks (`blocks`), HTTP.
 
-use super::blocks::{Blocks, Store, Wanted};
+use super::blocks::{Blocks, HandOver, Store, Wanted};
 use super::profile::Profile;
 use super::standing::Standing;
 use super::stats::{Counting, Location};
@@ -44,10 +44,17 @@ pub(super) struct Request {
     pub(super) progress: watch::Sender<Progress>,
     /// What its router had reserved for it.
     pub(super) reservation: Option<u64>,
-    /// Another engine has prefilled so many blocks for it.
-    pub(super) prefilled_blocks: usize,
-    /// Wants to know how many of its blocks kvd has in the end.
-    pub(super) stored: Option<oneshot::Sender<usize>>,
+    /// Another engine has prefilled it, or goes on with it.
+    pub(super) hand_over: Option<HandOver>,
+    /// Wants to know how many of its prompt's tokens kvd has in the end.
+    pub(super) stored: Option<oneshot::Sender<u64>>,
+}
+
+impl Request {
+    /// What another engine has prefilled for it.
+    fn claims(&self) -> Option<&HandOver> {
+        self.hand_over.as_ref().filter(|hand_over| hand_over.node.is_some())
+    }
 }
 
 /// What the driver is told.
@@ -74,6 +81,13 @@ struct Known {
     found_blocks: usize,
     fetched: Vec<Location>,
     fetching: bool,
+}
+
+impl Known {
+    /// Every token of its prompt was fetched, the tail's too.
+    fn is_whole(&self) -> bool {
+        self.request.claims().is_some_and(|claimed| self.fetched.len() == claimed.chain.ids().len())
+    }
 }
 
 /// One engine.
@@ -159,8 +173,10 @@ impl Driver {
         self.arrived += 1;
         self.claimed.extend(request.reservation);
         let names: Vec<u64> = request.chain.ids().iter().map(|id| id.to_u64()).collect();
-        let found_blocks = self.engine.hbm.prefix(&names);
-        let blocks = self.setup.blocks.clone().filter(|_| found_blocks < names.len());
+        // what another engine has prefilled is taken whole: then nothing here need stay until it runs
+        let found_blocks = if request.claims().is_some() { 0 } else { self.engine.hbm.prefix(&names) };
+        let lacks = found_blocks < names.len() || request.claims().is_some();
+        let blocks = self.setup.blocks.clone().filter(|_| lacks);
         let known = Known { request, found_blocks, fetched: Vec::new(), fetching: blocks.is_some() };
         let wanted = self.wanted(&known);
         self.known.insert(number, known);
@@ -178,7 +194,7 @@ impl Driver {
         Wanted {
             chain: known.request.chain.clone(),
             found_blocks: known.found_blocks,
-            prefilled_blocks: known.request.prefilled_blocks,
+            hand_over: known.request.claims().cloned(),
             recompute: self.clock.real(recompute_us),
         }
     }
@@ -194,15 +210,16 @@ impl Driver {
         self.engine.enqueue(Job {
             request: number,
             prompt_tokens: known.request.prompt_tokens,
-            output_tokens: known.request.output_tokens,
+            // one that was handed over whole computes its last token as a decoding step does: the engine counts it as one more
+            output_tokens: known.request.output_tokens + u64::from(known.is_whole()),
             chain: known.request.chain.ids().iter().map(|id| id.to_u64()).collect(),
             fetched_blocks: if known.fetched.is_empty() {
                 0
             } else {
-                known.found_blocks + known.fetched.len()
+                known.request.chain.ids().len().min(known.found_blocks + known.fetched.len())
             },
             found_blocks: known.found_blocks,
-            prefilled: false,
+            prefilled: known.is_whole(),
         });
     }
 
@@ -211,6 +228,10 @@ impl Driver {
             self.first(number, cached_tokens);
         }
         for number in &outcome.yielded {
+            let known = &self.known[number];
+            if known.is_whole() && known.request.progress.borrow().generated == 0 {
+                self.first(*number, known.request.prompt_tokens - 1);
+            }
             let known = self.known.get(number).expect("what runs is known");
             known.request.progress.send_modify(|progress| progress.generated += 1);
         }
@@ -226,19 +247,22 @@ impl Driver {
             return; // sent back for want of memory; its first token was long ago
         }
         known.request.progress.send_modify(|progress| progress.cached_tokens = cached_tokens);
-        let cached_blocks = (cached_tokens / self.setup.block_tokens) as usize;
+        let block_tokens = self.setup.block_tokens;
+        let cached_blocks = cached_tokens.div_ceil(block_tokens) as usize;
         self.setup.stats.count(|stats| {
             stats.prompt_tokens += known.request.prompt_tokens;
             for block in 0..cached_blocks {
                 let fetched = block.checked_sub(known.found_blocks).and_then(|at| known.fetched.get(at));
                 let location = fetched.copied().unwrap_or(Location::Hbm);
-                stats.cached_tokens.add(location, self.setup.block_tokens);
+                let left = cached_tokens - block as u64 * block_tokens;
+                stats.cached_tokens.add(location, left.min(block_tokens));
             }
         });
         let stored = known.request.stored.take();
         let new = cached_blocks < known.request.chain.ids().len();
         if let Some(blocks) = self.setup.blocks.as_ref().filter(|_| new || stored.is_some()) {
-            blocks.store(Store { chain: known.request.chain.clone(), stored });
+            let hand_over = known.request.hand_over.take().filter(|_| stored.is_some());
+            blocks.store(Store { chain: known.request.chain.clone(), hand_over, stored });
         }
     }
 
@@ -341,7 +365,7 @@ mod tests {
             chain: Arc::new(chain),
             progress,
             reservation: None,
-            prefilled_blocks: 0,
+            hand_over: None,
             stored: None,
         };
         (request, told)

@@ -5,6 +5,7 @@
 //! fits the engine's memory. Leaves to others: tokens over time (`driver`), forms (`answer`), what a body means (`kvd_router::openai`).
 
 use super::answer::{Form, Usage, Words, seed};
+use super::blocks::HandOver;
 use super::driver::{Event, Progress, Request};
 use super::standing::Standing;
 use super::stats::Counting;
@@ -15,6 +16,7 @@ use axum::extract::{DefaultBodyLimit, State};
 use axum::http::{StatusCode, Uri, header};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
+use kvd_proto::limits::REQUEST_KEY_BYTES_MAX;
 use kvd_proto::{Chain, Fingerprint, block_id};
 use kvd_router::openai::{self, Endpoint, Prompt, Refusal};
 use kvd_router::tokens::Tokenizer;
@@ -102,8 +104,8 @@ struct Admitted {
     prompt_tokens: u64,
     output_tokens: u64,
     progress: watch::Receiver<Progress>,
-    /// Of a prefill, how many blocks kvd has in the end.
-    stored: Option<oneshot::Receiver<usize>>,
+    /// Of a prefill, how many of the prompt's tokens kvd has in the end.
+    stored: Option<oneshot::Receiver<u64>>,
     /// Held to the end.
     _room: OwnedSemaphorePermit,
 }
@@ -141,16 +143,18 @@ impl Door {
             let message = format!("{} requests are here, and there is room for no more", self.requests_max);
             Refusal::busy(message, RETRY_AFTER_S)
         })?;
-        let chain = Arc::new(self.chain(&prompt).map_err(|error| Refusal::internal(error.to_string()))?);
+        let internal = |error: kvd_proto::Error| Refusal::internal(error.to_string());
+        let chain = Arc::new(self.chain(&prompt).map_err(internal)?);
         let (progress, told) = watch::channel(Progress::default());
         let handed_over = self.hands_over(&asked, output_tokens);
+        let hand_over = self.hand_over(&asked, handed_over, &prompt, &chain).map_err(internal)?;
         let (stored, is_stored) = handed_over.then(oneshot::channel).unzip();
         let request = Request {
             prompt_tokens: prompt.len() as u64,
             output_tokens,
             progress,
             reservation: kvd(&asked, "reservation").and_then(Value::as_u64),
-            prefilled_blocks: self.prefilled_blocks(&asked, &chain),
+            hand_over,
             chain,
             stored,
         };
@@ -204,14 +208,31 @@ impl Door {
         output_tokens == 1 && !asked.stream && (self.prefills || told())
     }
 
-    /// Where another engine has prefilled: what it said, or all.
-    fn prefilled_blocks(&self, asked: &openai::Request, chain: &Chain) -> usize {
-        if kvd(asked, "prefill_node").is_none() {
-            return 0;
+    /// What two engines share, if the router has named it, and one of them is elsewhere or this one `prefills`.
+    fn hand_over(
+        &self,
+        asked: &openai::Request,
+        prefills: bool,
+        prompt: &[u32],
+        whole: &Chain,
+    ) -> Result<Option<HandOver>, kvd_proto::Error> {
+        let name = kvd(asked, "request_key").and_then(Value::as_str).filter(|name| !name.is_empty());
+        let node = kvd(asked, "prefill_node").and_then(Value::as_str).filter(|_| !prefills);
+        let Some(name) = name.filter(|_| prefills || node.is_some()) else { return Ok(None) };
+        let key = if name.len() <= REQUEST_KEY_BYTES_MAX {
+            name.as_bytes().to_vec()
+        } else {
+            blake3::hash(name.as_bytes()).as_bytes().to_vec()
+        };
+        let mut ids = whole.ids().to_vec();
+        let tail = &prompt[ids.len() * self.block_tokens as usize..];
+        if !tail.is_empty() {
+            let parent =
+                ids.last().copied().map_or_else(|| block_id::root(&self.fingerprint, b"", b""), Ok)?;
+            ids.push(block_id::tail(&self.fingerprint, parent, tail, &[])?);
         }
-        let said = kvd(asked, "prefilled_tokens").and_then(Value::as_u64);
-        let blocks = said.map(|tokens| tokens / u64::from(self.block_tokens));
-        blocks.map_or(chain.ids().len(), |blocks| chain.ids().len().min(blocks as usize))
+        let (chain, tail_tokens) = (Chain::from_ids("chain", ids)?, tail.len() as u32);
+        Ok(Some(HandOver { key, node: node.map(str::to_owned), chain, tail_tokens }))
     }
 
     fn form(&self, asked: &openai::Request) -> Form {
@@ -235,9 +256,9 @@ impl Admitted {
         };
         let mut whole = self.form.whole(&door.words.text(self.seed, 0..all), self.usage(progress));
         if let Some(stored) = self.stored.take() {
-            let blocks = tokio::time::timeout(STORED_WAIT, stored).await;
-            let blocks = blocks.ok().and_then(Result::ok).unwrap_or(0);
-            whole["kv_transfer_params"] = self.handed_over(blocks as u64 * u64::from(door.block_tokens));
+            let tokens = tokio::time::timeout(STORED_WAIT, stored).await;
+            let tokens = tokens.ok().and_then(Result::ok).unwrap_or(0);
+            whole["kv_transfer_params"] = self.handed_over(tokens);
         }
         answered(StatusCode::OK, &whole)
     }

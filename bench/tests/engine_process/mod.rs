@@ -3,7 +3,7 @@
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read as _, Write as _};
-use std::net::TcpStream;
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -31,14 +31,31 @@ pub(crate) struct Daemon {
     folder: TempDir,
     socket: String,
     grpc_socket: String,
+    /// Of a cluster's node: gRPC for the others, and all of them.
+    address: String,
+    nodes: String,
 }
 
 impl Daemon {
     pub(crate) fn start() -> Self {
+        Self::start_at("", "")
+    }
+
+    /// Two of one cluster.
+    pub(crate) fn start_two() -> [Self; 2] {
+        let free = || TcpListener::bind("127.0.0.1:0").unwrap();
+        let addresses = [free(), free()].map(|listener| listener.local_addr().unwrap().to_string());
+        let nodes = addresses.join(",");
+        addresses.map(|address| Self::start_at(&address, &nodes))
+    }
+
+    fn start_at(address: &str, nodes: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = |name| folder.path().join(name).to_str().unwrap().to_owned();
         let (socket, grpc_socket) = (path("kvd.sock"), path("grpc.sock"));
-        let daemon = Self { child: served(&folder), folder, socket, grpc_socket };
+        let child = served(&folder, address, nodes);
+        let (address, nodes) = (address.to_owned(), nodes.to_owned());
+        let daemon = Self { child, folder, socket, grpc_socket, address, nodes };
         daemon.answers();
         daemon
     }
@@ -58,12 +75,17 @@ impl Daemon {
     }
 
     pub(crate) fn start_again(&mut self) {
-        self.child = served(&self.folder);
+        self.child = served(&self.folder, &self.address, &self.nodes);
         self.answers();
     }
 
     pub(crate) fn socket(&self) -> &str {
         &self.socket
+    }
+
+    /// Where other nodes reach it.
+    pub(crate) fn address(&self) -> &str {
+        &self.address
     }
 
     pub(crate) fn grpc_socket(&self) -> &str {
@@ -78,9 +100,14 @@ impl Drop for Daemon {
     }
 }
 
-fn served(folder: &TempDir) -> Child {
+fn served(folder: &TempDir, address: &str, nodes: &str) -> Child {
     let tiers = ["--dram-bytes", "67108864", "--nvme-bytes", "0"];
-    bench().args(["daemon", "--data-dir"]).arg(folder.path()).args(tiers).spawn().unwrap()
+    let mut daemon = bench();
+    daemon.args(["daemon", "--data-dir"]).arg(folder.path()).args(tiers);
+    if !address.is_empty() {
+        daemon.args(["--grpc-address", address, "--nodes", nodes]);
+    }
+    daemon.spawn().unwrap()
 }
 
 /// An engine, fifty times as fast as its profile.

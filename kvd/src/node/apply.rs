@@ -18,6 +18,7 @@ impl Node {
                 assert!(count <= EVENTS_PER_CALL_MAX, "more than {EVENTS_PER_CALL_MAX} events in one call");
                 node.one(event);
             }
+            node.serve_claims();
             node.announce_ready();
         });
     }
@@ -74,6 +75,7 @@ impl Node {
             }
             Event::Moved { token, result, elapsed_us } => self.moved(token, result, elapsed_us),
             Event::Offered { ticket, offer } => self.offered(ticket, offer),
+            Event::Claimed { ticket, status } => self.claimed_there(ticket, status),
             Event::RecoveredSpace { space } => self.recovered_space(*space),
             Event::RecoveredSegment { segment, geometry, tenant } => {
                 self.recovered_segment(segment, geometry, &tenant);
@@ -98,8 +100,8 @@ impl Node {
                 "open another connection for another session",
             )),
             Ask::RegisterSpace(request) => self.register_space(member, &request).map(Reply::SpaceRegistered),
-            Ask::Match(request) => match self.match_now_or_later(member, request_id, request, true) {
-                Ok(None) => return, // asks other nodes first, or its loads are started in slices
+            Ask::Match(request) => match self.match_or_claim(member, request_id, request) {
+                Ok(None) => return, // waits for its claim, asks other nodes first, or is loaded in slices
                 Ok(Some(reply)) => Ok(Reply::Match(reply)),
                 Err(error) => Err(error),
             },
@@ -150,6 +152,8 @@ impl Node {
 
     fn tick(&mut self) {
         self.end_leases();
+        self.end_hand_offs();
+        self.end_claims();
         self.give_up_stalled();
         self.give_up_seeking();
         self.unpin_expired();

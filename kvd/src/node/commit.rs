@@ -6,7 +6,7 @@
 use super::Node;
 use super::event::{Effect, MemberId};
 use super::lease::{ItemState, LeaseId, PartSet, RequestKind, unknown_lease};
-use kvd_proto::slot_header::SlotHeader;
+use kvd_proto::slot_header::{FLAG_TAIL, SlotHeader};
 use kvd_proto::wire::{self, ReserveState, Tier};
 use kvd_proto::{Code, Error};
 use kvd_tiers::catalog::{Handle, Mark};
@@ -108,6 +108,8 @@ impl Node {
         let header = Box::new(self.header(handle));
         self.out.push(Effect::Publish { slot, generation, header });
         self.tell_copy(handle, Tier::Dram, true);
+        self.held_is_whole(handle);
+        self.drop_tail_if_free(handle);
     }
 
     /// The header of an entry's slot, without part checksums.
@@ -125,7 +127,7 @@ impl Node {
             depth: entry.depth(),
             tokens: entry.tokens(),
             group: key.group.into(),
-            flags: 0,
+            flags: if self.is_tail(handle) { FLAG_TAIL } else { 0 },
             element_tag: definition.element.tag(),
             length,
             stored_length: length,

@@ -92,6 +92,13 @@ pub enum Event {
         /// What another node has leased to this one, if it pays.
         offer: Option<Offer>,
     },
+    /// What became of the claim that a `Seek` carried. `NotYet` ends the seek; otherwise `Offered` comes after it.
+    Claimed {
+        /// The effect's ticket.
+        ticket: u64,
+        /// As the other node said.
+        status: wire::HandOffStatus,
+    },
     /// An earlier daemon had this space. Before any client: spaces, then segments, then blocks, parents first.
     RecoveredSpace {
         /// Checked against its fingerprint; carries its tenant.
@@ -281,6 +288,8 @@ pub struct Wanted {
     pub stored: u32,
     /// What recomputing costs.
     pub profile: PrefillProfile,
+    /// What another node holds for this request, to be asked for first.
+    pub claim: Option<wire::Claim>,
 }
 
 /// Blocks that another node has leased to this one: those of the chain from what is here on.

@@ -6,6 +6,7 @@
 
 use super::Node;
 use super::event::{Effect, MemberId};
+use super::hand_off::Wish;
 use super::lease::{Item, ItemState, NewLease, PartSet, RequestKind};
 use super::matching::{check_key, runs};
 use kvd_proto::limits::RESERVE_WAIT_MS_MAX;
@@ -29,20 +30,26 @@ pub(super) struct Waiting {
 }
 
 /// A reservation, checked.
-struct Wanted {
+pub(super) struct Wanted {
     member: MemberId,
     request_id: u64,
-    space: u16,
+    pub(super) space: u16,
     key: Vec<u8>,
     parent: BlockId,
-    depth: u32,
-    chain: Vec<BlockId>,
+    pub(super) depth: u32,
+    pub(super) chain: Vec<BlockId>,
+    /// Of the last block, if it is no whole one.
+    tail_tokens: u32,
+    pub(super) hand_off: Option<Wish>,
     asked_us: u64,
     until_us: u64,
     tried_us: u64,
     /// Slots it was short of when it was last tried.
     needs: u64,
 }
+
+/// By block what was decided, what is to be filled, and its bytes.
+type Taken = (Vec<u8>, Vec<Item>, u64);
 
 /// What a try came to.
 enum Tried {
@@ -113,18 +120,13 @@ impl Node {
         let chain = Chain::from_packed("chain", &request.chain)?;
         check_key(&request.request_key)?;
         let parent = BlockId::from_slice("parent", &request.parent)?;
-        if request.tail_tokens != 0 {
-            return Err(Error::invalid(
-                "tail_tokens",
-                format!("{}", request.tail_tokens),
-                "send 0: tails live under hand-off leases only",
-            ));
-        }
+        let hand_off = self.check_hand_off(space, request)?;
         let depth_end = request.depth.checked_add(chain.ids().len() as u32);
         depth_end.ok_or_else(|| {
             Error::invalid("depth", format!("{}", request.depth), "count the blocks before the first")
         })?;
         self.check_order(space, parent, request.depth, chain.ids())?;
+        self.check_tails(space, parent, request.tail_tokens, chain.ids())?;
         let wait_us = u64::from(request.wait_ms.min(RESERVE_WAIT_MS_MAX)) * 1000;
         Ok(Wanted {
             member,
@@ -134,6 +136,8 @@ impl Node {
             parent,
             depth: request.depth,
             chain: chain.ids().to_vec(),
+            tail_tokens: request.tail_tokens,
+            hand_off,
             asked_us: self.now_us,
             until_us: self.now_us + wait_us,
             tried_us: self.now_us,
@@ -162,6 +166,23 @@ impl Node {
                 }
             }
             expected = *id;
+        }
+        Ok(())
+    }
+
+    /// A tail is nobody's parent, and no whole block.
+    fn check_tails(&self, space: u16, parent: BlockId, tail: u32, chain: &[BlockId]) -> Result<(), Error> {
+        let whole = self.spaces[usize::from(space)].space.layout.block_tokens();
+        let last = if tail == 0 { whole } else { tail };
+        let given = |at: usize| if at == chain.len() { last } else { whole };
+        for (at, id) in std::iter::once(&parent).chain(chain).enumerate() {
+            let known = self.catalog.find(&Key { space, group: 0, id: *id });
+            let tokens = known.map_or(given(at), |handle| self.catalog.get(handle).tokens());
+            if tokens != given(at) {
+                let message = format!("block {id} is known with {tokens} tokens, not {}", given(at));
+                let fix = "hash a tail as a tail, and let nothing follow it";
+                return Err(Error::new(Code::ChainOrder, "chain", message, fix));
+            }
         }
         Ok(())
     }
@@ -227,9 +248,11 @@ impl Node {
         if !last && let Some(needs) = self.short_of(wanted, drop, budget) {
             return Ok(Tried::Short(needs));
         }
-        let (states, items, bytes) = self.take_blocks(wanted, drop, budget);
-        self.count_states(&states);
-        Ok(Tried::Answer(self.grant(wanted, session, states, items, bytes)))
+        let record = self.hand_off_for(wanted, session);
+        let taken = self.take_blocks(wanted, drop, budget, record.is_some());
+        self.count_states(&taken.0);
+        let handed_off = record.is_some_and(|id| self.hold_chain(id, space, wanted.depth, chain));
+        Ok(Tried::Answer(self.grant(wanted, session, taken, handed_off)))
     }
 
     /// Frees slots for all that is missing of the chain, as far as the budget goes, dropping what exists nowhere else only
@@ -254,14 +277,18 @@ impl Node {
         (!enough).then(|| needs.iter().sum())
     }
 
-    /// What can be had of the chain; after the first block for which there is no room, no other is taken.
-    fn take_blocks(&mut self, wanted: &Wanted, drop: bool, budget: u64) -> (Vec<u8>, Vec<Item>, u64) {
+    /// What can be had of the chain; after the first block for which there is no room, no other is taken. Without a hand-off
+    /// lease there is none for a tail.
+    fn take_blocks(&mut self, wanted: &Wanted, drop: bool, budget: u64, handed_off: bool) -> Taken {
         let groups = self.spaces[usize::from(wanted.space)].pools.len() as u8;
         let mut states = Vec::with_capacity(wanted.chain.len());
         let (mut items, mut bytes, mut full) = (Vec::new(), 0, false);
         let mut parent = wanted.parent;
         let near = self.sessions.memory_node(wanted.member);
+        let whole = self.spaces[usize::from(wanted.space)].space.layout.block_tokens();
         for (at, id) in wanted.chain.iter().enumerate() {
+            let is_tail = wanted.tail_tokens != 0 && at + 1 == wanted.chain.len();
+            full |= is_tail && !handed_off;
             let before = std::mem::replace(&mut parent, *id);
             let mut state = self.reserve_state(wanted.space, groups, *id);
             if state == ReserveState::Granted && !full {
@@ -270,6 +297,7 @@ impl Node {
                     id: *id,
                     parent: before,
                     depth: wanted.depth + at as u32,
+                    tokens: if is_tail { wanted.tail_tokens } else { whole },
                     near,
                 };
                 let from = items.len();
@@ -298,12 +326,12 @@ impl Node {
         &mut self,
         wanted: &Wanted,
         session: u64,
-        states: Vec<u8>,
-        mut items: Vec<Item>,
-        bytes: u64,
+        (states, mut items, bytes): Taken,
+        handed_off: bool,
     ) -> wire::ReserveReply {
         if items.is_empty() {
-            return wire::ReserveReply { states: states.into(), ..wire::ReserveReply::default() };
+            let states = states.into();
+            return wire::ReserveReply { states, handed_off, ..wire::ReserveReply::default() };
         }
         items.sort_by_key(|item| (item.group, item.block));
         let lease = self.new_lease(NewLease {
@@ -315,6 +343,7 @@ impl Node {
             chain: wanted.chain.clone(),
             skip_blocks: wanted.depth,
             states,
+            handed_off,
             items,
             bytes,
             predicted_us: 0,
@@ -354,13 +383,12 @@ impl Node {
             }
             let registered = &self.spaces[usize::from(space)];
             let bytes = u64::from(registered.space.layout.slot_bytes(usize::from(group)));
-            let tokens = registered.space.layout.block_tokens();
             let pool = registered.pools[usize::from(group)].0;
             if taken + bytes > budget {
                 return None;
             }
             let slot = self.take_slot(pool, 0, place.near, true, drop)?;
-            let new = NewEntry { key, parent: place.parent, depth: place.depth, tokens };
+            let new = NewEntry { key, parent: place.parent, depth: place.depth, tokens: place.tokens };
             let handle = self.catalog.insert(&new, Tier::Dram, slot);
             self.catalog.get_mut(handle).mark(Tier::Dram, Mark::Filling);
             self.catalog.get_mut(handle).lease();
@@ -376,6 +404,7 @@ impl Node {
     /// An uncommitted block nobody writes any more: as if it had never been.
     pub(super) fn drop_filling(&mut self, item: &Item) {
         let pool = self.pool_of(item.handle, Tier::Dram);
+        self.held_is_lost(item.handle);
         self.catalog.get_mut(item.handle).release();
         self.forget_slot(item.handle, Tier::Dram, pool);
     }
@@ -383,6 +412,7 @@ impl Node {
     /// An uncommitted block that somebody may still be writing: the entry goes, the slot is quarantined.
     pub(super) fn quarantine_filling(&mut self, space: u16, item: &mut Item) {
         let pool = self.pool_of_group(space, item.group, Tier::Dram).expect("DRAM has a pool");
+        self.held_is_lost(item.handle);
         self.catalog.get_mut(item.handle).release();
         self.unpin(item.handle);
         let slot = self.catalog.clear_copy(item.handle, Tier::Dram);
@@ -418,6 +448,7 @@ impl Node {
             runs,
             states: lease.states.clone().into(),
             lease_ttl_ms: (lease.ends_us.saturating_sub(self.now_us) / 1000) as u32,
+            handed_off: lease.handed_off,
         }
     }
 }
@@ -427,6 +458,7 @@ struct Place {
     id: BlockId,
     parent: BlockId,
     depth: u32,
+    tokens: u32,
     /// Memory node of whoever fills it.
     near: usize,
 }

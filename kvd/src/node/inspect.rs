@@ -17,6 +17,7 @@ impl Node {
     pub(super) fn status(&self) -> Answer {
         let (sessions, members) = self.sessions.counts();
         let (leases, leased_bytes) = self.leases.totals();
+        let (hand_offs, hand_off_bytes) = self.hand_offs.totals();
         Answer::Status(Box::new(wire::StatusReply {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             node_epoch: self.config.epoch,
@@ -28,6 +29,8 @@ impl Node {
             blocks: self.catalog.len() as u64,
             spaces: self.spaces.len() as u32,
             counters: Some(self.counters),
+            hand_offs: hand_offs as u32,
+            hand_off_bytes,
         }))
     }
 

@@ -107,6 +107,8 @@ pub(super) struct Lease {
     pub(super) skip_blocks: u32,
     /// A reservation's answer by block.
     pub(super) states: Vec<u8>,
+    /// Its blocks are kept for a claim, or were.
+    pub(super) handed_off: bool,
     pub(super) items: Vec<Item>,
     pub(super) bytes: u64,
     pub(super) ends_us: u64,
@@ -148,6 +150,7 @@ pub(super) struct NewLease {
     pub(super) chain: Vec<BlockId>,
     pub(super) skip_blocks: u32,
     pub(super) states: Vec<u8>,
+    pub(super) handed_off: bool,
     pub(super) items: Vec<Item>,
     pub(super) bytes: u64,
     pub(super) predicted_us: u64,
@@ -236,6 +239,7 @@ impl Node {
             chain: new.chain,
             skip_blocks: new.skip_blocks,
             states: new.states,
+            handed_off: new.handed_off,
             items: new.items,
             bytes: new.bytes,
             ends_us,
@@ -421,13 +425,14 @@ impl Node {
     }
 
     /// One lease less on an entry.
-    fn release_entry(&mut self, handle: Handle) {
+    pub(super) fn release_entry(&mut self, handle: Handle) {
         let entry = self.catalog.get_mut(handle);
         entry.release();
         let last = entry.leases() == 0 && !entry.is(Tier::Dram, Mark::Moving);
         if last && self.doubted.remove(&handle) {
-            self.drop_copy(handle, Tier::Dram);
+            return self.drop_copy(handle, Tier::Dram);
         }
+        self.drop_tail_if_free(handle);
     }
 
     /// A loading item has arrived or failed; `at` is its place among the lease's items.

@@ -8,7 +8,7 @@ use super::Node;
 use super::event::{Answer, MemberId};
 use super::lease::{Item, ItemState, NewLease, RequestKind};
 use kvd_proto::limits::REQUEST_KEY_BYTES_MAX;
-use kvd_proto::wire::{self, Tier};
+use kvd_proto::wire::{self, HandOffState, Tier};
 use kvd_proto::{Chain, Error};
 use kvd_tiers::catalog::Handle;
 use kvd_tiers::segment::SlotRef;
@@ -133,12 +133,15 @@ impl Node {
             return Ok(Matched::Reply(self.match_reply(known, request)));
         }
         let budget = self.lease_budget(session)?;
-        let found = self.find(space, &chain, true);
+        let record = self.claimable(space, request);
+        let found = self.find_for(space, &chain, request, record.is_some());
         let stored = found.iter().map(Vec::len).min().unwrap_or(0);
         let fits = usize::try_from(budget / self.block_bytes(space)).unwrap_or(usize::MAX);
         let end = chain.ids().len().min(skip.saturating_add(fits));
-        // below `skip`, what the engine has and this node has not would have to come too, to be of use to nobody
-        if may_seek && (skip..end).contains(&stored) {
+        // below `skip`, what the engine has and this node has not would have to come too, to be of use to nobody; what was
+        // computed for this very request comes all the same
+        let from = if self.claim_elsewhere(space, request).is_some() { 0 } else { skip };
+        if may_seek && (from..end).contains(&stored) {
             return Ok(Matched::Lacks { stored, end });
         }
         let below = |handles: &Vec<Handle>| handles.iter().filter(|handle| self.is_below(**handle)).count();
@@ -153,7 +156,8 @@ impl Node {
         self.touch(&found, leased);
         self.count_hits(&items, chain.ids().len() - leased, skip.min(stored));
         if items.is_empty() {
-            let none = wire::MatchReply { blocks: leased as u32, ..wire::MatchReply::default() };
+            let hand_off = hand_off_status(request, false);
+            let none = wire::MatchReply { blocks: leased as u32, hand_off, ..wire::MatchReply::default() };
             return Ok(Matched::Reply(none));
         }
         let lease = self.new_lease(NewLease {
@@ -165,11 +169,13 @@ impl Node {
             chain: chain.ids().to_vec(),
             skip_blocks: skip as u32,
             states: Vec::new(),
+            handed_off: record.is_some(),
             items,
             bytes,
             predicted_us,
         });
         self.wait_for_loads(lease);
+        record.into_iter().for_each(|record| self.claimed(record));
         Ok(Matched::Reply(self.match_reply(lease, request)))
     }
 
@@ -180,6 +186,9 @@ impl Node {
             let mut found = Vec::with_capacity(chain.ids().len());
             self.catalog.find_chain(space, group as u8, chain.ids().iter().copied(), &mut found);
             let whole = |handle: &Handle| {
+                if self.is_tail(*handle) {
+                    return false;
+                }
                 let entry = self.catalog.get(*handle);
                 let stored = entry.readable(Tier::Dram).is_some() || entry.readable(Tier::Nvme).is_some();
                 (stored && !self.doubted.contains(handle)) || (coming && self.movement.comes(*handle))
@@ -189,6 +198,21 @@ impl Node {
             found
         };
         (0..groups).map(find).collect()
+    }
+
+    /// As `find`, and with the tail for whoever claims it.
+    fn find_for(
+        &self,
+        space: u16,
+        chain: &Chain,
+        request: &wire::MatchRequest,
+        claims: bool,
+    ) -> Vec<Vec<Handle>> {
+        let mut found = self.find(space, chain, true);
+        if let Some(claim) = request.claim.as_ref().filter(|_| claims) {
+            self.find_tail(space, chain, claim.tail_tokens, &mut found);
+        }
+        found
     }
 
     /// Leases these blocks, starting loads for what is on NVMe; stops where memory or the budget ends.
@@ -296,6 +320,7 @@ impl Node {
             blocks,
             runs: runs(&lease.items),
             predicted_us: lease.predicted_us,
+            hand_off: hand_off_status(request, lease.handed_off),
             lease_ttl_ms: (lease.ends_us.saturating_sub(self.now_us) / 1000) as u32,
         }
     }
@@ -418,6 +443,13 @@ impl Node {
         }
         self.start_promotion(handle, near)
     }
+}
+
+/// What an answer with blocks, or a miss, says to a claim.
+fn hand_off_status(request: &wire::MatchRequest, claimed: bool) -> Option<wire::HandOffStatus> {
+    let state = if claimed { HandOffState::Ready } else { HandOffState::Gone };
+    let status = wire::HandOffStatus { state: state.into(), ..wire::HandOffStatus::default() };
+    request.claim.as_ref().map(|_| status)
 }
 
 pub(super) fn check_key(key: &[u8]) -> Result<(), Error> {

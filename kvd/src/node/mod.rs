@@ -9,9 +9,11 @@
 //! Reading order: `event` (the vocabulary), `apply` (dispatch), then by noun.
 
 mod apply;
+mod claiming;
 mod commit;
 pub mod event;
 mod filling;
+mod hand_off;
 mod inspect;
 mod lease;
 mod matching;
@@ -98,6 +100,10 @@ pub struct Node {
     leases: lease::Leases,
     movement: movement::Movement,
     waiting: filling::Waiting,
+    hand_offs: hand_off::HandOffs,
+    claims: claiming::Claims,
+    /// What others call this node: its name and its address.
+    names: Vec<String>,
     deferred: VecDeque<matching::Deferred>,
     seeking: seeking::Seeking,
     /// Leased entries whose DRAM copy a reader found broken.
@@ -138,6 +144,9 @@ impl Node {
             leases: lease::Leases::new(config.epoch),
             movement: movement::Movement::default(),
             waiting: filling::Waiting::default(),
+            hand_offs: hand_off::HandOffs::default(),
+            claims: claiming::Claims::default(),
+            names: Vec::new(),
             deferred: VecDeque::new(),
             seeking: seeking::Seeking::default(),
             doubted: BTreeSet::new(),
@@ -152,6 +161,11 @@ impl Node {
             counters: Counters::default(),
             config,
         }
+    }
+
+    /// What others call this node: what is claimed from there is claimed here.
+    pub fn known_as(&mut self, names: Vec<String>) {
+        self.names = names;
     }
 
     fn now_s(&self) -> u32 {

@@ -311,7 +311,10 @@ impl Node {
             let ghost = entry.key().id.to_u64();
             self.memory.pools[dram].policy.insert(handle, ghost);
             self.tell_copy(handle, Tier::Dram, true);
+            self.held_is_whole(handle);
+            self.drop_tail_if_free(handle);
         } else {
+            self.held_is_lost(handle);
             // neither the half-read slot nor the copy it came from is a copy of anything
             self.forget_slot(handle, Tier::Dram, dram);
             if ended.kind == MoveKind::Promotion {

@@ -6,10 +6,12 @@
 //! Leaves to others: who has what, whether it pays and the lease there (the shell).
 
 use super::Node;
+use super::claiming::not_yet;
 use super::event::{Effect, FetchOrder, MemberId, Offer, Wanted};
 use super::movement::MoveKind;
+use kvd_proto::limits::RESERVE_WAIT_MS_MAX;
 use kvd_proto::slot_header::FLAG_CHECKSUMMED;
-use kvd_proto::wire::{self, Tier, node_frame::Body as Reply};
+use kvd_proto::wire::{self, HandOffState, Tier, node_frame::Body as Reply};
 use kvd_proto::{BlockId, Chain, Error};
 use kvd_tiers::catalog::{Key, Mark, NewEntry};
 use std::collections::{BTreeMap, VecDeque};
@@ -37,6 +39,15 @@ struct Sought {
     stored: u32,
     until_us: u64,
     offer: Option<Offer>,
+    /// What is offered was another engine's work for this request, tail included.
+    claimed: bool,
+}
+
+/// Where a block stands in its chain.
+struct Place {
+    parent: BlockId,
+    depth: u32,
+    tokens: u32,
 }
 
 impl Node {
@@ -61,9 +72,15 @@ impl Node {
             chain: chain.ids()[..blocks.end].to_vec(),
             stored: blocks.start as u32,
             profile: self.config.profile,
+            claim: self.claim_elsewhere(space, &request),
         });
-        let (stored, until_us) = (blocks.start as u32, self.now_us + SEEK_US);
-        let sought = Sought { member, request_id, request, space, stored, until_us, offer: None };
+        // a claim waits there, and if it fails the others are asked after it
+        let claim_us =
+            |claim: &wire::Claim| SEEK_US + u64::from(claim.wait_ms.min(RESERVE_WAIT_MS_MAX)) * 1000;
+        let until_us = self.now_us + SEEK_US + wanted.claim.as_ref().map_or(0, claim_us);
+        let stored = blocks.start as u32;
+        let sought =
+            Sought { member, request_id, request, space, stored, until_us, offer: None, claimed: false };
         self.seeking.waiting.insert(ticket, sought);
         self.out.push(Effect::Seek { ticket, wanted });
         Ok(())
@@ -84,6 +101,16 @@ impl Node {
         }
     }
 
+    /// The node that holds what this match claims has said what there is.
+    pub(super) fn claimed_there(&mut self, ticket: u64, status: wire::HandOffStatus) {
+        let Some(sought) = self.seeking.waiting.get_mut(&ticket) else { return };
+        sought.claimed = status.state() == HandOffState::Ready;
+        if status.state() == HandOffState::NotYet {
+            let sought = self.seeking.waiting.remove(&ticket).expect("it was just there");
+            self.send(sought.member, sought.request_id, Reply::Match(not_yet(status)));
+        }
+    }
+
     /// Orders what is wanted of an offer and answers the match; `last`: with the slots that there are.
     fn take_offer(&mut self, ticket: u64, last: bool) {
         let sought = self.seeking.waiting.remove(&ticket).expect("it waits");
@@ -95,6 +122,9 @@ impl Node {
         }
         let orders = self.order(&sought, &offer);
         self.out.push(Effect::Fetch { ticket, orders });
+        if sought.claimed {
+            self.claimed_elsewhere(sought.space, &sought.request);
+        }
         self.answer_sought(sought);
     }
 
@@ -127,14 +157,13 @@ impl Node {
     }
 
     pub(super) fn give_up_seeking(&mut self) {
-        while let Some((&ticket, sought)) = self.seeking.waiting.first_key_value() {
-            if sought.until_us > self.now_us {
-                return;
-            }
-            if sought.offer.is_some() {
+        let over = |(_, sought): &(&u64, &Sought)| sought.until_us <= self.now_us;
+        let over: Vec<u64> = self.seeking.waiting.iter().filter(over).map(|(ticket, _)| *ticket).collect();
+        for ticket in over {
+            if self.seeking.waiting[&ticket].offer.is_some() {
                 self.take_offer(ticket, true);
             } else {
-                let sought = self.seeking.waiting.remove(&ticket).expect("it is the first");
+                let sought = self.seeking.waiting.remove(&ticket).expect("it waits");
                 self.answer_sought(sought);
             }
         }
@@ -152,6 +181,8 @@ impl Node {
         let near = self.sessions.memory_node(sought.member);
         let ends_us = self.now_us + offer.predicted_us;
         let groups = found.len() as u8;
+        let whole = self.spaces[usize::from(sought.space)].space.layout.block_tokens();
+        let tail = sought.request.claim.as_ref().map_or(0, |claim| claim.tail_tokens);
         for block in stored..chain.ids().len().min(offer.blocks as usize) {
             let parent = if block == 0 { offer.parent } else { chain.ids()[block - 1] };
             for group in 0..groups {
@@ -159,7 +190,12 @@ impl Node {
                 if self.catalog.find(&key).is_some() {
                     continue; // stored, being filled, or coming
                 }
-                let Some(order) = self.order_block(key, parent, block as u32, near, ends_us) else {
+                let is_tail = tail != 0 && block + 1 == chain.ids().len();
+                if is_tail && !sought.claimed {
+                    return orders; // nobody may have it without
+                }
+                let place = Place { parent, depth: block as u32, tokens: if is_tail { tail } else { whole } };
+                let Some(order) = self.order_block(key, &place, near, ends_us) else {
                     return orders;
                 };
                 orders.push(order);
@@ -169,21 +205,14 @@ impl Node {
     }
 
     /// `None`: no slot, or too much is under way.
-    fn order_block(
-        &mut self,
-        key: Key,
-        parent: BlockId,
-        depth: u32,
-        near: usize,
-        ends_us: u64,
-    ) -> Option<FetchOrder> {
+    fn order_block(&mut self, key: Key, place: &Place, near: usize, ends_us: u64) -> Option<FetchOrder> {
         if !self.movement.may_fetch() {
             return None;
         }
         let pool = self.pool_of_group(key.space, key.group, Tier::Dram).expect("DRAM has a pool");
         let drop = !self.can_demote();
         let to = self.take_slot(pool, 0, near, true, drop)?;
-        let tokens = self.spaces[usize::from(key.space)].space.layout.block_tokens();
+        let Place { parent, depth, tokens } = *place;
         let handle = self.catalog.insert(&NewEntry { key, parent, depth, tokens }, Tier::Dram, to);
         self.catalog.get_mut(handle).mark(Tier::Dram, Mark::Filling);
         self.memory.pools[pool].slots.set_owner(to, handle);

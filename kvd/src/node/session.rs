@@ -368,6 +368,7 @@ impl Node {
             let ended = self.sessions.sessions.remove(&session).expect("it was there");
             assert!(ended.leases.is_empty() && ended.leased_bytes == 0, "a session ends without leases");
             self.sessions.by_token.remove(&ended.token);
+            self.filler_gone(session);
         }
         self.note("session", || format!("{} of session {session}: {why}", gone.name));
         self.out.push(Effect::Close { member });

@@ -104,7 +104,7 @@ impl Node {
 
     /// A whole copy is there from now on, or is about to go.
     pub(super) fn tell_copy(&mut self, handle: Handle, tier: Tier, here: bool) {
-        if !self.telling.on {
+        if !self.telling.on || self.is_tail(handle) {
             return;
         }
         let run = self.run_of(handle, tier, here);
@@ -136,7 +136,7 @@ impl Node {
         let mut runs = Runs::default();
         for tier in TIERS {
             for (handle, entry) in self.catalog.iter_from(from).take(ENTRIES_PER_SLICE) {
-                if entry.readable(tier).is_some() {
+                if entry.readable(tier).is_some() && !self.is_tail(handle) {
                     runs.add(self.run_of(handle, tier, true));
                 }
             }

@@ -1,6 +1,7 @@
 //! Bringing blocks from other nodes: asks the index, leases at the owner, reads straight into the node's slots, verifies.
 //!
-//! Owns the connections to peers and the leases there. Invariants: every `Seek` is answered by one `Offered`, every order by one `Moved`; a
+//! Owns the connections to peers and the leases there. Invariants: every `Seek` is answered by one `Offered`, after what became of its
+//! claim if it has one (`NotYet` is the end of it); every order by one `Moved`; only members of the cluster are asked; a
 //! block counts as moved only when all its parts have the checksums that its owner told; a lease there lasts until the last batch read
 //! under it has ended. Leaves to others: whether and from whom (`links`), what becomes of the blocks (the node).
 
@@ -12,8 +13,9 @@ use crate::links::{Links, common};
 use crate::node::event::{Event, FetchOrder, MoveError, Offer, Wanted};
 use kvd_client::transport::tcp::{PeerOptions, PeerPool};
 use kvd_client::transport::{Batch, Fate, Outcome, Piece, Transport as _};
+use kvd_proto::limits::RESERVE_WAIT_MS_MAX;
 use kvd_proto::wire::peer_client::PeerClient;
-use kvd_proto::wire::{PeerBlock, PeerLeaseReply, PeerLeaseRequest};
+use kvd_proto::wire::{Claim, HandOffState, HandOffStatus, PeerBlock, PeerLeaseReply, PeerLeaseRequest};
 use kvd_proto::{BlockId, Chain, Code, Error};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -119,6 +121,16 @@ impl Shared {
     }
 
     async fn seek(self: Arc<Self>, ticket: u64, wanted: Box<Wanted>) {
+        if let Some(claim) = &wanted.claim {
+            let (status, offer) = self.claimed(ticket, &wanted, claim).await;
+            self.fetcher.inbox.push(Input::Event(Event::Claimed { ticket, status }));
+            if status.state() == HandOffState::NotYet {
+                return;
+            }
+            if offer.is_some() {
+                return self.fetcher.inbox.push(Input::Event(Event::Offered { ticket, offer }));
+            }
+        }
         let offer = match timeout(OFFER, self.offer(ticket, &wanted)).await {
             Ok(Ok(offer)) => offer,
             Ok(Err(error)) => {
@@ -128,6 +140,60 @@ impl Shared {
             Err(_) => None,
         };
         self.fetcher.inbox.push(Input::Event(Event::Offered { ticket, offer }));
+    }
+
+    /// What the node that holds it says, and offers, in time; a node that cannot be asked has nothing.
+    async fn claimed(&self, ticket: u64, wanted: &Wanted, claim: &Claim) -> (HandOffStatus, Option<Offer>) {
+        let gone = HandOffStatus { state: HandOffState::Gone.into(), ..HandOffStatus::default() };
+        let node = self.fetcher.locations.node(&claim.node).await;
+        let well = |node: &(String, u64)| lock(&self.fetcher.links).is_well(&node.0, node.1, self.now_us());
+        let Some((address, epoch)) = node.filter(well) else { return (gone, None) };
+        let waits = Duration::from_millis(claim.wait_ms.min(RESERVE_WAIT_MS_MAX).into());
+        match timeout(OFFER + waits, self.claim(ticket, wanted, claim, (&address, epoch))).await {
+            Ok(Ok((HandOffState::Ready, _, None))) => (gone, None), // of no use any more
+            Ok(Ok((_, status, offer))) => (status, offer),
+            Ok(Err(error)) => {
+                tracing::debug!(%error, "nothing is claimed");
+                lock(&self.fetcher.links).failed(&address, epoch, self.now_us());
+                (gone, None)
+            }
+            Err(_) => {
+                lock(&self.fetcher.links).failed(&address, epoch, self.now_us());
+                (gone, None)
+            }
+        }
+    }
+
+    async fn claim(
+        &self,
+        ticket: u64,
+        wanted: &Wanted,
+        claim: &Claim,
+        (address, node_epoch): (&str, u64),
+    ) -> Result<(HandOffState, HandOffStatus, Option<Offer>), Error> {
+        let peer = self.peer(address, node_epoch)?;
+        let (replies, first) = peer.lease(wanted, wanted.chain.len() as u32, Some(claim)).await?;
+        let status = first.hand_off.unwrap_or_default();
+        let of_use =
+            status.state() == HandOffState::Ready && first.lease != 0 && first.blocks > wanted.stored;
+        let blocks = first.blocks.min(wanted.chain.len() as u32);
+        let pays = || lock(&self.fetcher.links).pays(address, blocks, wanted);
+        let Some(sent_us) = of_use.then(pays).flatten() else { return Ok((status.state(), status, None)) };
+        let parent = BlockId::from_slice("parent", &first.parent)?;
+        let predicted_us = sent_us.max(first.predicted_us);
+        self.keep(ticket, predicted_us, (peer, replies, first));
+        Ok((status.state(), status, Some(Offer { blocks, parent, predicted_us })))
+    }
+
+    /// The owner's lease, until the node says what it wants of it.
+    fn keep(
+        &self,
+        ticket: u64,
+        predicted_us: u64,
+        (peer, replies, first): (Arc<Peer>, tonic::Streaming<PeerLeaseReply>, PeerLeaseReply),
+    ) {
+        let patience = Duration::from_micros(4 * predicted_us).clamp(PATIENCE, PATIENCE_MAX);
+        lock(&self.offers).insert(ticket, Leased { peer, replies, first, patience });
     }
 
     async fn offer(&self, ticket: u64, wanted: &Wanted) -> Result<Option<Offer>, Error> {
@@ -141,7 +207,7 @@ impl Shared {
         let choice = lock(&self.fetcher.links).choose(wanted, &locations, epoch, self.now_us());
         let Some(choice) = choice else { return Ok(None) };
         let peer = self.peer(&choice.address, choice.node_epoch)?;
-        let leased = timeout(OFFER, peer.lease(wanted, choice.blocks)).await;
+        let leased = timeout(OFFER, peer.lease(wanted, choice.blocks, None)).await;
         let failed = || lock(&self.fetcher.links).failed(&choice.address, choice.node_epoch, self.now_us());
         let (replies, first) = match leased {
             Ok(Ok(leased)) => leased,
@@ -160,8 +226,7 @@ impl Shared {
         let parent = BlockId::from_slice("parent", &first.parent)?;
         let predicted_us = choice.predicted_us.max(first.predicted_us);
         let offer = Offer { blocks: first.blocks.min(choice.blocks), parent, predicted_us };
-        let patience = Duration::from_micros(4 * predicted_us).clamp(PATIENCE, PATIENCE_MAX);
-        lock(&self.offers).insert(ticket, Leased { peer, replies, first, patience });
+        self.keep(ticket, predicted_us, (peer, replies, first));
         Ok(Some(offer))
     }
 
@@ -338,6 +403,7 @@ impl Peer {
         &self,
         wanted: &Wanted,
         blocks: u32,
+        claim: Option<&Claim>,
     ) -> Result<(tonic::Streaming<PeerLeaseReply>, PeerLeaseReply), Error> {
         let chain: Vec<u8> = wanted.chain[..blocks as usize].iter().flat_map(|id| id.0).collect();
         let request = PeerLeaseRequest {
@@ -345,6 +411,7 @@ impl Peer {
             space: Some(wanted.space.to_wire()),
             chain: chain.into(),
             skip_blocks: wanted.stored,
+            claim: claim.map(|claim| Claim { node: String::new(), ..claim.clone() }),
         };
         let mut replies = PeerClient::new(self.channel.clone()).lease(request).await?.into_inner();
         let first = replies.message().await?.ok_or_else(|| self.away("it ended the stream"))?;

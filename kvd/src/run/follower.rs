@@ -74,6 +74,14 @@ impl Locations {
         self.ask(|answer| Ask::Locate { chain, group, block_bytes, answer }).await
     }
 
+    /// Address and life of the node of the cluster with this address, or with the name that it says it has.
+    pub(crate) async fn node(&self, node: &str) -> Option<(String, u64)> {
+        let nodes = self.list().await.ok()?.nodes;
+        let named = || nodes.iter().find(|known| known.node_name == node);
+        let found = nodes.iter().find(|known| known.address == node).or_else(named);
+        found.map(|known| (known.address.clone(), known.node_epoch))
+    }
+
     pub(crate) async fn list(&self) -> Result<wire::ListNodesReply, Error> {
         let nodes = self.ask(|answer| Ask::List { answer }).await?;
         let trouble = self.cluster.trouble().unwrap_or_default();

@@ -70,12 +70,14 @@ fn render(
         counter.inc_by(value);
         registry.register(Box::new(counter))?;
     }
-    let gauges: [(&str, &str, u64); 7] = [
+    let gauges: [(&str, &str, u64); 9] = [
         ("kvd_uptime_seconds", "Since the daemon started", status.uptime_ms / 1000),
         ("kvd_sessions", "Open sessions", status.sessions.into()),
         ("kvd_members", "Connections of all sessions", status.members.into()),
         ("kvd_leases", "Leases that were not released", status.leases.into()),
         ("kvd_leased_bytes", "Bytes under leases", status.leased_bytes),
+        ("kvd_hand_offs", "Hand-off leases that wait to be claimed", status.hand_offs.into()),
+        ("kvd_hand_off_bytes", "Bytes under them", status.hand_off_bytes),
         ("kvd_blocks", "Blocks with a copy in any tier", status.blocks),
         ("kvd_spaces", "Registered spaces", status.spaces.into()),
     ];

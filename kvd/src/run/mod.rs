@@ -64,6 +64,7 @@ pub fn serve(config: &Config) -> Result<(), Error> {
     let node_config = node_config(config);
     let epoch = node_config.epoch;
     let mut node = Node::new(node_config);
+    node.known_as(vec![config.node_name.clone(), config.cluster.address.clone()]);
     let nvme =
         nvme_options(config).map(|options| open_nvme(config, options, &mut node, epoch)).transpose()?;
     let start = |(medium, left)| {

@@ -173,7 +173,13 @@ async fn a_segment_announced_right_after_the_welcome_is_the_new_daemons() {
         let states = vec![wire::ReserveState::Granted as u8].into();
         peer.answer(
             id,
-            Body::Reserve(wire::ReserveReply { lease: 5, runs: vec![run], states, lease_ttl_ms: 1000 }),
+            Body::Reserve(wire::ReserveReply {
+                lease: 5,
+                runs: vec![run],
+                states,
+                lease_ttl_ms: 1000,
+                ..wire::ReserveReply::default()
+            }),
         );
         peer
     });

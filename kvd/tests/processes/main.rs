@@ -15,6 +15,7 @@ mod etcd_server;
 mod fake_node;
 mod full_device;
 mod grpc;
+mod hand_off;
 mod index;
 mod killed;
 mod kvctl;

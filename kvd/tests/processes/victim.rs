@@ -3,6 +3,7 @@
 //! A victim does one thing after the other: a line in, the thing done, a line out.
 
 use crate::engine::{BLOCK_BYTES, Engine, PART_BYTES, fill_all, read_all};
+use crate::hand_off::reserve_for;
 use crate::wait::within;
 use crate::{content, wait};
 use kvd_client::{ConnectOptions, Fill, Match};
@@ -126,6 +127,19 @@ impl Held {
                 let granted = fill.granted().len();
                 self.fill = Some(fill);
                 return format!("granted {granted}");
+            }
+            "hand-off-reserve" => {
+                self.names = numbers(&words[1..]);
+                let fill = reserve_for(self.engine(), words[0], &self.names).await;
+                let granted = fill.granted().len();
+                self.fill = Some(fill);
+                return format!("granted {granted}");
+            }
+            "hand-off" => {
+                let names = numbers(&words[1..]);
+                let fill = reserve_for(self.engine(), words[0], &names).await;
+                fill_all(&fill, &names);
+                return outcome(within("commit", fill.commit()).await);
             }
             "fill" => fill_all(self.fill.as_ref().unwrap(), &self.names),
             "spoil" => {

@@ -241,8 +241,7 @@ impl World {
             parent: parent.0.to_vec().into(),
             depth: local as u32,
             chain: packed(&chain[local..]).into(),
-            tail_tokens: 0,
-            wait_ms: 0,
+            ..wire::ReserveRequest::default()
         });
         next.push_back(request(ENGINE, of * KINDS + RESERVE, body));
     }

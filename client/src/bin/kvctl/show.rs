@@ -37,6 +37,10 @@ impl Show for wire::StatusReply {
             ("up", duration_ms(self.uptime_ms)),
             ("sessions", format!("{}, {} members", self.sessions, self.members)),
             ("leases", format!("{}, {}", count(u64::from(self.leases)), size(self.leased_bytes))),
+            (
+                "hand-offs",
+                format!("{} unclaimed, {}", count(u64::from(self.hand_offs)), size(self.hand_off_bytes)),
+            ),
             ("blocks", format!("{} in {} spaces", count(self.blocks), self.spaces)),
             ("hits in DRAM", share(counters.hit_blocks_dram)),
             ("hits on NVMe", share(counters.hit_blocks_nvme)),
@@ -73,7 +77,8 @@ impl Show for wire::StatusReply {
         vec![json!({
             "version": self.version, "node_epoch": self.node_epoch, "uptime_ms": self.uptime_ms,
             "sessions": self.sessions, "members": self.members, "leases": self.leases,
-            "leased_bytes": self.leased_bytes, "blocks": self.blocks, "spaces": self.spaces,
+            "leased_bytes": self.leased_bytes, "hand_offs": self.hand_offs,
+            "hand_off_bytes": self.hand_off_bytes, "blocks": self.blocks, "spaces": self.spaces,
             "counters": counters_object(&self.counters.unwrap_or_default()),
         })]
     }

@@ -86,7 +86,7 @@ impl World {
     }
 
     fn check_leases(&self) {
-        let mut held = BTreeMap::<Handle, u32>::new();
+        let mut held: BTreeMap<Handle, u32> = self.check_hand_offs();
         let (mut bytes, mut by_session) = (0, BTreeMap::<u64, u64>::new());
         for lease in self.node.leases.leases.values() {
             bytes += lease.bytes;

@@ -76,7 +76,7 @@ pub(super) struct World {
     pub(super) ready: Vec<(MemberId, wire::Ready)>,
     /// What was asked and not answered yet.
     asked: BTreeMap<(MemberId, u64), Ask>,
-    replies: BTreeMap<(MemberId, u64), Reply>,
+    pub(super) replies: BTreeMap<(MemberId, u64), Reply>,
     /// Segments open by themselves as soon as they are ordered.
     pub(super) opens_at_once: bool,
     pub(super) spaces: BTreeMap<u32, (Fingerprint, String)>,
@@ -159,8 +159,8 @@ pub(super) fn reserve_of(space: u32, key: &str, chain: &[BlockId], wait_ms: u32)
         parent: vec![0; 16].into(),
         depth: 0,
         chain: packed(chain).into(),
-        tail_tokens: 0,
         wait_ms,
+        ..wire::ReserveRequest::default()
     }
 }
 

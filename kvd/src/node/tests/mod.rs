@@ -6,6 +6,7 @@
 
 mod checks;
 mod filling;
+mod hand_off;
 mod harness;
 mod leases;
 mod matching;

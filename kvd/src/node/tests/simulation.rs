@@ -4,10 +4,12 @@
 
 use super::super::NodeConfig;
 use super::super::event::{Event, MoveError, Question};
+use super::hand_off::{TAIL_TOKENS, handed_off};
 use super::harness::{World, commit_of, id, layout, open_of, packed, reserve_after, two_groups, with_nvme};
 use kvd_proto::BlockId;
 use kvd_proto::wire::client_frame::Body as Ask;
-use kvd_proto::wire::{self, purge_request::What};
+use kvd_proto::wire::node_frame::Body as Reply;
+use kvd_proto::wire::{self, HandOffState, purge_request::What};
 
 /// splitmix64.
 struct Random(u64);
@@ -135,12 +137,19 @@ impl Storm {
     }
 
     fn reserve(&mut self, member: u64, space: u32) {
-        let chain = self.prompt();
+        let (chain, tail_tokens) = self.prompt_with_tail();
         let from = self.random.below(chain.len() as u64) as usize;
         let from = if self.random.one_in(2) { 0 } else { from };
         let parent = if from == 0 { BlockId::default() } else { chain[from - 1] };
         let wait_ms = if self.random.one_in(2) { 0 } else { self.random.below(3000) as u32 };
+        // mostly the whole prompt; sometimes more is promised than comes
+        let blocks = chain.len() as u32 + u32::from(tail_tokens == 0 && self.random.one_in(3));
+        let ttl_ms = 1 + self.random.below(4000) as u32;
+        let handed = tail_tokens != 0 || self.random.one_in(4);
+        let key = [self.random.below(6) as u8];
         let request = wire::ReserveRequest {
+            tail_tokens,
+            hand_off: handed.then(|| handed_off(&key, blocks, ttl_ms)),
             wait_ms,
             request_key: self.key().into(),
             ..reserve_after(space, parent, from as u32, &chain[from..])
@@ -149,14 +158,67 @@ impl Storm {
     }
 
     fn matching(&mut self, member: u64, space: u32) {
-        let chain = self.prompt();
+        let (chain, tail_tokens) = self.prompt_with_tail();
+        let claim = self.claim(tail_tokens);
         let skip_blocks = if self.random.one_in(4) { self.random.below(4) as u32 } else { 0 };
         let request_key = self.key().into();
         let chain = packed(&chain).into();
         self.world.begin(
             member,
-            Ask::Match(wire::MatchRequest { space, request_key, chain, skip_blocks, this_node_only: false }),
+            Ask::Match(wire::MatchRequest {
+                space,
+                request_key,
+                chain,
+                skip_blocks,
+                claim,
+                ..wire::MatchRequest::default()
+            }),
         );
+    }
+
+    /// Now and then a tail at its end, and its tokens.
+    fn prompt_with_tail(&mut self) -> (Vec<BlockId>, u32) {
+        let mut chain = self.prompt();
+        if self.random.one_in(3) {
+            let last = u64::from_le_bytes(*chain[chain.len() - 1].0.first_chunk().expect("16 bytes"));
+            chain.push(id(1_000_000 + last));
+            return (chain, TAIL_TOKENS);
+        }
+        (chain, 0)
+    }
+
+    fn claim(&mut self, tail_tokens: u32) -> Option<wire::Claim> {
+        let wanted = tail_tokens != 0 || self.random.one_in(4);
+        let node = if self.random.one_in(3) { "there:1".to_owned() } else { String::new() };
+        let key = vec![self.random.below(6) as u8].into();
+        let wait_ms = if self.random.one_in(2) { 0 } else { self.random.below(2000) as u32 };
+        wanted.then_some(wire::Claim { key, node, wait_ms, tail_tokens })
+    }
+
+    /// What another node says to a claim; `false`: not yet.
+    fn claimed_there(&mut self, ticket: u64) -> bool {
+        if self.world.peers.sought[&ticket].claim.is_none() {
+            return true;
+        }
+        let states = [HandOffState::Ready, HandOffState::Ready, HandOffState::NotYet, HandOffState::Gone];
+        let state = self.random.pick(&states).expect("four");
+        let status = wire::HandOffStatus { state: state.into(), ready_blocks: 1, blocks: 2 };
+        if state == HandOffState::NotYet {
+            self.world.peers.sought.remove(&ticket);
+        }
+        self.world.apply(Event::Claimed { ticket, status });
+        state != HandOffState::NotYet
+    }
+
+    /// How often claims heard each state.
+    fn heard(&self) -> [u64; 3] {
+        let states = self.world.replies.values().filter_map(|reply| match reply {
+            Reply::Match(reply) => reply.hand_off.map(|status| status.state()),
+            _ => None,
+        });
+        let mut heard = [0; 3];
+        states.for_each(|state| heard[state as usize - 1] += 1);
+        heard
     }
 
     fn small_talk(&mut self, member: u64, space: u32) {
@@ -243,7 +305,9 @@ impl Storm {
         let sought: Vec<_> = self.world.peers.sought.keys().copied().collect();
         if let Some(ticket) = self.random.pick(&sought) {
             let more = self.random.below(9) as u32;
-            self.world.offer(ticket, more);
+            if self.claimed_there(ticket) {
+                self.world.offer(ticket, more);
+            }
         }
         for _ in 0..3 {
             let fetches: Vec<_> = self.world.peers.fetches.keys().copied().collect();
@@ -282,10 +346,14 @@ impl Storm {
         assert_eq!(self.world.node.leases.totals(), (0, 0));
         assert_eq!(self.world.node.sessions.counts(), (0, 0));
         assert_eq!(self.world.quarantined(), 0);
+        self.world.pass_ms(60_000);
+        self.world.pass_ms(60_000);
+        assert!(self.world.node.hand_offs.records.is_empty(), "hand-offs end and are forgotten");
+        assert!(self.world.node.catalog.iter().all(|(handle, _)| !self.world.node.is_tail(handle)));
     }
 }
 
-fn run(seed: u64, steps: u64) -> (u64, wire::Counters) {
+fn run(seed: u64, steps: u64) -> (u64, wire::Counters, [u64; 3]) {
     let mut config = with_nvme(9);
     config.numa_nodes = (0..seed as u32 % 3).collect();
     config.lease_bytes_max = 60 * super::harness::BLOCK_BYTES;
@@ -301,14 +369,14 @@ fn run(seed: u64, steps: u64) -> (u64, wire::Counters) {
         storm.step();
     }
     storm.end();
-    (storm.world.digest(), storm.world.counters())
+    (storm.world.digest(), storm.world.counters(), storm.heard())
 }
 
 #[test]
 fn whatever_happens_what_must_hold_holds() {
-    let mut seen = [0; 11];
+    let mut seen = [0; 14];
     for seed in 1..=4 {
-        let (_, counters) = run(seed, 8000);
+        let (_, counters, [ready, not_yet, gone]) = run(seed, 8000);
         let more = [
             counters.hit_blocks_dram,
             counters.hit_blocks_nvme,
@@ -321,6 +389,9 @@ fn whatever_happens_what_must_hold_holds() {
             counters.leases_expired,
             counters.hit_blocks_peer,
             counters.peer_errors,
+            ready,
+            not_yet,
+            gone,
         ];
         (0..seen.len()).for_each(|at| seen[at] += more[at]);
     }

@@ -65,6 +65,9 @@ impl World {
             let key = entry.key();
             let space = self.node.spaces[usize::from(key.space)].fingerprint;
             let whole = TIERS.into_iter().filter(|&tier| entry.readable(tier).is_some());
+            if entry.tokens() < 16 {
+                continue; // a tail is told to nobody
+            }
             there.extend(whole.map(|tier| (space, key.id, key.group, tier as i32)));
         }
         assert_eq!(self.follower.copies, there, "a follower knows something else than there is");

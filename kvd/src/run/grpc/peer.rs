@@ -5,6 +5,7 @@
 //! read under it too (law 2); a block is told with the checksums of all its parts. Leaves to others: the bytes (`transport::serve`).
 
 use super::calls::{Arrivals, Calls, Held, slot_of, unexpected};
+use super::stopping;
 use crate::run::dram::DramSegments;
 use crate::run::inbox::Inbox;
 use kvd_client::transport::serve::Source;
@@ -183,11 +184,13 @@ impl Service {
         let space = Space::from_wire(&request.tenant, space)?;
         let chain = Chain::from_packed("chain", &request.chain)?;
         let (member, number) = self.member(&space).await?;
+        let claim = request.claim.map(|claim| wire::Claim { node: String::new(), ..claim });
         let wanted = wire::MatchRequest {
             space: number,
             chain: request.chain,
             skip_blocks: request.skip_blocks,
             this_node_only: true,
+            claim,
             ..wire::MatchRequest::default()
         };
         let Reply::Match(reply) = self.calls.call(member, Ask::Match(wanted)).await? else {
@@ -195,7 +198,8 @@ impl Service {
         };
         let (replies, stream) = mpsc::channel(REPLIES_AHEAD);
         let held = self.calls.held(member, reply.lease);
-        let mut first = PeerLeaseReply { data_port: self.data_port.into(), ..PeerLeaseReply::default() };
+        let (data_port, hand_off) = (self.data_port.into(), reply.hand_off);
+        let mut first = PeerLeaseReply { data_port, hand_off, ..PeerLeaseReply::default() };
         let from = reply.runs.iter().map(|run| run.first_block).min();
         let Some(from) = from else {
             let _ = replies.try_send(Ok(first)); // a new channel has room
@@ -257,7 +261,10 @@ impl peer_server::Peer for Service {
     type LeaseStream = Replies;
 
     async fn lease(&self, request: Request<PeerLeaseRequest>) -> Result<Response<Replies>, Status> {
-        let stream = self.leased(request.into_inner()).await?;
+        let (service, request) = (self.clone(), request.into_inner());
+        // not within the call, which the asker may give up: a lease that was granted must find somebody who gives it back
+        let leased = tokio::spawn(async move { service.leased(request).await });
+        let stream = leased.await.map_err(|_| stopping())??;
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
 }

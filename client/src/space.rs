@@ -1,0 +1,222 @@
+//! A registered space of a session: what an engine asks about its blocks, and what two engines say to share a request.
+//!
+//! Owns the questions. Invariant: a question is asked of the daemon that gave the space its number, or not at all.
+//! Leaves to others: the connection, coming back, leases (`session`); what the answers are good for (`lease`, `fill`).
+
+use crate::fill::Fill;
+use crate::lease::Match;
+use crate::session::{Session, unexpected};
+use kvd_proto::wire::{self, client_frame::Body as Ask, node_frame::Body as Answer};
+use kvd_proto::{BlockId, Chain, Error, Fingerprint};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// What an engine fills for the one that goes on with its request.
+#[derive(Debug, Clone)]
+pub struct HandOff {
+    /// 1 to 64 bytes that name the request; whoever claims it says the same.
+    pub key: Vec<u8>,
+    /// How long it waits to be claimed, after its last reservation; cut to a minute.
+    pub ttl: Duration,
+    /// Of the prompt, in all, tail included.
+    pub blocks: u32,
+    /// Of the last of them, if that is a tail; 0: it is a whole block.
+    pub tail_tokens: u32,
+}
+
+/// Takes what was filled for this request, once.
+#[derive(Debug, Clone)]
+pub struct Claim {
+    /// As the filler gave it.
+    pub key: Vec<u8>,
+    /// The filler's node, by its name or "host:port"; empty: it is this session's.
+    pub node: String,
+    /// How long to wait for what is still being filled.
+    pub wait: Duration,
+    /// As the filler gave it: the chain's last id is then a tail's.
+    pub tail_tokens: u32,
+}
+
+fn to_ms(duration: Duration) -> u32 {
+    duration.as_millis().try_into().unwrap_or(u32::MAX)
+}
+
+/// A registered space of a session.
+#[derive(Clone)]
+pub struct SpaceHandle {
+    pub(crate) session: Session,
+    pub(crate) index: usize,
+    pub(crate) fingerprint: Fingerprint,
+    pub(crate) layout: Arc<kvd_proto::Layout>,
+}
+
+impl SpaceHandle {
+    /// Keys all its block ids.
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.fingerprint
+    }
+
+    /// The session it belongs to.
+    pub fn session(&self) -> &Session {
+        &self.session
+    }
+
+    /// What its blocks mean.
+    pub fn layout(&self) -> &kvd_proto::Layout {
+        &self.layout
+    }
+
+    fn id(&self) -> u32 {
+        self.session.inner.space_number(self.index)
+    }
+
+    /// Leases the prefix of `chain` worth loading, without its first `skip_blocks`. Asking again with the same key and
+    /// chain gives the same lease until it is released.
+    pub async fn match_prefix(
+        &self,
+        request_key: &[u8],
+        chain: &Chain,
+        skip_blocks: u32,
+    ) -> Result<Match, Error> {
+        self.matched(request_key, chain, skip_blocks, None).await
+    }
+
+    /// As `match_prefix`, and first of all what another engine has filled for this request, tail included. See `Match::hand_off`
+    /// for what became of it.
+    pub async fn match_claimed(
+        &self,
+        request_key: &[u8],
+        chain: &Chain,
+        skip_blocks: u32,
+        claim: &Claim,
+    ) -> Result<Match, Error> {
+        let claim = wire::Claim {
+            key: claim.key.clone().into(),
+            node: claim.node.clone(),
+            wait_ms: to_ms(claim.wait),
+            tail_tokens: claim.tail_tokens,
+        };
+        self.matched(request_key, chain, skip_blocks, Some(claim)).await
+    }
+
+    async fn matched(
+        &self,
+        request_key: &[u8],
+        chain: &Chain,
+        skip_blocks: u32,
+        claim: Option<wire::Claim>,
+    ) -> Result<Match, Error> {
+        let inner = &self.session.inner;
+        let asked = Instant::now();
+        let incarnation = inner.incarnation(); // before the number that it gives meaning
+        let waits = claim.as_ref().is_some_and(|claim| claim.wait_ms > 0);
+        let request = wire::MatchRequest {
+            space: self.id(),
+            request_key: request_key.to_vec().into(),
+            chain: chain.to_packed().into(),
+            skip_blocks,
+            this_node_only: false,
+            claim,
+        };
+        let Answer::Match(reply) = inner.call_of(incarnation, Ask::Match(request)).await? else {
+            return Err(unexpected());
+        };
+        // the lease of a claim that waited began long after it was asked for; a moment too much here does no harm, as what maps
+        // memory keeps its slots until it lets go
+        let from = if waits { Instant::now() } else { asked };
+        Match::new(self, chain, skip_blocks, reply, incarnation, from)
+    }
+
+    /// Reserves slots for the blocks of `chain` that follow `parent` at `depth`; waits up to `wait` for space.
+    pub async fn reserve(
+        &self,
+        request_key: &[u8],
+        parent: BlockId,
+        depth: u32,
+        chain: &Chain,
+        wait: Duration,
+    ) -> Result<Fill, Error> {
+        self.reserved(request_key, parent, depth, chain, wait, None).await
+    }
+
+    /// As `reserve`; what is filled, or is there, is kept for whoever claims it (`match_claimed`), whatever becomes of this session.
+    /// A long prompt may be reserved in pieces, from its beginning on. See `Fill::handed_off`.
+    pub async fn reserve_for(
+        &self,
+        hand_off: &HandOff,
+        request_key: &[u8],
+        parent: BlockId,
+        depth: u32,
+        chain: &Chain,
+        wait: Duration,
+    ) -> Result<Fill, Error> {
+        self.reserved(request_key, parent, depth, chain, wait, Some(hand_off)).await
+    }
+
+    async fn reserved(
+        &self,
+        request_key: &[u8],
+        parent: BlockId,
+        depth: u32,
+        chain: &Chain,
+        wait: Duration,
+        hand_off: Option<&HandOff>,
+    ) -> Result<Fill, Error> {
+        let ends = depth.saturating_add(chain.ids().len() as u32);
+        let with_tail = hand_off.filter(|hand_off| hand_off.blocks == ends);
+        let inner = &self.session.inner;
+        let incarnation = inner.incarnation();
+        let request = wire::ReserveRequest {
+            space: self.id(),
+            request_key: request_key.to_vec().into(),
+            parent: parent.0.to_vec().into(),
+            depth,
+            chain: chain.to_packed().into(),
+            tail_tokens: with_tail.map_or(0, |hand_off| hand_off.tail_tokens),
+            wait_ms: to_ms(wait),
+            hand_off: hand_off.map(|hand_off| wire::HandOff {
+                key: hand_off.key.clone().into(),
+                ttl_ms: to_ms(hand_off.ttl),
+                blocks: hand_off.blocks,
+            }),
+        };
+        let Answer::Reserve(reply) = inner.call_of(incarnation, Ask::Reserve(request)).await? else {
+            return Err(unexpected());
+        };
+        Fill::new(self, reply, incarnation)
+    }
+
+    /// The tiers of the longest stored prefix, one a block. Pins and touches nothing.
+    pub async fn exists(&self, chain: &Chain) -> Result<Vec<wire::Tier>, Error> {
+        let incarnation = self.session.inner.incarnation();
+        let request = wire::ExistsRequest { space: self.id(), chain: chain.to_packed().into(), session: 0 };
+        let Answer::Exists(reply) = self.session.inner.call_of(incarnation, Ask::Exists(request)).await?
+        else {
+            return Err(unexpected());
+        };
+        let tier = |tier: &u8| wire::Tier::try_from(i32::from(*tier)).unwrap_or(wire::Tier::Unspecified);
+        Ok(reply.tiers.iter().map(tier).collect())
+    }
+
+    /// Keeps the stored prefix from being evicted for `ttl`; zero unpins. Returns how many blocks.
+    pub async fn pin(&self, chain: &Chain, ttl: Duration) -> Result<u32, Error> {
+        let incarnation = self.session.inner.incarnation();
+        let ttl_ms = to_ms(ttl);
+        let request =
+            wire::PinRequest { space: self.id(), chain: chain.to_packed().into(), ttl_ms, session: 0 };
+        match self.session.inner.call_of(incarnation, Ask::Pin(request)).await? {
+            Answer::Pin(reply) => Ok(reply.blocks),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Starts to bring the stored prefix into DRAM; returns how many blocks started to move.
+    pub async fn prefetch(&self, chain: &Chain) -> Result<u32, Error> {
+        let incarnation = self.session.inner.incarnation();
+        let request = wire::PrefetchRequest { space: self.id(), chain: chain.to_packed().into(), session: 0 };
+        match self.session.inner.call_of(incarnation, Ask::Prefetch(request)).await? {
+            Answer::Prefetch(reply) => Ok(reply.started),
+            _ => Err(unexpected()),
+        }
+    }
+}
