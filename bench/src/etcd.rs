@@ -17,7 +17,9 @@ pub(crate) fn missing() -> Option<String> {
     if is_there() {
         return None;
     }
-    for arguments in [&["update", "-q"][..], &["install", "-y", "-q", "--no-install-recommends", "etcd-server"]] {
+    for arguments in
+        [&["update", "-q"][..], &["install", "-y", "-q", "--no-install-recommends", "etcd-server"]]
+    {
         if let Err(error) = Command::new("apt-get").args(arguments).output() {
             return Some(format!("no etcd here, and no apt-get: {error}"));
         }

@@ -30,6 +30,8 @@ pub(super) struct Planned {
     pub(super) pause: Duration,
     /// How long it stays away.
     pub(super) away: Duration,
+    /// How long it is looked at after its return, at least.
+    pub(super) watched: Duration,
 }
 
 /// One thing to be seen, and how long that took; none: it was not seen.
@@ -79,7 +81,7 @@ impl Stage<'_> {
         fault.gone = expect.watch(self.eyes, killed, planned.away, Expect::gone, &mut fault).await;
         self.start_again(victim)?;
         let served = Instant::now();
-        fault.back = expect.watch(self.eyes, served, Duration::ZERO, Expect::right, &mut fault).await;
+        fault.back = expect.watch(self.eyes, served, planned.watched, Expect::right, &mut fault).await;
         fault.over = Instant::now();
         Ok(fault)
     }
@@ -154,7 +156,9 @@ impl Expect {
         let listed = ("workers", view.workers == left);
         match self.victim {
             Victim::Engine(_) => vec![listed],
-            Victim::Node(dead) => vec![listed, ("index", self.others(dead).all(|at| self.knows_nothing(view, at, dead)))],
+            Victim::Node(dead) => {
+                vec![listed, ("index", self.others(dead).all(|at| self.knows_nothing(view, at, dead)))]
+            }
             Victim::Etcd => vec![("told", view.nodes.iter().flatten().all(|said| !said.trouble.is_empty()))],
         }
     }
@@ -166,7 +170,8 @@ impl Expect {
             Victim::Engine(_) => vec![listed],
             Victim::Node(_) => vec![listed, ("index", self.index_is_whole(view))],
             Victim::Etcd => {
-                let well = view.nodes.iter().all(|said| said.as_ref().is_some_and(|it| it.trouble.is_empty()));
+                let well =
+                    view.nodes.iter().all(|said| said.as_ref().is_some_and(|it| it.trouble.is_empty()));
                 vec![("told", well), ("index", self.index_is_whole(view))]
             }
         }

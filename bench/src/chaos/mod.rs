@@ -9,7 +9,7 @@ mod verdict;
 
 use crate::content::mix;
 use crate::demo::load::{self, Answer};
-use crate::demo::talk::{self, Conversation};
+use crate::demo::talk::{self, Conversation, Shape};
 use crate::demo::{self, BLOCK_BYTES, BLOCK_TOKENS, DRAM_BYTES, HBM_BLOCKS, NVME_BYTES};
 use crate::etcd::{self, Etcd};
 use crate::failure::Failure;
@@ -24,6 +24,8 @@ use std::time::{Duration, Instant};
 use tokio::task::LocalSet;
 use verdict::Run;
 
+/// The demo's, with long answers: whoever is killed has some under way.
+const SHAPE: Shape = Shape { answer_tokens_max: 600, ..demo::SHAPE };
 const NODES: usize = 2;
 /// etcd gives no shorter lease.
 const TTL_MS: u32 = 2000;
@@ -31,8 +33,10 @@ const TTL_MS: u32 = 2000;
 const PAUSE_MS: (u64, u64) = (300, 1300);
 /// How long an engine is away; others: until their time to live is over, and this.
 const AWAY_MS: (u64, u64) = (300, 1500);
+/// How long the lists are looked at after etcd's return.
+const WATCHED: Duration = Duration::from_millis(TTL_MS as u64 + 1000);
 /// What a fault may take; with less time left none begins.
-const FAULT: Duration = Duration::from_secs(6);
+const FAULT: Duration = Duration::from_secs(9);
 /// For all nodes to have heard of the last blocks. At the limit: they do not agree.
 const SETTLE_MAX: Duration = Duration::from_secs(10);
 const SETTLE_POLL: Duration = Duration::from_millis(100);
@@ -70,14 +74,19 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
         return Ok(());
     }
     let folder = folder::temporary(args.folder.as_deref())?;
-    let conversations = talk::conversations(&demo::SHAPE, args.seed, args.seconds * 1000);
+    let conversations = talk::conversations(&SHAPE, args.seed, args.seconds * 1000);
     let reference = reference(&conversations, &place(folder.path(), "reference")?).await?;
     let kvd = place(folder.path(), "kvd")?;
     let mut etcd = Etcd::start(&kvd)?;
     let mut fleet = Fleet::start(&plan(args.engines as usize, Some(etcd.endpoint())), &kvd)?;
     let eyes = Eyes::of(&fleet)?;
     demo::found(&fleet, &load::http(), args.engines as usize).await?;
-    reporter.note(&format!("{} conversations in {} s, {} engines, {NODES} nodes, etcd", conversations.len(), args.seconds, args.engines))?;
+    reporter.note(&format!(
+        "{} conversations in {} s, {} engines, {NODES} nodes, etcd",
+        conversations.len(),
+        args.seconds,
+        args.engines
+    ))?;
     let start = Instant::now();
     let load = spoken(fleet.router.address.clone(), conversations);
     let stage = Stage { fleet: &mut fleet, etcd: &mut etcd, eyes: &eyes };
@@ -172,8 +181,11 @@ fn planned(args: &Args, number: u64) -> Planned {
         _ => Victim::Etcd,
     };
     let outlived = if matches!(victim, Victim::Engine(_)) { 0 } else { u64::from(TTL_MS) };
+    // what was known through an outage may be forgotten after it
+    let watched = if victim == Victim::Etcd { WATCHED } else { Duration::ZERO };
     Planned {
         victim,
+        watched,
         pause: Duration::from_millis(between(1, PAUSE_MS)),
         away: Duration::from_millis(outlived + between(2, AWAY_MS)),
     }
@@ -187,7 +199,9 @@ async fn agrees(eyes: &Eyes) -> bool {
         let blocks = |asked: usize, at: usize| {
             view.of(asked, eyes.address(at)).map(|node| (node.node_epoch, node.blocks, node.dropped_blocks))
         };
-        let same = |at: usize| (0..NODES).all(|asked| blocks(asked, at).is_some() && blocks(asked, at) == blocks(at, at));
+        let same = |at: usize| {
+            (0..NODES).all(|asked| blocks(asked, at).is_some() && blocks(asked, at) == blocks(at, at))
+        };
         if (0..NODES).all(same) {
             return true;
         }

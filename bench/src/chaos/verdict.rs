@@ -169,12 +169,17 @@ impl Run<'_> {
     fn too_late(&self, fault: &Fault) -> Vec<String> {
         let limit = Duration::from_millis(u64::from(self.ttl_ms)) + SLACK;
         let late = |sight: &&Sight| sight.after.is_none_or(|after| after > limit);
-        let sights = fault.gone.iter().map(|it| ("death", it)).chain(fault.back.iter().map(|it| ("return", it)));
+        let sights =
+            fault.gone.iter().map(|it| ("death", it)).chain(fault.back.iter().map(|it| ("return", it)));
         sights
             .filter(|(_, sight)| late(sight))
             .map(|(of, sight)| {
                 let took = sight.after.map_or("never".to_owned(), |after| format!("after {after:?}"));
-                format!("the {of} of {}: {} was right {took}, not within {limit:?}", fault.victim.name(), sight.what)
+                format!(
+                    "the {of} of {}: {} was right {took}, not within {limit:?}",
+                    fault.victim.name(),
+                    sight.what
+                )
             })
             .collect()
     }
@@ -305,7 +310,9 @@ mod tests {
         let kill = start + Duration::from_secs(1);
         let answers = [answer((0, 0), start, Ok("a")), answer((1, 0), start, Err(How::Cut))];
         assert_eq!(broken(&[fault(Victim::Engine(0), kill, 10)], &answers, &answers), "");
-        assert!(broken(&[fault(Victim::Node(0), kill, 10)], &answers, &answers).contains("1 answers were cut"));
+        assert!(
+            broken(&[fault(Victim::Node(0), kill, 10)], &answers, &answers).contains("1 answers were cut")
+        );
         let late = broken(&[fault(Victim::Engine(0), kill, 3100)], &answers, &answers);
         assert!(late.contains("the death of engine-0: workers was right after 3.1s"), "{late}");
     }
@@ -314,7 +321,8 @@ mod tests {
     fn words_are_compared_until_a_conversation_went_apart() {
         let start = Instant::now();
         let reference: Vec<Answer> = (0..3).map(|turn| answer((0, turn), start, Ok("a"))).collect();
-        let lost = [reference[0].clone(), answer((0, 1), start, Err(How::Busy)), answer((0, 2), start, Ok("b"))];
+        let lost =
+            [reference[0].clone(), answer((0, 1), start, Err(How::Busy)), answer((0, 2), start, Ok("b"))];
         assert_eq!(compare(&lost, &reference), (1, 0));
         let other = [reference[0].clone(), answer((0, 1), start, Ok("b"))];
         assert_eq!(compare(&other, &reference), (2, 1));

@@ -212,7 +212,10 @@ mod tests {
         );
         let other = phase(vec![answer(0, "a", 10.0), answer(1, "c", 30.0)]);
         assert!(compare(&good, &other, 1).verdict().unwrap_err().to_string().contains("1 different"));
-        let lost = phase(vec![answer(0, "a", 10.0), Answer { came: Err("gone".to_owned().into()), ..answer(1, "", 0.0) }]);
+        let lost = phase(vec![
+            answer(0, "a", 10.0),
+            Answer { came: Err("gone".to_owned().into()), ..answer(1, "", 0.0) },
+        ]);
         assert!(compare(&good, &lost, 1).verdict().unwrap_err().to_string().contains("gone"));
     }
 }
