@@ -103,7 +103,7 @@ fn router(plan: &Plan, node: &str, tokenizer: &Path, folder: &Path) -> Result<Ve
          [[model]]\nname = {MODEL:?}\ntokenizer = {:?}\nblock_bytes = {}\n",
         plan.placement,
         free_address(),
-        tokenizer,
+        tokenizer.display().to_string(),
         plan.block_bytes
     );
     configured("router", &text, folder)
