@@ -6,15 +6,20 @@
 use crate::demo::load::{self, Http};
 use crate::failure::Failure;
 use crate::fleet::Fleet;
+use crate::scrape;
 use kvd_proto::wire::index_client::IndexClient;
 use kvd_proto::wire::{ListNodesReply, ListNodesRequest, NodeStatus};
 use serde_json::Value;
 use std::cell::RefCell;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tonic::transport::{Channel, Endpoint};
 
 /// Of a process that stands still. At the limit: it has said nothing.
 const ANSWER_MAX: Duration = Duration::from_secs(1);
+/// For an engine to take a request. At the limit: it is killed without one.
+const TAKEN_MAX: Duration = Duration::from_secs(2);
+/// Well below what a prefill takes.
+const TAKEN_POLL: Duration = Duration::from_millis(3);
 
 /// Of one moment.
 #[derive(Debug, Clone, Default)]
@@ -69,9 +74,7 @@ impl Eyes {
     /// Blocks with a wrong byte, of all engines that ever ran.
     pub(super) async fn wrong_blocks(&self) -> u64 {
         for (at, engine) in self.engines.iter().enumerate() {
-            let Ok(text) = load::get(&self.client, &format!("{engine}/stats")).await else { continue };
-            let stats = serde_json::from_str::<Value>(&text).unwrap_or_default();
-            if let Some(now) = stats["wrong_blocks"].as_u64() {
+            if let Some(now) = self.count(engine, "wrong_blocks").await {
                 let (before, latest) = &mut self.wrong.borrow_mut()[at];
                 // one that was started again begins with none
                 *before += if now < *latest { *latest } else { 0 };
@@ -79,6 +82,28 @@ impl Eyes {
             }
         }
         self.wrong.borrow().iter().map(|(before, latest)| before + latest).sum()
+    }
+
+    /// Attempts of the router that a worker did not answer, so that the next one was asked.
+    pub(super) async fn failed_tries(&self) -> Result<u64, Failure> {
+        let metrics = load::get(&self.client, &format!("{}/metrics", self.router)).await?;
+        let tries = |label| scrape::counted(&metrics, "kvd_router_tries_total", label);
+        Ok((tries("") - tries("result=\"answered\"")) as u64)
+    }
+
+    /// Returns as soon as an engine has taken a request that it cannot have answered yet.
+    pub(super) async fn taken(&self, engine: usize) {
+        let engine = &self.engines[engine];
+        let (until, before) = (Instant::now() + TAKEN_MAX, self.count(engine, "requests").await);
+        while Instant::now() < until && self.count(engine, "requests").await <= before {
+            tokio::time::sleep(TAKEN_POLL).await;
+        }
+    }
+
+    /// One of an engine's numbers.
+    async fn count(&self, engine: &str, name: &str) -> Option<u64> {
+        let text = load::get(&self.client, &format!("{engine}/stats")).await.ok()?;
+        serde_json::from_str::<Value>(&text).ok()?[name].as_u64()
     }
 
     /// gRPC address of a node.

@@ -73,6 +73,9 @@ impl Stage<'_> {
         tokio::time::sleep(planned.pause).await;
         self.eyes.wrong_blocks().await; // of an engine it is the last word
         let before = self.eyes.look().await;
+        if let Victim::Engine(at) = victim {
+            self.eyes.taken(at).await;
+        }
         let killed = Instant::now();
         self.kill(victim)?;
         let mut fault =

@@ -102,6 +102,7 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
         answers: &answers,
         reference: &reference,
         wrong_blocks: eyes.wrong_blocks().await,
+        failed_tries: eyes.failed_tries().await?,
         index_agrees,
     }
     .summary();

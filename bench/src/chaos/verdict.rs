@@ -54,6 +54,8 @@ pub(super) struct Summary {
     ttft_p50_ms: f64,
     ttft_p99_ms: f64,
     faults: Vec<Row>,
+    /// Attempts of the router that no worker answered, so that another was asked.
+    failed_tries: u64,
     wrong_blocks: u64,
     compared_answers: usize,
     different_answers: usize,
@@ -74,6 +76,7 @@ pub(super) struct Run<'a> {
     /// Of the same conversations without a fault.
     pub(super) reference: &'a [Answer],
     pub(super) wrong_blocks: u64,
+    pub(super) failed_tries: u64,
     pub(super) index_agrees: bool,
 }
 
@@ -116,6 +119,7 @@ impl Run<'_> {
             ttft_p50_ms: of(0.5),
             ttft_p99_ms: of(0.99),
             faults: self.faults.iter().map(|fault| self.row(fault)).collect(),
+            failed_tries: self.failed_tries,
             wrong_blocks: self.wrong_blocks,
             compared_answers,
             different_answers,
@@ -255,6 +259,7 @@ impl Summary {
             ("requests", self.requests.line()),
             ("first token", format!("p50 {:.0} ms, p99 {:.0} ms", self.ttft_p50_ms, self.ttft_p99_ms)),
             ("different answers", compared),
+            ("asked another", format!("{} times", self.failed_tries)),
             ("wrong blocks", self.wrong_blocks.to_string()),
             ("index agrees", self.index_agrees.to_string()),
         ];
@@ -299,6 +304,7 @@ mod tests {
             answers,
             reference,
             wrong_blocks: 0,
+            failed_tries: 0,
             index_agrees: true,
         };
         run.summary().broken.join("; ")
