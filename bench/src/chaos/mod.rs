@@ -24,8 +24,8 @@ use std::time::{Duration, Instant};
 use tokio::task::LocalSet;
 use verdict::Run;
 
-/// The demo's, with long answers: whoever is killed has some under way.
-const SHAPE: Shape = Shape { answer_tokens_max: 600, ..demo::SHAPE };
+/// The demo's, with longer answers: whoever is killed has some under way, and the others have room for them.
+const SHAPE: Shape = Shape { answer_tokens_max: 240, ..demo::SHAPE };
 const NODES: usize = 2;
 /// etcd gives no shorter lease.
 const TTL_MS: u32 = 2000;
