@@ -39,6 +39,9 @@ pub(crate) struct Args {
     /// Or the etcd that keeps the list of nodes.
     #[arg(long)]
     etcd: Option<String>,
+    /// A silent node has nothing after so long; else what the daemon assumes.
+    #[arg(long)]
+    ttl_ms: Option<u32>,
     /// Its name among them.
     #[arg(long)]
     name: Option<String>,
@@ -55,6 +58,8 @@ pub(crate) struct Cluster {
     pub(crate) nodes: Vec<String>,
     /// Endpoint of the etcd that keeps the list.
     pub(crate) etcd: Option<String>,
+    /// After how long a silent node has nothing, where it is not what the daemon assumes.
+    pub(crate) ttl_ms: Option<u32>,
     /// Its name.
     pub(crate) name: String,
     /// What prefilling a token costs, where it is not what the daemon assumes.
@@ -69,6 +74,7 @@ pub(crate) fn serve(args: &Args) -> Result<(), Failure> {
     config.listen.data_address = args.grpc_address.map(|address| SocketAddr::new(address.ip(), 0));
     config.cluster.nodes.clone_from(&args.nodes);
     config.cluster.etcd = args.etcd.iter().cloned().collect();
+    config.cluster.ttl_ms = args.ttl_ms.unwrap_or(config.cluster.ttl_ms);
     config.node_name = args.name.clone().unwrap_or(config.node_name);
     config.cluster.address = args.grpc_address.map(|address| address.to_string()).unwrap_or_default();
     if let Some(token_ns) = args.recompute_token_ns {
@@ -109,6 +115,7 @@ impl Daemon {
                 cluster.filter(|it| !it.nodes.is_empty()).map(|it| format!("--nodes={}", it.nodes.join(","))),
             )
             .args(cluster.and_then(|it| it.etcd.as_ref()).map(|etcd| format!("--etcd={etcd}")))
+            .args(cluster.and_then(|it| it.ttl_ms).map(|ttl_ms| format!("--ttl-ms={ttl_ms}")))
             .args(cluster.map(|it| format!("--name={}", it.name)))
             .args(cluster.and_then(|it| it.recompute_token_ns).map(|ns| format!("--recompute-token-ns={ns}")))
             .stdin(Stdio::null())

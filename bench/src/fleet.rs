@@ -41,10 +41,14 @@ pub(crate) struct Plan {
     pub(crate) planner: Option<String>,
     /// The etcd that keeps the list of nodes; else they are told all.
     pub(crate) etcd: Option<String>,
+    /// After how long a silent node has nothing; else as the daemon assumes.
+    pub(crate) ttl_ms: Option<u32>,
 }
 
 /// All of it, running.
 pub(crate) struct Fleet {
+    /// gRPC addresses of the nodes, `host:port`.
+    pub(crate) nodes: Vec<String>,
     pub(crate) daemons: Vec<Daemon>,
     pub(crate) engines: Vec<Process>,
     pub(crate) router: Process,
@@ -64,6 +68,7 @@ impl Fleet {
                 address: address.clone(),
                 nodes: if plan.etcd.is_some() { Vec::new() } else { addresses.clone() },
                 etcd: plan.etcd.clone(),
+                ttl_ms: plan.ttl_ms,
                 name: format!("kvd-{at}"),
                 recompute_token_ns: None,
             };
@@ -77,7 +82,7 @@ impl Fleet {
         let router = Process::start(router(plan, &addresses[0], &tokenizer, folder)?)?;
         let planner = plan.planner.as_deref().map(|told| planner(told, &router.address, folder));
         let planner = planner.transpose()?.map(Process::start).transpose()?;
-        Ok(Self { daemons, engines, router, planner })
+        Ok(Self { nodes: addresses, daemons, engines, router, planner })
     }
 }
 
@@ -98,7 +103,7 @@ fn router(plan: &Plan, node: &str, tokenizer: &Path, folder: &Path) -> Result<Ve
          [[model]]\nname = {MODEL:?}\ntokenizer = {:?}\nblock_bytes = {}\n",
         plan.placement,
         free_address(),
-        tokenizer,
+        tokenizer.display().to_string(),
         plan.block_bytes
     );
     configured("router", &text, folder)

@@ -4,13 +4,16 @@
 //! the machine is measured beside that limit, in turn, in the same run.
 
 mod account;
+mod chaos;
 mod content;
 mod daemon;
 mod demo;
 mod engine;
+mod etcd;
 mod failure;
 mod fleet;
 mod folder;
+mod front;
 mod local;
 mod million;
 mod nvme;
@@ -18,6 +21,7 @@ mod peer;
 mod replay;
 mod report;
 mod roofline;
+mod scrape;
 mod sim;
 mod trace;
 mod usage;
@@ -37,6 +41,8 @@ enum Command {
     Peer(peer::Args),
     Million(million::Args),
     Sim(sim::Args),
+    Chaos(chaos::Args),
+    Front(front::Args),
     Engine(engine::serve::Args),
     /// The daemon that a benchmark starts for itself.
     #[command(hide = true)]
@@ -68,6 +74,8 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Demo(args) => block_on(demo::run(args)),
         Command::Replay(args) => block_on(replay::run(args)),
         Command::Local(args) => block_on(local::run(args)),
+        Command::Chaos(args) => block_on(chaos::run(args)),
+        Command::Front(args) => block_on(front::run(args)),
         Command::Million(args) => block_on(million::run(args)),
         Command::Engine(args) => block_on(engine::serve::run(args)),
         Command::Router(args) => fleet::serve_router(&args),

@@ -21,7 +21,7 @@ fn objects(output: &Output) -> Vec<Value> {
 fn help_tells_a_newcomer_what_each_command_measures() {
     let folder = tempfile::tempdir().unwrap();
     let help = String::from_utf8(bench(&["--help"], folder.path()).stdout).unwrap();
-    for name in ["demo", "replay", "local", "nvme", "million", "peer", "sim", "engine"] {
+    for name in ["demo", "replay", "local", "nvme", "million", "peer", "sim", "engine", "chaos", "front"] {
         assert!(help.contains(name), "{name}");
         let own = bench(&[name, "--help"], folder.path()).stdout;
         assert!(own.len() > 700, "{name} --help is short");

@@ -33,7 +33,50 @@ pub(crate) fn http() -> Http {
 pub(crate) struct Answer {
     /// Of the conversation, and the turn in it.
     pub(crate) place: (usize, usize),
-    pub(crate) came: Result<Came, String>,
+    /// When it was asked for, and when it had ended, however it did.
+    pub(crate) under_way: (Instant, Instant),
+    pub(crate) came: Result<Came, Lost>,
+}
+
+/// An answer that did not come whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Lost {
+    pub(crate) how: How,
+    pub(crate) why: String,
+}
+
+/// In which form it was lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum How {
+    /// For want of room, in OpenAI's form.
+    Busy,
+    /// Otherwise refused in OpenAI's form.
+    Refused,
+    /// Begun, and ended with an error event.
+    Cut,
+    /// Not as the API says: no end, no answer, a broken connection or form.
+    Improper,
+}
+
+impl From<String> for Lost {
+    fn from(why: String) -> Self {
+        Self { how: How::Improper, why }
+    }
+}
+
+impl Lost {
+    /// What an answer with another status than 200 says.
+    fn refused(status: StatusCode, body: &[u8]) -> Self {
+        let why = format!("{status}: {}", String::from_utf8_lossy(body));
+        let error = serde_json::from_slice::<Value>(body).unwrap_or_default();
+        let (message, kind) = (&error["error"]["message"], &error["error"]["type"]);
+        let how = match status {
+            _ if !message.is_string() || !kind.is_string() => How::Improper,
+            StatusCode::TOO_MANY_REQUESTS => How::Busy,
+            _ => How::Refused,
+        };
+        Self { how, why }
+    }
 }
 
 /// An answer that came whole.
@@ -68,17 +111,18 @@ async fn talk(client: Http, router: String, at: usize, talk: Conversation, start
     for (number, turn) in talk.turns.iter().enumerate() {
         tokio::time::sleep_until((start + Duration::from_millis(turn.at_ms)).into()).await;
         messages.push(json!({"role": "user", "content": turn.message}));
+        let began = Instant::now();
         let asked = tokio::time::timeout(ANSWER_MAX, ask(&client, &router, &messages, turn)).await;
-        let came = asked.unwrap_or_else(|_| Err(format!("no end in {ANSWER_MAX:?}")));
+        let came = asked.unwrap_or_else(|_| Err(format!("no end in {ANSWER_MAX:?}").into()));
         // who got no answer goes on as if it had been empty
         let said = came.as_ref().map(|came| came.text.clone()).unwrap_or_default();
         messages.push(json!({"role": "assistant", "content": said}));
-        answers.push(Answer { place: (at, number), came });
+        answers.push(Answer { place: (at, number), under_way: (began, Instant::now()), came });
     }
     answers
 }
 
-async fn ask(client: &Http, router: &str, messages: &[Value], turn: &Turn) -> Result<Came, String> {
+async fn ask(client: &Http, router: &str, messages: &[Value], turn: &Turn) -> Result<Came, Lost> {
     let body = json!({
         "model": MODEL, "messages": messages, "max_tokens": turn.answer_tokens,
         "stream": true, "stream_options": {"include_usage": true},
@@ -101,9 +145,9 @@ async fn ask(client: &Http, router: &str, messages: &[Value], turn: &Turn) -> Re
         }
     }
     if status != StatusCode::OK {
-        return Err(format!("{status}: {}", String::from_utf8_lossy(&stream.rest)));
+        return Err(Lost::refused(status, &stream.rest));
     }
-    stream.end()
+    Ok(stream.end()?)
 }
 
 fn chain(error: &dyn std::error::Error) -> String {
@@ -129,7 +173,7 @@ impl Stream {
         Self { asked, first: None, last: asked, rest, text, prompt_tokens: 0, output_tokens: 0, done: false }
     }
 
-    fn take(&mut self, bytes: &[u8]) -> Result<(), String> {
+    fn take(&mut self, bytes: &[u8]) -> Result<(), Lost> {
         self.rest.extend_from_slice(bytes);
         while let Some(end) = self.rest.iter().position(|byte| *byte == b'\n') {
             let line: Vec<u8> = self.rest.drain(..=end).collect();
@@ -141,14 +185,14 @@ impl Stream {
         Ok(())
     }
 
-    fn event(&mut self, data: &str) -> Result<(), String> {
+    fn event(&mut self, data: &str) -> Result<(), Lost> {
         if data == "[DONE]" {
             self.done = true;
             return Ok(());
         }
         let event: Value = serde_json::from_str(data).map_err(|error| format!("{data}: {error}"))?;
         if let Some(error) = event.get("error") {
-            return Err(format!("in the stream: {}", error["message"]));
+            return Err(Lost { how: How::Cut, why: format!("in the stream: {}", error["message"]) });
         }
         if let Some(usage) = event.get("usage").filter(|usage| usage.is_object()) {
             self.prompt_tokens = usage["prompt_tokens"].as_u64().unwrap_or(0);
@@ -204,7 +248,7 @@ mod tests {
         let came = stream.end().unwrap();
         assert_eq!((came.text.as_str(), came.prompt_tokens), ("a b", 7));
         let mut broken = Stream::new(Instant::now());
-        assert!(broken.take(b"data: {\"error\":{\"message\":\"gone\"}}\n").unwrap_err().contains("gone"));
+        assert!(broken.take(b"data: {\"error\":{\"message\":\"gone\"}}\n").unwrap_err().why.contains("gone"));
         assert!(Stream::new(Instant::now()).end().is_err(), "an answer has an end");
     }
 }

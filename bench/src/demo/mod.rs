@@ -4,9 +4,9 @@
 //! index, and a planner that watches. Same conversations, same engines, so the same answers, which are compared.
 //! Leaves to others: the processes (`fleet`), texts (`talk`), the client (`load`), what it came to (`outcome`).
 
-mod load;
+pub(crate) mod load;
 mod outcome;
-mod talk;
+pub(crate) mod talk;
 
 use crate::engine::profile::ProfileName;
 use crate::failure::Failure;
@@ -21,13 +21,13 @@ use std::time::{Duration, Instant};
 use talk::{Conversation, Shape};
 
 /// Of each node: small, so that NVMe has work too.
-const DRAM_BYTES: u64 = 256 << 20;
-const NVME_BYTES: u64 = 4 << 30;
+pub(crate) const DRAM_BYTES: u64 = 256 << 20;
+pub(crate) const NVME_BYTES: u64 = 4 << 30;
 /// Bytes that stand for a block of `BLOCK_TOKENS`; Llama-3-8B's are 128 times as many.
-const BLOCK_BYTES: u32 = 64 << 10;
-const BLOCK_TOKENS: u32 = 64;
+pub(crate) const BLOCK_BYTES: u32 = 64 << 10;
+pub(crate) const BLOCK_TOKENS: u32 = 64;
 /// Of each engine: some fourteen conversations.
-const HBM_BLOCKS: u32 = 1024;
+pub(crate) const HBM_BLOCKS: u32 = 1024;
 const NODES: usize = 2;
 /// How long everybody may take to find everybody.
 const FOUND_MAX: Duration = Duration::from_secs(30);
@@ -38,7 +38,7 @@ const PLANS_EVERY: Duration = Duration::from_secs(2);
 const PLANNER: &str =
     "interval_ms = 2000\n[fleet]\nstartup_ms = 3000\nshrink_hold_ms = 15000\n[targets]\nquantile = 0.99\n";
 
-const SHAPE: Shape = Shape {
+pub(crate) const SHAPE: Shape = Shape {
     starts_per_s: 3.0,
     turns_max: 8,
     system_prompts: 16,
@@ -133,6 +133,7 @@ impl Args {
             block_bytes: BLOCK_BYTES,
             planner: kvd.then(|| PLANNER.to_owned()),
             etcd: None,
+            ttl_ms: None,
         }
     }
 }
@@ -166,7 +167,7 @@ async fn phase(
 }
 
 /// Until the router knows every engine.
-async fn found(fleet: &Fleet, client: &Http, engines: usize) -> Result<(), Failure> {
+pub(crate) async fn found(fleet: &Fleet, client: &Http, engines: usize) -> Result<(), Failure> {
     let start = Instant::now();
     loop {
         let seen = load::get(client, &format!("{}/observation", fleet.router.address)).await?;

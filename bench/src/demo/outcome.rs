@@ -126,7 +126,7 @@ pub(super) fn compare(without: &Phase, with: &Phase, seconds: u64) -> Summary {
         without_kvd: without.side(),
         different_answers: pairs.filter(differs).count(),
         decisions: with.decisions.clone(),
-        why: failed.take(WHY_MAX).cloned().collect(),
+        why: failed.take(WHY_MAX).map(|lost| lost.why.clone()).collect(),
     }
 }
 
@@ -187,10 +187,11 @@ pub(super) fn decision(report: &Value) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Instant;
 
     fn answer(turn: usize, text: &str, ttft_ms: f64) -> Answer {
         let came = Came { ttft_ms, itl_ms: Some(8.0), prompt_tokens: 10, text: text.to_owned() };
-        Answer { place: (0, turn), came: Ok(came) }
+        Answer { place: (0, turn), under_way: (Instant::now(), Instant::now()), came: Ok(came) }
     }
 
     fn phase(answers: Vec<Answer>) -> Phase {
@@ -211,7 +212,10 @@ mod tests {
         );
         let other = phase(vec![answer(0, "a", 10.0), answer(1, "c", 30.0)]);
         assert!(compare(&good, &other, 1).verdict().unwrap_err().to_string().contains("1 different"));
-        let lost = phase(vec![answer(0, "a", 10.0), Answer { place: (0, 1), came: Err("gone".to_owned()) }]);
+        let lost = phase(vec![
+            answer(0, "a", 10.0),
+            Answer { came: Err("gone".to_owned().into()), ..answer(1, "", 0.0) },
+        ]);
         assert!(compare(&good, &lost, 1).verdict().unwrap_err().to_string().contains("gone"));
     }
 }

@@ -55,6 +55,7 @@ impl Daemons {
                 address: own.to_owned(),
                 nodes: vec![own.to_owned(), other.to_owned()],
                 etcd: None,
+                ttl_ms: None,
                 name: name.to_owned(),
                 recompute_token_ns: Some(ALWAYS_NS),
             };
