@@ -16,7 +16,7 @@ use tokio::task::JoinHandle;
 use tonic::transport::{Channel, Endpoint};
 
 /// How often it is asked which nodes there are.
-const NODES_EVERY: Duration = Duration::from_secs(2);
+const NODES_EVERY: Duration = Duration::from_millis(500);
 /// Until a node has taken a connection or said which nodes there are. At the limit: it is away.
 const ANSWER_WAIT: Duration = Duration::from_secs(2);
 /// A connection that is quiet is asked for a sign of life so often, and is lost if none comes in as long again.
