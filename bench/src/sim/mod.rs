@@ -11,6 +11,7 @@
 mod cluster;
 pub(crate) mod engine;
 pub(crate) mod hbm;
+mod planned;
 mod store;
 mod world;
 
@@ -19,6 +20,7 @@ use crate::failure::Failure;
 use crate::report::{Output, median, percentile};
 use crate::trace::{self, Row};
 use kvd_router::place::Targets;
+use planned::Planned;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use store::Store;
@@ -88,6 +90,12 @@ pub(crate) struct Args {
     /// Which copy goes first in kvd's tiers: lru or s3fifo.
     #[arg(long, default_value = "s3fifo")]
     eviction: String,
+    /// Let the planner say how many of the workers there are, from one to all, and count their start-up time.
+    #[arg(long)]
+    planner: bool,
+    /// How long a worker takes to start.
+    #[arg(long, default_value_t = 60_000, requires = "planner", value_parser = clap::value_parser!(u64).range(1..=3_600_000))]
+    startup_ms: u64,
     /// Tokens an engine computes in one step.
     #[arg(long, default_value_t = 8192, value_parser = clap::value_parser!(u64).range(512..=1_000_000))]
     max_batched_tokens: u64,
@@ -122,6 +130,10 @@ struct Report {
     /// Share of requests that met both promises.
     goodput: f64,
     reuse: f64,
+    /// With a planner: workers that were not off, on average.
+    workers_mean: Option<f64>,
+    /// With a planner: how many plans it made.
+    plans: Option<u64>,
     digest: String,
 }
 
@@ -151,6 +163,9 @@ fn simulate(args: &Args, trace: &Path, router: Router) -> Result<Report, Failure
     if args.split != Split::Never && router == Router::RoundRobin {
         return Err("--split: round-robin predicts nothing to split by; give --router kv or cost".into());
     }
+    if args.planner && args.split != Split::Never {
+        return Err("--planner: it plans workers that do both; leave out --split".into());
+    }
     if args.split == Split::Fixed && !(1..args.workers).contains(&args.prefill_workers) {
         return Err(format!(
             "--prefill-workers: {} of {} workers leave nobody to decode or to prefill; give 1 to {}",
@@ -178,8 +193,14 @@ fn simulate(args: &Args, trace: &Path, router: Router) -> Result<Report, Failure
         hbm_blocks: args.hbm_blocks,
         batched_tokens_max: args.max_batched_tokens,
     };
-    let records = World::new(&setup, store, &requests).run();
-    Ok(report(args, router, &requests, &records))
+    let promises = (args.ttft_ms, args.itl_ms);
+    let planned =
+        args.planner.then(|| planned::settings(args.workers, args.startup_ms, promises)).transpose()?;
+    let profile = Profile { kv_tokens: args.block_tokens * u64::from(args.hbm_blocks), ..setup.profile };
+    let planned = planned.map(|settings| Planned::new(workers, profile, settings));
+    let (records, summary) = World::new(&setup, store, planned, &requests).run()?;
+    let report = report(args, router, &requests, &records);
+    Ok(Report { workers_mean: summary.map(|it| it.0), plans: summary.map(|it| it.1), ..report })
 }
 
 /// A request that can never fit would wait for ever.
@@ -248,18 +269,24 @@ fn report(args: &Args, router: Router, requests: &[Request], records: &[Record])
         itl_p50_ms: if itl_ms.is_empty() { 0.0 } else { median(itl_ms) },
         goodput,
         reuse: cached as f64 / tokens as f64,
+        workers_mean: None,
+        plans: None,
         digest: digest.finalize().to_hex().chars().take(32).collect(),
     }
 }
 
 fn table(report: &Report, args: &Args) -> String {
+    let planned = match (report.workers_mean, report.plans) {
+        (Some(mean), Some(plans)) => format!("planner      {mean:.2} workers on average, {plans} plans\n"),
+        _ => String::new(),
+    };
     format!(
         "{} requests, {} workers, {} x the trace's rate, {}\n\
          first token  mean {:.0} ms, p50 {:.0} ms, p99 {:.0} ms\n\
          next tokens  p50 {:.1} ms\n\
          promises     {:.1} % of requests had their first token within {} ms and the next ones within {} ms each\n\
          reuse        {:.1} % of prompt tokens were not computed\n\
-         digest       {}\n",
+         {planned}digest       {}\n",
         report.requests,
         report.workers,
         report.rate,
@@ -338,6 +365,18 @@ mod tests {
     }
 
     #[test]
+    fn a_planner_runs_fewer_workers_and_every_request_ends() {
+        let trace = trace();
+        let run = || {
+            let arguments = ["--router", "cost", "--workers", "4", "--hbm-blocks", "1000", "--planner"];
+            simulated(&trace, &[&arguments[..], &["--startup-ms", "2000"]].concat()).unwrap()
+        };
+        let planned = run();
+        assert!(planned.workers_mean > Some(1.0) && planned.workers_mean < Some(4.0), "{planned:?}");
+        assert!(planned.plans > Some(1) && planned.digest == run().digest, "{planned:?}");
+    }
+
+    #[test]
     fn prefill_and_decode_apart_end_every_request() {
         let trace = trace();
         let run = |split| {
@@ -362,6 +401,7 @@ mod tests {
             (&["--router", "round-robin", "--split", "chosen"], "--split: round-robin predicts nothing"),
             (&["--router", "kv", "--split", "fixed", "--workers", "3"], "--prefill-workers: 3 of 3"),
             (&["--router", "kv", "--seed", "3"], "--seed"),
+            (&["--router", "kv", "--planner", "--split", "chosen"], "--planner: it plans"),
             (&["--nodes", "4"], "--trace"),
             (&[], "--router"),
         ] {

@@ -6,8 +6,10 @@
 
 use super::engine::{Engine, Job};
 use super::hbm::BlockName;
+use super::planned::Planned;
 use super::store::Store;
 use crate::engine::profile::Profile;
+use kvd_proto::Error;
 use kvd_router::place::{self, Candidate, Demand, Prediction, Prefix, Targets};
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -68,6 +70,8 @@ enum Event {
     Fetched { request: usize },
     StepEnd { worker: usize },
     HandedOver { request: usize },
+    Started { worker: usize },
+    Plan,
 }
 
 /// Everything.
@@ -96,8 +100,13 @@ pub(super) struct World<'a> {
     decode_on: HashMap<usize, usize>,
     /// Tokens of answers so far, and answers.
     answered: (u64, u64),
+    planned: Option<Planned>,
+    hbm_blocks: u32,
     records: Vec<Record>,
 }
+
+/// What the planner came to: workers on average, and plans.
+pub(super) type Summary = Option<(f64, u64)>;
 
 /// What does not change.
 pub(super) struct Setup {
@@ -116,7 +125,12 @@ pub(super) struct Setup {
 }
 
 impl<'a> World<'a> {
-    pub(super) fn new(setup: &Setup, store: Store, requests: &'a [Request]) -> Self {
+    pub(super) fn new(
+        setup: &Setup,
+        store: Store,
+        planned: Option<Planned>,
+        requests: &'a [Request],
+    ) -> Self {
         let engine =
             |_| Engine::new(setup.profile, setup.block_tokens, setup.hbm_blocks, setup.batched_tokens_max);
         let kv_tokens = setup.block_tokens * u64::from(setup.hbm_blocks);
@@ -140,28 +154,36 @@ impl<'a> World<'a> {
             shares: vec![(0, 0.0, 0.0); setup.workers],
             decode_on: HashMap::new(),
             answered: (0, 0),
+            planned,
+            hbm_blocks: setup.hbm_blocks,
             records: vec![Record::default(); requests.len()],
         };
         for (request, asked) in requests.iter().enumerate() {
             world.push(asked.arrival_us, Event::Arrival { request });
         }
+        if let Some(planned) = &world.planned {
+            let first_us = planned.interval_us();
+            world.push(first_us, Event::Plan);
+        }
         world
     }
 
     /// Runs to the end of all requests.
-    pub(super) fn run(mut self) -> Vec<Record> {
+    pub(super) fn run(mut self) -> Result<(Vec<Record>, Summary), Error> {
+        let mut ends_us = 0;
         while let Some(&Reverse((now_us, ..))) = self.events.peek() {
             let mut arrived = Vec::new();
             while let Some(Reverse((_, _, event))) = self.next_at(now_us) {
                 match event {
                     Event::Arrival { request } => arrived.push(request),
-                    event => self.handle(event, now_us),
+                    event => self.handle(event, now_us)?,
                 }
             }
             if self.together {
                 arrived.sort_by_cached_key(|&request| Reverse(self.least_new_tokens(request)));
             }
             arrived.into_iter().for_each(|request| self.arrive(request, now_us));
+            ends_us = now_us;
             for worker in 0..self.engines.len() {
                 if let Some(ends_us) = self.engines[worker].start(now_us) {
                     self.push(ends_us, Event::StepEnd { worker });
@@ -169,7 +191,8 @@ impl<'a> World<'a> {
             }
         }
         assert!(self.records.iter().all(|record| record.end_us > 0), "every request ends");
-        self.records
+        let summary = self.planned.as_mut().map(|planned| planned.summary(ends_us));
+        Ok((self.records, summary))
     }
 
     fn next_at(&mut self, now_us: u64) -> Option<Reverse<(u64, u64, Event)>> {
@@ -181,8 +204,12 @@ impl<'a> World<'a> {
         self.events.push(Reverse((at_us, self.made, event)));
     }
 
-    fn handle(&mut self, event: Event, now_us: u64) {
+    fn handle(&mut self, event: Event, now_us: u64) -> Result<(), Error> {
         match event {
+            Event::Plan => return self.plan(now_us),
+            Event::Started { worker } => {
+                self.planned.as_mut().expect("it was planned").started(worker, now_us);
+            }
             Event::Arrival { .. } => unreachable!("arrivals are placed together"),
             Event::Fetched { request } | Event::HandedOver { request } => self.enqueue(request),
             Event::StepEnd { worker } => {
@@ -191,15 +218,55 @@ impl<'a> World<'a> {
                     self.first(worker, request, cached_tokens, now_us);
                 }
                 outcome.ended.into_iter().for_each(|request| self.ended(request, now_us));
+                self.off_if_drained(worker, now_us);
             }
         }
+        Ok(())
+    }
+
+    /// Until nobody is left to be served.
+    fn plan(&mut self, now_us: u64) -> Result<(), Error> {
+        self.look_at_shares(now_us);
+        let shares: Vec<f64> = self.shares.iter().map(|share| share.2).collect();
+        let planned = self.planned.as_mut().expect("it was planned");
+        let change = planned.plan(now_us, |worker| shares[worker])?;
+        let (startup_us, interval_us) = (planned.startup_us(), planned.interval_us());
+        for worker in change.starting {
+            self.push(now_us + startup_us, Event::Started { worker });
+        }
+        change.draining.into_iter().for_each(|worker| self.off_if_drained(worker, now_us));
+        if !self.events.is_empty() {
+            self.push(now_us + interval_us, Event::Plan);
+        }
+        Ok(())
+    }
+
+    /// A worker that is off loses what its memory held.
+    fn off_if_drained(&mut self, worker: usize, now_us: u64) {
+        let Some(planned) = &mut self.planned else { return };
+        let idle = self.engines[worker].requests() == (0, 0) && self.coming[worker].is_empty();
+        if idle && planned.idle(worker, now_us) {
+            let (profile, tokens) = (self.profile, self.block_tokens);
+            self.engines[worker] = Engine::new(profile, tokens, self.hbm_blocks, self.batched_tokens_max);
+            self.shares[worker] = (now_us, 0.0, 0.0);
+        }
+    }
+
+    /// Who may be given a request now.
+    fn takers(&self) -> Vec<usize> {
+        let takes = |worker: &usize| self.planned.as_ref().is_none_or(|planned| planned.takes(*worker));
+        (0..self.engines.len()).filter(takes).collect()
     }
 
     /// On one worker; what decodes elsewhere is handed over.
     fn ended(&mut self, request: usize, now_us: u64) {
         let asked = &self.requests[request];
         let Some(decode) = self.decode_on.remove(&request).filter(|_| asked.output_tokens > 1) else {
-            self.records[request].end_us = now_us;
+            let record = &mut self.records[request];
+            record.end_us = now_us;
+            if let Some(planned) = &mut self.planned {
+                planned.ended(asked.output_tokens, now_us - record.first_us);
+            }
             self.answered = (self.answered.0 + asked.output_tokens, self.answered.1 + 1);
             return;
         };
@@ -225,7 +292,11 @@ impl<'a> World<'a> {
             return; // sent back for want of memory; its first token was long ago
         }
         (record.first_us, record.cached_tokens) = (now_us, cached_tokens);
-        let chain = &self.requests[request].chain;
+        let asked = &self.requests[request];
+        if let Some(planned) = &mut self.planned {
+            planned.first(now_us - asked.arrival_us, asked.prompt_tokens, cached_tokens);
+        }
+        let chain = &asked.chain;
         for name in chain.iter() {
             let wanted = self.coming[worker].get_mut(name).expect("it was coming");
             *wanted -= 1;
@@ -240,10 +311,14 @@ impl<'a> World<'a> {
 
     fn arrive(&mut self, request: usize, now_us: u64) {
         let asked = &self.requests[request];
+        if let Some(planned) = &mut self.planned {
+            planned.arrived(asked.prompt_tokens);
+        }
+        let takers = self.takers();
         let (worker, blocks, have) = match self.router {
-            Router::RoundRobin => (request % self.engines.len(), 0, 0),
+            Router::RoundRobin => (takers[request % takers.len()], 0, 0),
             Router::Kv | Router::Cost => {
-                let best = self.placed(request, now_us);
+                let best = self.placed(request, &takers, now_us);
                 self.chosen(request, best)
             }
         };
@@ -273,11 +348,12 @@ impl<'a> World<'a> {
     }
 
     /// Where it is prefilled; noted, where it is decoded if that is elsewhere.
-    fn placed(&mut self, request: usize, now_us: u64) -> Prediction {
+    fn placed(&mut self, request: usize, takers: &[usize], now_us: u64) -> Prediction {
         self.look_at_shares(now_us);
         let asked = &self.requests[request];
         let demand = Demand { prompt_tokens: asked.prompt_tokens, layer_ranges: LAYER_RANGES };
-        let candidates = self.candidates(request, now_us);
+        let candidates: Vec<Candidate> =
+            takers.iter().map(|&worker| self.candidate(worker, request, now_us)).collect();
         let first_decode = self.prefill_workers;
         let may = |prefill: usize, decode: usize| match self.split {
             Split::Never => prefill == decode,
@@ -285,7 +361,8 @@ impl<'a> World<'a> {
             Split::Chosen => true,
         };
         if self.split == Split::Never {
-            return place::rank(demand, &candidates)[0];
+            let best = place::rank(demand, &candidates)[0];
+            return Prediction { candidate: takers[best.candidate], ..best };
         }
         let blocks = asked.prompt_tokens.div_ceil(self.block_tokens) as usize;
         let hand_over_us = |decode| self.store.hand_over_us(decode, blocks, now_us as f64, HIDDEN);
@@ -339,10 +416,6 @@ impl<'a> World<'a> {
     fn has(&self, worker: usize, chain: &[BlockName]) -> usize {
         let (hbm, coming) = (&self.engines[worker].hbm, &self.coming[worker]);
         chain.iter().take_while(|name| hbm.has(**name) || coming.contains_key(name)).count()
-    }
-
-    fn candidates(&self, request: usize, now_us: u64) -> Vec<Candidate> {
-        (0..self.engines.len()).map(|worker| self.candidate(worker, request, now_us)).collect()
     }
 
     fn candidate(&self, worker: usize, request: usize, now_us: u64) -> Candidate {
