@@ -23,7 +23,6 @@ def until(what, so):
     end = time.monotonic() + WAIT_S
     while not so():
         assert time.monotonic() < end, f"waited {WAIT_S} s until {what}"
-        time.sleep(0.02)
 
 
 def get(url):

@@ -282,7 +282,7 @@ mod tests {
 
     fn answer(place: (usize, usize), from: Instant, came: Result<&str, How>) -> Answer {
         let came = match came {
-            Ok(text) => Ok(Came { ttft_ms: 1.0, itl_ms: None, prompt_tokens: 1, text: text.to_owned() }),
+            Ok(text) => Ok(Came { ttft_ms: 1.0, itl_ms: None, text: text.to_owned() }),
             Err(how) => Err(Lost { how, why: "why".to_owned() }),
         };
         Answer { place, under_way: (from, from + Duration::from_secs(2)), came }

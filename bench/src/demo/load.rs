@@ -85,7 +85,6 @@ pub(crate) struct Came {
     pub(crate) ttft_ms: f64,
     /// Between tokens, on average; none with one.
     pub(crate) itl_ms: Option<f64>,
-    pub(crate) prompt_tokens: u64,
     pub(crate) text: String,
 }
 
@@ -162,7 +161,6 @@ struct Stream {
     last: Instant,
     rest: Vec<u8>,
     text: String,
-    prompt_tokens: u64,
     output_tokens: u64,
     done: bool,
 }
@@ -170,7 +168,7 @@ struct Stream {
 impl Stream {
     fn new(asked: Instant) -> Self {
         let (rest, text) = (Vec::new(), String::new());
-        Self { asked, first: None, last: asked, rest, text, prompt_tokens: 0, output_tokens: 0, done: false }
+        Self { asked, first: None, last: asked, rest, text, output_tokens: 0, done: false }
     }
 
     fn take(&mut self, bytes: &[u8]) -> Result<(), Lost> {
@@ -195,7 +193,6 @@ impl Stream {
             return Err(Lost { how: How::Cut, why: format!("in the stream: {}", error["message"]) });
         }
         if let Some(usage) = event.get("usage").filter(|usage| usage.is_object()) {
-            self.prompt_tokens = usage["prompt_tokens"].as_u64().unwrap_or(0);
             self.output_tokens = usage["completion_tokens"].as_u64().unwrap_or(0);
         }
         if let Some(piece) =
@@ -215,8 +212,8 @@ impl Stream {
         let ms = |from: Instant, to: Instant| (to - from).as_secs_f64() * 1e3;
         let gaps = self.output_tokens.saturating_sub(1);
         let itl_ms = (gaps > 0).then(|| ms(first, self.last) / gaps as f64);
-        let (ttft_ms, prompt_tokens) = (ms(self.asked, first), self.prompt_tokens);
-        Ok(Came { ttft_ms, itl_ms, prompt_tokens, text: self.text })
+        let ttft_ms = ms(self.asked, first);
+        Ok(Came { ttft_ms, itl_ms, text: self.text })
     }
 }
 
@@ -246,7 +243,7 @@ mod tests {
             stream.take(piece).unwrap();
         }
         let came = stream.end().unwrap();
-        assert_eq!((came.text.as_str(), came.prompt_tokens), ("a b", 7));
+        assert_eq!((came.text.as_str(), came.itl_ms.is_some()), ("a b", true));
         let mut broken = Stream::new(Instant::now());
         assert!(broken.take(b"data: {\"error\":{\"message\":\"gone\"}}\n").unwrap_err().why.contains("gone"));
         assert!(Stream::new(Instant::now()).end().is_err(), "an answer has an end");

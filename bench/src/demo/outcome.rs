@@ -190,7 +190,7 @@ mod tests {
     use std::time::Instant;
 
     fn answer(turn: usize, text: &str, ttft_ms: f64) -> Answer {
-        let came = Came { ttft_ms, itl_ms: Some(8.0), prompt_tokens: 10, text: text.to_owned() };
+        let came = Came { ttft_ms, itl_ms: Some(8.0), text: text.to_owned() };
         Answer { place: (0, turn), under_way: (Instant::now(), Instant::now()), came: Ok(came) }
     }
 

@@ -22,6 +22,9 @@ const SEEKING_MAX: usize = 1024;
 /// How long one waits, give or take a tick. Then: it is answered with what is here.
 const SEEK_US: u64 = 100_000;
 
+/// What another node says of its speed is believed up to here; what takes longer is given up before.
+const PREDICTED_US_MAX: u64 = 60_000_000;
+
 /// All of them, in the order asked.
 #[derive(Default)]
 pub(super) struct Seeking {
@@ -179,7 +182,7 @@ impl Node {
         let found = self.find(sought.space, &chain, true);
         let stored = found.iter().map(Vec::len).min().unwrap_or(0);
         let near = self.sessions.memory_node(sought.member);
-        let ends_us = self.now_us + offer.predicted_us;
+        let ends_us = self.now_us + offer.predicted_us.min(PREDICTED_US_MAX);
         let groups = found.len() as u8;
         let whole = self.spaces[usize::from(sought.space)].space.layout.block_tokens();
         let tail = sought.request.claim.as_ref().map_or(0, |claim| claim.tail_tokens);

@@ -192,7 +192,7 @@ impl Shared {
         predicted_us: u64,
         (peer, replies, first): (Arc<Peer>, tonic::Streaming<PeerLeaseReply>, PeerLeaseReply),
     ) {
-        let patience = Duration::from_micros(4 * predicted_us).clamp(PATIENCE, PATIENCE_MAX);
+        let patience = Duration::from_micros(predicted_us.saturating_mul(4)).clamp(PATIENCE, PATIENCE_MAX);
         lock(&self.offers).insert(ticket, Leased { peer, replies, first, patience });
     }
 

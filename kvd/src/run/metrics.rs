@@ -9,6 +9,7 @@ use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::get;
+use kvd_client::transport::serve::{ServeCounts, Server};
 use kvd_proto::wire::{Counters, NodeStatus, StatusReply, TierStatus};
 use prometheus::{
     Encoder as _, Histogram, HistogramOpts, IntCounter, IntGaugeVec, Opts, Registry, TextEncoder,
@@ -34,16 +35,23 @@ impl Timings {
 }
 
 /// Serves `/metrics` and `/healthz`.
-pub(super) fn router(inbox: Inbox, timings: Arc<Timings>, locations: Option<Locations>) -> Router {
-    Router::new()
-        .route("/metrics", get(scrape))
-        .route("/healthz", get(|| async { "ok\n" }))
-        .with_state((inbox, timings, locations))
+pub(super) fn router(asked: Asked) -> Router {
+    Router::new().route("/metrics", get(scrape)).route("/healthz", get(|| async { "ok\n" })).with_state(asked)
 }
 
-async fn scrape(
-    State((inbox, timings, locations)): State<(Inbox, Arc<Timings>, Option<Locations>)>,
-) -> Result<Vec<u8>, (StatusCode, String)> {
+/// Who is asked at each scrape.
+#[derive(Clone)]
+pub(super) struct Asked {
+    pub(super) inbox: Inbox,
+    pub(super) timings: Arc<Timings>,
+    /// `None`: of no cluster.
+    pub(super) locations: Option<Locations>,
+    /// `None`: no other node is served.
+    pub(super) data: Option<Arc<Server>>,
+}
+
+async fn scrape(State(asked): State<Asked>) -> Result<Vec<u8>, (StatusCode, String)> {
+    let Asked { inbox, timings, locations, data } = asked;
     let failed = |why: String| (StatusCode::SERVICE_UNAVAILABLE, why);
     let status = super::grpc::ask(&inbox, Question::Status).await.map_err(|e| failed(e.to_string()))?;
     let tiers = super::grpc::ask(&inbox, Question::Tiers).await.map_err(|e| failed(e.to_string()))?;
@@ -54,18 +62,21 @@ async fn scrape(
         Some(locations) => locations.list().await.map_err(|e| failed(e.to_string()))?.nodes,
         None => Vec::new(),
     };
-    render(&status, &tiers.tiers, &nodes, &timings).map_err(|e| failed(e.to_string()))
+    let served = data.map(|server| server.counts()).unwrap_or_default();
+    render(&status, &tiers.tiers, &nodes, &served, &timings).map_err(|e| failed(e.to_string()))
 }
 
 fn render(
     status: &StatusReply,
     tiers: &[TierStatus],
     nodes: &[NodeStatus],
+    served: &ServeCounts,
     timings: &Timings,
 ) -> Result<Vec<u8>, prometheus::Error> {
     let registry = Registry::new();
     registry.register(Box::new(timings.round.clone()))?;
-    for (name, help, value) in counters(&status.counters.unwrap_or_default()) {
+    let own = counters(&status.counters.unwrap_or_default());
+    for (name, help, value) in own.into_iter().chain(data_counters(served)) {
         let counter = IntCounter::new(name, help)?;
         counter.inc_by(value);
         registry.register(Box::new(counter))?;
@@ -129,6 +140,22 @@ fn counters(all: &Counters) -> [(&'static str, &'static str, u64); 23] {
     ]
 }
 
+/// Of data connections, at the owner's end.
+fn data_counters(served: &ServeCounts) -> [(&'static str, &'static str, u64); 6] {
+    [
+        (
+            "kvd_data_connections_total",
+            "Connections that other nodes made to read blocks",
+            served.connections,
+        ),
+        ("kvd_data_turned_away_total", "Of these, closed for want of room", served.turned_away),
+        ("kvd_data_garbage_total", "Connections ended because of what came over them", served.garbage),
+        ("kvd_data_stalls_total", "Connections ended because the other node was too slow", served.stalls),
+        ("kvd_data_batches_total", "Batches answered to other nodes", served.batches),
+        ("kvd_data_sent_bytes_total", "Bytes sent to other nodes", served.bytes),
+    ]
+}
+
 /// What is known of each node of the cluster; nothing where there is none.
 fn by_node(registry: &Registry, nodes: &[NodeStatus]) -> Result<(), prometheus::Error> {
     type Read = fn(&NodeStatus) -> u64;
@@ -181,10 +208,13 @@ mod tests {
     fn every_counter_is_rendered_under_a_valid_name() {
         let counters = Counters { checksum_errors: 3, ..Counters::default() };
         let status = StatusReply { counters: Some(counters), ..StatusReply::default() };
+        let served = ServeCounts { bytes: 9, ..ServeCounts::default() };
         let nodes = [NodeStatus { address: "a:1".into(), blocks: 7, ..NodeStatus::default() }];
-        let text =
-            String::from_utf8(render(&status, &[TierStatus::default()], &nodes, &Timings::new()).unwrap())
-                .unwrap();
+        let text = String::from_utf8(
+            render(&status, &[TierStatus::default()], &nodes, &served, &Timings::new()).unwrap(),
+        )
+        .unwrap();
+        assert!(text.contains("\nkvd_data_sent_bytes_total 9\n"), "{text}");
         assert!(text.contains("\nkvd_checksum_errors_total 3\n"), "{text}");
         assert!(text.contains("\nkvd_index_blocks{node=\"a:1\"} 7\n"), "{text}");
         assert!(text.contains("kvd_tier_used_bytes{tier=\"unspecified\"} 0"), "{text}");

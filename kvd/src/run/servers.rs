@@ -55,11 +55,9 @@ impl Servers {
         let shelves = grpc::Shelves::new(shared.dram.clone());
         let Listeners { unix, tcp, http, data } = listeners;
         let data = data.map(|listener| serve_data(listener, shelves.clone())).transpose()?;
-        let data_port = data.as_ref().map_or(0, |server| server.address().port());
-        let told = Told { publisher, joining, speeds: teller.clone(), shelves, data_port };
+        let told = Told { publisher, joining, speeds: teller.clone(), shelves, data };
         let (stop, stopped) = watch::channel(false);
         let thread = spawn("kvd-servers", move || {
-            let _data = data;
             runtime.block_on(live(shared, (unix, tcp, http), told, settled, stopped));
         });
         standing.recv().expect("it says how it stands, or ends the daemon")?;
@@ -78,7 +76,8 @@ struct Told {
     joining: Joining,
     speeds: Teller,
     shelves: grpc::Shelves,
-    data_port: u16,
+    /// Ends with the last who holds it.
+    data: Option<Arc<Server>>,
 }
 
 type Sockets =
@@ -95,7 +94,8 @@ async fn live(
     let unix = UnixListener::from_std(unix).expect("a listener in a runtime");
     let [tcp, http] = [tcp, http]
         .map(|listener| listener.map(TcpListener::from_std).transpose().expect("a listener in a runtime"));
-    let Told { publisher, joining, speeds, shelves, data_port } = told;
+    let Told { publisher, joining, speeds, shelves, data } = told;
+    let data_port = data.as_ref().map_or(0, |server| server.address().port());
     tokio::spawn(publisher.run());
     let membership = match join(&shared.config, shared.node_epoch).await {
         Ok(membership) => membership,
@@ -105,7 +105,9 @@ async fn live(
     let (inbox, dram, timings) = (shared.inbox.clone(), shared.dram.clone(), shared.timings.clone());
     let (node_epoch, links) = (shared.node_epoch, Arc::default());
     let locations = membership.as_ref().map(|membership| follow(membership, shared, &links, speeds));
-    let http = serve_http(http, metrics::router(inbox.clone(), timings, locations.clone()), stopped.clone());
+    let _served_until_the_end = data.clone(); // metrics may not be
+    let asked = metrics::Asked { inbox: inbox.clone(), timings, locations: locations.clone(), data };
+    let http = serve_http(http, metrics::router(asked), stopped.clone());
     let cluster = grpc::Cluster { joining, locations, links, shelves, data_port };
     let served = grpc::serve(inbox.clone(), dram, unix, tcp, node_epoch, cluster, stopped.clone());
     tokio::select! {
@@ -171,8 +173,8 @@ async fn serve_http(listener: Option<TcpListener>, app: axum::Router, mut stoppe
     }
 }
 
-fn serve_data(listener: std::net::TcpListener, shelves: grpc::Shelves) -> Result<Server, Error> {
-    Server::start(listener, Arc::new(shelves), ServeOptions::default()).map_err(|error| {
+fn serve_data(listener: std::net::TcpListener, shelves: grpc::Shelves) -> Result<Arc<Server>, Error> {
+    Server::start(listener, Arc::new(shelves), ServeOptions::default()).map(Arc::new).map_err(|error| {
         let fix = "see the system's limits";
         Error::new(Code::Unavailable, "listen.data_address", error.to_string(), fix)
     })

@@ -209,6 +209,7 @@ impl Peer for Liar {
             data_port: self.data_port.into(),
             blocks,
             parent: vec![0; 16].into(),
+            predicted_us: u64::MAX, // nonsense too
             ready: (0..blocks).map(ready).collect(),
             ..PeerLeaseReply::default()
         };

@@ -1,4 +1,4 @@
-//! What stands in etcd for one node: key `<prefix>/nodes/<name>`, value JSON `{"address", "epoch", "version"}`.
+//! What stands in etcd for one node: proto/FORMAT.md section 8.
 //!
 //! Owns that format. Invariants: what does not decode is no member, and harms nobody; unknown fields of a later version
 //! are skipped. Leaves to others: leases and revisions (`session`).
@@ -85,6 +85,16 @@ mod tests {
         assert_eq!(folder, "/kvd/nodes/");
         assert_eq!(decode(&folder, &found("/kvd/nodes/a/b", &encode(&me))), Some(me));
         assert!(*"/kvd/nodes/\u{10ffff}" < *folder_end(&folder));
+    }
+
+    #[test]
+    fn the_bytes_are_those_of_the_format() {
+        let me = Member { name: "one".to_owned(), address: "10.0.0.1:7700".to_owned(), epoch: 7 };
+        let written = String::from_utf8(encode(&me)).unwrap();
+        let version = env!("CARGO_PKG_VERSION");
+        assert_eq!(written, format!(r#"{{"address":"10.0.0.1:7700","epoch":7,"version":"{version}"}}"#));
+        let example = br#"{"address":"10.0.0.1:7700","epoch":7,"version":"0.1.0"}"#;
+        assert_eq!(decode("/kvd/nodes/", &found("/kvd/nodes/one", example)), Some(me));
     }
 
     #[test]
