@@ -77,11 +77,15 @@ struct Link {
     connection: Option<Arc<Connection>>,
     token: Vec<u8>,
     node_epoch: u64,
+    /// Why the last try to come (back) failed.
+    trouble: Option<Error>,
 }
 
 struct Registered {
     definition: wire::Space,
-    id: u32,
+    fingerprint: Fingerprint,
+    /// What the daemon of now calls it, or why it does not.
+    number: Result<u32, Error>,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -91,22 +95,34 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Session {
     /// Connects and opens (or joins) a session. From then on it comes back by itself.
     pub async fn open(options: ConnectOptions) -> Result<Self, Error> {
-        let inner = Arc::new(Inner {
-            link: Mutex::new(Link { token: options.join.clone(), ..Link::default() }),
-            options,
-            incarnation: AtomicU64::new(0),
-            segments: RwLock::default(),
-            spaces: Mutex::default(),
-            progress: Mutex::default(),
-        });
+        let inner = Inner::new(options);
         let driver = connect(&inner).await?;
-        tokio::spawn(keep_alive(Arc::downgrade(&inner), driver));
+        tokio::spawn(keep_alive(Arc::downgrade(&inner), Some(driver)));
         Ok(Self { inner })
+    }
+
+    /// As `open`, without waiting: the session is there as soon as the node is, now or later. In a tokio runtime.
+    pub fn start(options: ConnectOptions) -> Self {
+        let inner = Inner::new(options);
+        tokio::spawn(keep_alive(Arc::downgrade(&inner), None));
+        Self { inner }
     }
 
     /// Lets other members join: pass it as `ConnectOptions::join`.
     pub fn token(&self) -> Vec<u8> {
         locked(&self.inner.link).token.clone()
+    }
+
+    /// The token of the session to be a member of from now on: after a restart of the daemon, whoever opened the session has another.
+    pub fn join(&self, token: &[u8]) {
+        let mut link = locked(&self.inner.link);
+        if link.token == token {
+            return;
+        }
+        link.token = token.to_vec();
+        if let Some(connection) = link.connection.take() {
+            connection.shut_down(); // comes back with the new one
+        }
     }
 
     /// The epoch of the daemon we last spoke to; another value means it was restarted.
@@ -119,8 +135,32 @@ impl Session {
         locked(&self.inner.link).connection.as_ref().is_some_and(|connection| !connection.ended())
     }
 
+    /// Why the node cannot be asked right now, as far as that is known.
+    pub fn trouble(&self) -> Option<Error> {
+        locked(&self.inner.link).trouble.clone().filter(|_| !self.connected())
+    }
+
     /// Registers a space; its tenant must be the session's.
     pub async fn space(&self, space: &kvd_proto::Space) -> Result<SpaceHandle, Error> {
+        let handle = self.declared(space)?;
+        let (_, connection) = self.inner.connection()?;
+        register_missing(&self.inner, &connection).await?;
+        self.inner.space_number(handle.index)?;
+        Ok(handle)
+    }
+
+    /// As `space`, without waiting: until the node has registered it, everything asked of it is `Unavailable`, and what
+    /// the node refuses is refused with its reason. In a tokio runtime.
+    pub fn declare(&self, space: &kvd_proto::Space) -> Result<SpaceHandle, Error> {
+        let handle = self.declared(space)?;
+        if let Ok((_, connection)) = self.inner.connection() {
+            let inner = self.inner.clone();
+            tokio::spawn(async move { register_missing(&inner, &connection).await });
+        }
+        Ok(handle)
+    }
+
+    fn declared(&self, space: &kvd_proto::Space) -> Result<SpaceHandle, Error> {
         space.check()?;
         if space.tenant != self.inner.tenant() {
             return Err(Error::invalid(
@@ -129,35 +169,50 @@ impl Session {
                 "open a session for each tenant",
             ));
         }
-        let definition = space.to_wire();
-        let (incarnation, connection) = self.inner.connection()?;
-        let id = register(&connection, &definition, &space.fingerprint()).await?;
+        let (definition, fingerprint) = (space.to_wire(), space.fingerprint());
         let index = {
             let mut spaces = locked(&self.inner.spaces);
-            if self.inner.incarnation() != incarnation {
-                return Err(lost("the node was restarted")); // its number is another space's by now
-            }
-            spaces.push(Registered { definition, id });
+            spaces.push(Registered { definition, fingerprint, number: Err(unregistered()) });
             spaces.len() - 1
         };
         let layout = space.layout.clone();
-        Ok(SpaceHandle {
-            session: self.clone(),
-            index,
-            fingerprint: space.fingerprint(),
-            layout: Arc::new(layout),
-        })
+        Ok(SpaceHandle { session: self.clone(), index, fingerprint, layout: Arc::new(layout) })
     }
 }
 
 impl Inner {
+    fn new(options: ConnectOptions) -> Arc<Self> {
+        Arc::new(Self {
+            link: Mutex::new(Link { token: options.join.clone(), ..Link::default() }),
+            options,
+            incarnation: AtomicU64::new(0),
+            segments: RwLock::default(),
+            spaces: Mutex::default(),
+            progress: Mutex::default(),
+        })
+    }
+
     pub(crate) fn tenant(&self) -> &str {
         if self.options.tenant.is_empty() { "default" } else { &self.options.tenant }
     }
 
     /// What the daemon of now calls a space.
-    pub(crate) fn space_number(&self, index: usize) -> u32 {
-        locked(&self.spaces)[index].id
+    pub(crate) fn space_number(&self, index: usize) -> Result<u32, Error> {
+        locked(&self.spaces)[index].number.clone()
+    }
+
+    /// The daemon that is spoken to now has not been told of any space.
+    fn forget_numbers(&self) {
+        locked(&self.spaces).iter_mut().for_each(|space| space.number = Err(unregistered()));
+    }
+
+    /// The next space that the daemon of now has not been told of.
+    fn next_unregistered(&self) -> Option<(usize, wire::Space, Fingerprint)> {
+        let spaces = locked(&self.spaces);
+        let waits =
+            |space: &&Registered| matches!(&space.number, Err(error) if error.code == Code::Unavailable);
+        let index = spaces.iter().position(|space| waits(&space))?;
+        Some((index, spaces[index].definition.clone(), spaces[index].fingerprint))
     }
 
     pub(crate) fn incarnation(&self) -> u64 {
@@ -306,6 +361,11 @@ async fn connect(inner: &Arc<Inner>) -> Result<Driver, Error> {
     match introduce(inner, &connection, &early).await {
         Ok(held) => {
             locked(&inner.link).connection = Some(connection.clone());
+            // declared while this came up
+            if let Err(error) = register_missing(inner, &connection).await {
+                connection.shut_down();
+                return Err(error);
+            }
             // given back while there was nobody to tell
             for lease in held.into_iter().filter(|lease| !locked(&inner.progress).contains_key(lease)) {
                 connection.tell(Ask::Release(wire::ReleaseRequest { lease }));
@@ -356,13 +416,26 @@ async fn introduce(inner: &Arc<Inner>, connection: &Connection, early: &Early) -
         link.token = opened.token.to_vec();
         link.node_epoch = opened.node_epoch;
     }
-    let definitions: Vec<_> = locked(&inner.spaces).iter().map(|space| space.definition.clone()).collect();
-    for (index, definition) in definitions.into_iter().enumerate() {
-        let space = kvd_proto::Space::from_wire(inner.tenant(), &definition)?;
-        let id = register(connection, &definition, &space.fingerprint()).await?;
-        locked(&inner.spaces)[index].id = id;
-    }
+    inner.forget_numbers();
+    register_missing(inner, connection).await?;
     Ok(held)
+}
+
+/// Tells the node of every space that it does not know; what it refuses stays refused until it is another daemon.
+async fn register_missing(inner: &Inner, connection: &Connection) -> Result<(), Error> {
+    while let Some((index, definition, fingerprint)) = inner.next_unregistered() {
+        let incarnation = inner.incarnation();
+        let number = match register(connection, &definition, &fingerprint).await {
+            Err(error) if error.code == Code::Unavailable => return Err(error),
+            number => number,
+        };
+        let mut spaces = locked(&inner.spaces);
+        if inner.incarnation() != incarnation {
+            return Err(lost("the node was restarted")); // its number is another space's by now
+        }
+        spaces[index].number = number;
+    }
+    Ok(())
 }
 
 async fn register(
@@ -408,21 +481,30 @@ async fn open_session(
 }
 
 /// Waits for the connection to end, then comes back, until the session itself is dropped.
-async fn keep_alive(weak: Weak<Inner>, mut driver: Driver) {
+async fn keep_alive(weak: Weak<Inner>, mut driver: Option<Driver>) {
     loop {
-        let _ = driver.await;
+        if let Some(driver) = driver {
+            let _ = driver.await;
+        }
         let mut pause = RETRY.0;
         driver = loop {
             let Some(inner) = weak.upgrade() else { return };
             inner.lost_connection();
-            match tokio::time::timeout(REOPEN_TIMEOUT, connect(&inner)).await {
-                Ok(Ok(driver)) => break driver,
-                Ok(Err(_)) | Err(_) => drop(inner),
-            }
+            let tried = tokio::time::timeout(REOPEN_TIMEOUT, connect(&inner)).await;
+            let trouble = match tried.unwrap_or_else(|_| Err(lost("the node does not answer"))) {
+                Ok(driver) => break Some(driver),
+                Err(error) => error,
+            };
+            locked(&inner.link).trouble = Some(trouble);
+            drop(inner);
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(RETRY.1);
         };
     }
+}
+
+fn unregistered() -> Error {
+    Error::new(Code::Unavailable, "space", "the node has not registered it yet", "treat it as a miss")
 }
 
 pub(crate) fn unexpected() -> Error {

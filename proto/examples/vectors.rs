@@ -8,7 +8,7 @@ use kvd_proto::delta::Delta;
 use kvd_proto::frame::{self, FrameHeader, HEADER_BYTES};
 use kvd_proto::slot_header::{SlotHeader, stride_bytes};
 use kvd_proto::wire::{self, client_frame, node_frame};
-use kvd_proto::{BlockId, Chain, Error, Extra, Fingerprint, IdScheme, Layout, Space, block_id};
+use kvd_proto::{BlockId, Chain, Error, Extra, Fingerprint, IdScheme, Layout, Prompt, Space, Span, block_id};
 use prost::Message as _;
 use serde_json::{Value, json};
 use std::fmt::Write as _;
@@ -144,6 +144,14 @@ fn id_inputs() -> Vec<(&'static str, Value)> {
             of(json!({ "kind": "chain", "parent_hex": root, "block_tokens": 4,
                        "tokens": (1..=14).collect::<Vec<u32>>() })),
         ),
+        (
+            "prompt with spans that cross blocks",
+            of(
+                json!({ "kind": "prompt", "parent_hex": root, "block_tokens": 4, "tokens": (1..=14).collect::<Vec<u32>>(),
+                       "spans": [{ "kind": 2, "position": 13, "tokens": 5, "digest_hex": "ee" },
+                                 { "kind": 1, "position": 2, "tokens": 9, "digest_hex": "cd".repeat(32) }] }),
+            ),
+        ),
     ]
 }
 
@@ -249,6 +257,12 @@ fn id_output(input: &Value) -> Result<Value, Error> {
             let block_tokens = number(input, "block_tokens") as u32;
             let chain = Chain::of_tokens(&space, parent(input), &tokens(), block_tokens)?;
             return Ok(json!({ "packed_hex": hex(&chain.to_packed()) }));
+        }
+        "prompt" => {
+            let mut prompt = Prompt::new(space, number(input, "block_tokens") as u32, parent(input));
+            prompt.extend(&tokens(), &spans(input))?;
+            let tail = prompt.tail()?.map(|(id, _)| id.to_string());
+            return Ok(json!({ "packed_hex": hex(&prompt.chain()?.to_packed()), "tail_hex": tail }));
         }
         other => panic!("no ids of kind {other}"),
     };
@@ -442,6 +456,16 @@ fn array<const N: usize>(value: &Value, field: &str) -> [u8; N] {
 
 fn parent(input: &Value) -> BlockId {
     BlockId(array(input, "parent_hex"))
+}
+
+fn spans(input: &Value) -> Vec<Span> {
+    let span = |span: &Value| Span {
+        kind: number(span, "kind") as u8,
+        position: number(span, "position") as u32,
+        tokens: number(span, "tokens") as u32,
+        digest: bytes(span, "digest_hex"),
+    };
+    input["spans"].as_array().expect("spans").iter().map(span).collect()
 }
 
 fn extras(input: &Value) -> Vec<Extra> {

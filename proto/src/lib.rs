@@ -15,6 +15,7 @@ pub mod error;
 pub mod frame;
 pub mod layout;
 pub mod limits;
+pub mod prompt;
 pub mod slot_header;
 pub mod space;
 pub mod wire;
@@ -23,6 +24,7 @@ pub use block_id::{BlockId, Extra};
 pub use chain::Chain;
 pub use error::{Code, Error};
 pub use layout::{Element, Group, GroupKind, Layout, Part};
+pub use prompt::{Prompt, Span};
 pub use space::{Fingerprint, IdScheme, Space};
 
 /// Version of the session protocol and of `kvd.v1`: a peer with another major is refused, a higher minor is read as ours.
