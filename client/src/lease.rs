@@ -147,6 +147,11 @@ impl Match {
         self.blocks
     }
 
+    /// The lease's number at the node, for logs and other members of the session; 0: nothing is leased.
+    pub fn lease(&self) -> u64 {
+        self.lease
+    }
+
     /// What became of the claim: `NotYet` has leased nothing, `Ready` has the tail too, after `Gone` it is as any match.
     pub fn hand_off(&self) -> HandOffStatus {
         self.hand_off

@@ -1,0 +1,53 @@
+"""kvd: a block store for the KV caches of LLM inference.
+
+A `Client` is this process' session with the node's daemon. A `Space` says what a model's blocks mean and makes chains of block ids
+out of prompts; blocks are stored and loaded by chain. Errors are exceptions with fields; a miss is a value.
+
+Connectors for engines are in `kvd.vllm`, `kvd.sglang`, `kvd.trtllm`, `kvd.mooncake` and `kvd.torch`; none is imported from here.
+"""
+
+from kvd._errors import InvalidError, KvdError, LimitError, TimedOutError, UnavailableError
+from kvd._kvd import (
+    AUDIO,
+    EMBEDDING,
+    IMAGE,
+    Chain,
+    Claim,
+    Client,
+    Fill,
+    Group,
+    HandOff,
+    Layout,
+    Loaded,
+    Match,
+    Memory,
+    Miss,
+    Pending,
+    Space,
+    Stored,
+)
+
+__all__ = [
+    "AUDIO",
+    "EMBEDDING",
+    "IMAGE",
+    "Chain",
+    "Claim",
+    "Client",
+    "Fill",
+    "Group",
+    "HandOff",
+    "InvalidError",
+    "KvdError",
+    "Layout",
+    "LimitError",
+    "Loaded",
+    "Match",
+    "Memory",
+    "Miss",
+    "Pending",
+    "Space",
+    "Stored",
+    "TimedOutError",
+    "UnavailableError",
+]

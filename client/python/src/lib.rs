@@ -1,0 +1,45 @@
+//! The compiled half of the Python package `kvd`: sessions, chains, leases, and copies without the interpreter's lock.
+//!
+//! Owns: what Python sees of `kvd_client`. Invariants: nothing here decides or hashes; the interpreter's lock is not held while
+//! anything waits or copies; errors are exceptions with fields, misses are values. Leaves to others: everything that engines
+//! want done (the Python beside it).
+
+mod buffer;
+mod chain;
+mod client;
+mod error;
+mod layout;
+mod lease;
+mod pending;
+mod runtime;
+mod space;
+
+use pyo3::prelude::*;
+
+/// Compiled half of `kvd`.
+#[pymodule]
+mod _kvd {
+    #[pymodule_export]
+    use super::buffer::Memory;
+    #[pymodule_export]
+    use super::chain::Chain;
+    #[pymodule_export]
+    use super::client::{Claim, Client, HandOff};
+    #[pymodule_export]
+    use super::error::Miss;
+    #[pymodule_export]
+    use super::layout::{Group, Layout};
+    #[pymodule_export]
+    use super::lease::{PyFill, PyMatch};
+    #[pymodule_export]
+    use super::pending::Pending;
+    #[pymodule_export]
+    use super::space::{Loaded, Space, Stored};
+
+    #[pymodule_export]
+    const IMAGE: u8 = kvd_proto::Extra::IMAGE;
+    #[pymodule_export]
+    const AUDIO: u8 = kvd_proto::Extra::AUDIO;
+    #[pymodule_export]
+    const EMBEDDING: u8 = kvd_proto::Extra::EMBEDDING;
+}

@@ -1,0 +1,542 @@
+//! A registered space, as Python asks it: match, reserve, store, load.
+
+use crate::buffer::Held;
+use crate::chain::Chain;
+use crate::client::{Claim, HandOff, Text, now};
+use crate::error::{Miss, invalid, miss_of, raise};
+use crate::lease::{PyFill, PyMatch, number, tier_name};
+use crate::pending::{Pending, seconds};
+use kvd_client::{MissReason, Read, ReserveState, SpaceHandle};
+use kvd_proto::limits::REQUEST_KEY_BYTES_MAX;
+use kvd_proto::{Error, IdScheme, Prompt, block_id};
+use pyo3::prelude::*;
+use pyo3::types::{PyBool, PyBytes, PyList};
+
+/// A state of reserved blocks, by name.
+pub(crate) fn state_name(state: ReserveState) -> &'static str {
+    match state {
+        ReserveState::Granted => "granted",
+        ReserveState::Present => "present",
+        ReserveState::Busy => "busy",
+        ReserveState::NoSpace => "no_space",
+    }
+}
+
+/// What a model's blocks mean, and the questions about them.
+#[pyclass(frozen, module = "kvd")]
+pub(crate) struct Space {
+    handle: SpaceHandle,
+    id_scheme: IdScheme,
+}
+
+/// What became of blocks that were to be stored.
+#[pyclass(frozen, module = "kvd", get_all)]
+#[derive(Default, Clone)]
+pub(crate) struct Stored {
+    /// By us, now.
+    pub(crate) stored: u32,
+    /// They were there.
+    pub(crate) present: u32,
+    /// Somebody else is storing them.
+    pub(crate) busy: u32,
+    /// Left out: nothing could be evicted in time.
+    pub(crate) no_space: u32,
+    /// Kept for whoever claims them.
+    pub(crate) handed_off: bool,
+}
+
+impl Stored {
+    pub(crate) fn count(fill: &kvd_client::Fill, blocks: u32) -> Self {
+        let count = |state| (0..blocks).filter(|block| fill.state(*block) == state).count() as u32;
+        Self {
+            stored: 0,
+            present: count(ReserveState::Present),
+            busy: count(ReserveState::Busy),
+            no_space: count(ReserveState::NoSpace),
+            handed_off: fill.handed_off(),
+        }
+    }
+}
+
+#[pymethods]
+impl Stored {
+    fn __repr__(&self) -> String {
+        let Self { stored, present, busy, no_space, handed_off } = self;
+        format!(
+            "Stored(stored={stored}, present={present}, busy={busy}, no_space={no_space}, handed_off={handed_off})"
+        )
+    }
+}
+
+/// The prefix that could be read, and why not more.
+#[pyclass(frozen, module = "kvd")]
+pub(crate) struct Loaded {
+    #[pyo3(get)]
+    blocks: u32,
+    #[pyo3(get)]
+    miss: Option<Py<Miss>>,
+}
+
+#[pymethods]
+impl Loaded {
+    fn __repr__(&self) -> String {
+        let miss = self.miss.as_ref().map_or("None".to_owned(), |miss| miss.get().__repr__());
+        format!("Loaded(blocks={}, miss={miss})", self.blocks)
+    }
+}
+
+impl Space {
+    pub(crate) fn new(handle: SpaceHandle, id_scheme: IdScheme) -> Self {
+        Self { handle, id_scheme }
+    }
+
+    pub(crate) fn handle(&self) -> &SpaceHandle {
+        &self.handle
+    }
+
+    /// The same blocks asked for again are the same question.
+    fn key(key: Text) -> PyResult<Vec<u8>> {
+        let key = key.into_bytes();
+        if key.len() > REQUEST_KEY_BYTES_MAX {
+            let fix = format!("give at most {REQUEST_KEY_BYTES_MAX} bytes");
+            return Err(invalid("key", format!("{} bytes", key.len()), &fix));
+        }
+        Ok(key)
+    }
+
+    fn one_group(&self) -> PyResult<usize> {
+        if self.handle.layout().groups().len() == 1 {
+            return Ok(self.handle.layout().slot_bytes(0) as usize);
+        }
+        Err(invalid("layout", "several groups", "use match() and reserve(), which take a group"))
+    }
+
+    fn held(&self, buffers: &Bound<'_, PyAny>, writable: bool) -> PyResult<Vec<Held>> {
+        let bytes = self.one_group()?;
+        buffers.try_iter()?.map(|buffer| Held::of(&buffer?, bytes, writable)).collect()
+    }
+
+    fn named_only(&self, chain: &Chain) -> PyResult<()> {
+        if chain.is_apart() {
+            return Ok(());
+        }
+        Err(invalid(
+            "chain",
+            "a prompt's, whose blocks are of use only in order",
+            "use load(), store(), exists()",
+        ))
+    }
+}
+
+#[pymethods]
+impl Space {
+    /// Keys all its block ids: two engines with the same one may read each other's blocks.
+    #[getter]
+    fn fingerprint<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.handle.fingerprint().0)
+    }
+
+    #[getter]
+    fn layout(&self) -> crate::layout::Layout {
+        crate::layout::Layout { layout: self.handle.layout().clone() }
+    }
+
+    #[getter]
+    fn block_tokens(&self) -> u32 {
+        self.handle.layout().block_tokens()
+    }
+
+    /// The chain of a prompt; `adapter`: digest of the adapter's weights; `salt`: a wall between users.
+    #[pyo3(signature = (tokens=Vec::new(), *, adapter=Vec::new(), salt=Vec::new()))]
+    fn chain(&self, tokens: Vec<u32>, adapter: Vec<u8>, salt: Vec<u8>) -> PyResult<Chain> {
+        if self.id_scheme != IdScheme::Tokens {
+            return Err(invalid("id_scheme", "this space is for keys", "use named()"));
+        }
+        let fingerprint = self.handle.fingerprint();
+        let root = block_id::root(&fingerprint, &adapter, &salt).map_err(raise)?;
+        let mut prompt = Prompt::new(fingerprint, self.block_tokens(), root);
+        prompt.extend(&tokens, &[]).map_err(raise)?;
+        Ok(Chain::of_prompt(prompt))
+    }
+
+    /// Blocks by an engine's own keys, each of which stands for itself.
+    fn named(&self, keys: Vec<Text>) -> PyResult<Chain> {
+        if self.id_scheme != IdScheme::Named {
+            return Err(invalid("id_scheme", "this space is for tokens", "use chain()"));
+        }
+        let keys: Vec<_> = keys.into_iter().map(Text::into_bytes).collect();
+        Chain::of_keys(&self.handle.fingerprint(), &keys)
+    }
+
+    /// Leases the prefix worth loading. See `match`.
+    #[pyo3(signature = (key, chain, *, skip=0, claim=None))]
+    fn match_soon(&self, key: Text, chain: &Chain, skip: u32, claim: Option<Claim>) -> PyResult<Pending> {
+        let (key, tail_tokens) = (Self::key(key)?, chain.tail());
+        let (handle, asked) = (self.handle.clone(), chain.from(0)?);
+        let work = async move {
+            let Some(claim) = claim else { return handle.match_prefix(&key, &asked, skip).await };
+            let claim = kvd_client::Claim { key: claim.key, node: claim.node, wait: claim.wait, tail_tokens };
+            handle.match_claimed(&key, &asked, skip, &claim).await
+        };
+        let layout = self.handle.layout().clone();
+        Pending::spawn(work, move |py, found| Ok(Py::new(py, PyMatch::new(found, &layout))?.into_any()))
+    }
+
+    /// Leases the prefix worth loading, without its first `skip` blocks. The same key and chain: the same lease, until released.
+    #[pyo3(name = "match", signature = (key, chain, *, skip=0, claim=None, timeout_s=Some(2.0)))]
+    fn match_now(
+        &self,
+        py: Python<'_>,
+        key: Text,
+        chain: &Chain,
+        skip: u32,
+        claim: Option<Claim>,
+        timeout_s: Option<f64>,
+    ) -> PyResult<Py<PyAny>> {
+        now(py, &self.match_soon(key, chain, skip, claim)?, timeout_s)
+    }
+
+    /// Slots to fill. See `reserve`.
+    #[pyo3(signature = (key, chain, *, first=0, wait_s=0.0, hand_off=None))]
+    fn reserve_soon(
+        &self,
+        key: Text,
+        chain: &Chain,
+        first: u32,
+        wait_s: f64,
+        hand_off: Option<HandOff>,
+    ) -> PyResult<Pending> {
+        let work = self.reserving(Self::key(key)?, chain, first, wait_s, hand_off)?;
+        let layout = self.handle.layout().clone();
+        let blocks = chain.ids_slice().len() - first as usize;
+        Pending::spawn(work, move |py, fill| {
+            Ok(Py::new(py, PyFill::new(fill, first, blocks, layout))?.into_any())
+        })
+    }
+
+    /// Reserves slots for the chain's blocks from `first` on, waiting up to `wait_s` for space.
+    #[pyo3(signature = (key, chain, *, first=0, wait_s=0.0, hand_off=None, timeout_s=Some(2.0)))]
+    fn reserve(
+        &self,
+        py: Python<'_>,
+        key: Text,
+        chain: &Chain,
+        first: u32,
+        wait_s: f64,
+        hand_off: Option<HandOff>,
+        timeout_s: Option<f64>,
+    ) -> PyResult<Py<PyAny>> {
+        now(py, &self.reserve_soon(key, chain, first, wait_s, hand_off)?, timeout_s)
+    }
+
+    /// The tiers of the stored prefix. See `exists`.
+    fn exists_soon(&self, chain: &Chain) -> PyResult<Pending> {
+        let (handle, asked) = (self.handle.clone(), chain.from(0)?);
+        Pending::spawn(async move { handle.exists(&asked).await }, |py, tiers| {
+            let names = tiers.into_iter().map(tier_name);
+            Ok(PyList::new(py, names.collect::<Vec<_>>())?.into_any().unbind())
+        })
+    }
+
+    /// The tiers of the longest stored prefix, one a block; pins and touches nothing.
+    #[pyo3(signature = (chain, timeout_s=Some(2.0)))]
+    fn exists(&self, py: Python<'_>, chain: &Chain, timeout_s: Option<f64>) -> PyResult<Py<PyAny>> {
+        now(py, &self.exists_soon(chain)?, timeout_s)
+    }
+
+    /// Keeps the stored prefix from eviction for a while; 0 unpins. Returns how many blocks.
+    #[pyo3(signature = (chain, ttl_s, timeout_s=Some(2.0)))]
+    fn pin(&self, py: Python<'_>, chain: &Chain, ttl_s: f64, timeout_s: Option<f64>) -> PyResult<Py<PyAny>> {
+        let ttl = seconds("ttl_s", Some(ttl_s))?.unwrap_or_default();
+        let (handle, asked) = (self.handle.clone(), chain.from(0)?);
+        now(py, &Pending::spawn(async move { handle.pin(&asked, ttl).await }, number)?, timeout_s)
+    }
+
+    /// Begins to bring the stored prefix into memory; returns how many blocks began to move.
+    #[pyo3(signature = (chain, timeout_s=Some(2.0)))]
+    fn prefetch(&self, py: Python<'_>, chain: &Chain, timeout_s: Option<f64>) -> PyResult<Py<PyAny>> {
+        let (handle, asked) = (self.handle.clone(), chain.from(0)?);
+        now(py, &Pending::spawn(async move { handle.prefetch(&asked).await }, number)?, timeout_s)
+    }
+
+    /// Stores blocks, one buffer each. See `store`.
+    #[pyo3(signature = (chain, blocks, *, key=Text::Bytes(Vec::new()), first=0, wait_s=0.0))]
+    fn store_soon(
+        &self,
+        chain: &Chain,
+        blocks: &Bound<'_, PyAny>,
+        key: Text,
+        first: u32,
+        wait_s: f64,
+    ) -> PyResult<Pending> {
+        let held = self.held(blocks, false)?;
+        let chain = chain.prefix(first as usize + held.len());
+        if chain.ids_slice().len() < first as usize + held.len() {
+            let message = format!("{} from {first} of a chain of {}", held.len(), chain.ids_slice().len());
+            return Err(invalid("blocks", message, "give one buffer a block of the chain"));
+        }
+        let work = self.reserving(Self::key(key)?, &chain, first, wait_s, None)?;
+        let work = async move {
+            let (fill, stored) = filled(work.await?, held).await;
+            Ok(Stored { stored: fill.commit().await?, ..stored })
+        };
+        Pending::spawn(work, |py, stored| Ok(Py::new(py, stored)?.into_any()))
+    }
+
+    /// Stores the chain's blocks from `first` on: one buffer a block, each exactly a slot. Nobody may change them meanwhile.
+    #[pyo3(signature = (chain, blocks, *, key=Text::Bytes(Vec::new()), first=0, wait_s=0.0, timeout_s=Some(2.0)))]
+    fn store(
+        &self,
+        py: Python<'_>,
+        chain: &Chain,
+        blocks: &Bound<'_, PyAny>,
+        key: Text,
+        first: u32,
+        wait_s: f64,
+        timeout_s: Option<f64>,
+    ) -> PyResult<Py<PyAny>> {
+        now(py, &self.store_soon(chain, blocks, key, first, wait_s)?, timeout_s)
+    }
+
+    /// Loads the stored prefix. See `load`.
+    #[pyo3(signature = (chain, into, *, key=Text::Bytes(Vec::new()), first=0))]
+    fn load_soon(&self, chain: &Chain, into: &Bound<'_, PyAny>, key: Text, first: u32) -> PyResult<Pending> {
+        let held = self.held(into, true)?;
+        let (handle, asked) = (self.handle.clone(), chain.prefix(first as usize + held.len()).from(0)?);
+        let key = Self::key(key)?;
+        let work = async move { Ok(loaded(handle, key, asked, first, held).await) };
+        Pending::spawn(work, |py, (blocks, miss, held)| {
+            held.iter().take(blocks as usize).try_for_each(|held| held.finish(py))?;
+            let miss = miss.map(|miss| Py::new(py, miss)).transpose()?;
+            Ok(Py::new(py, Loaded { blocks, miss })?.into_any())
+        })
+    }
+
+    /// Loads the chain's blocks from `first` on into memory, one buffer a block, verified, as far as they can be had. A node that is
+    /// away is a miss.
+    #[pyo3(signature = (chain, into, *, key=Text::Bytes(Vec::new()), first=0, timeout_s=Some(2.0)))]
+    fn load(
+        &self,
+        py: Python<'_>,
+        chain: &Chain,
+        into: &Bound<'_, PyAny>,
+        key: Text,
+        first: u32,
+        timeout_s: Option<f64>,
+    ) -> PyResult<Py<PyAny>> {
+        now(py, &self.load_soon(chain, into, key, first)?, timeout_s)
+    }
+
+    /// As `exists_each`.
+    fn exists_each_soon(&self, chain: &Chain) -> PyResult<Pending> {
+        self.named_only(chain)?;
+        let (handle, asked) = (self.handle.clone(), chain.from(0)?);
+        let work = async move {
+            Ok(exist_each(&handle, &asked).await.unwrap_or_else(|_| vec![false; asked.ids().len()]))
+        };
+        Pending::spawn(work, |py, there| Ok(PyList::new(py, there)?.into_any().unbind()))
+    }
+
+    /// Whether each key's block is stored. A node that is away: none is.
+    #[pyo3(signature = (chain, timeout_s=Some(2.0)))]
+    fn exists_each(&self, py: Python<'_>, chain: &Chain, timeout_s: Option<f64>) -> PyResult<Py<PyAny>> {
+        now(py, &self.exists_each_soon(chain)?, timeout_s)
+    }
+
+    /// As `load_each`.
+    fn load_each_soon(&self, chain: &Chain, into: &Bound<'_, PyAny>) -> PyResult<Pending> {
+        self.named_only(chain)?;
+        let held = self.held(into, true)?;
+        let (handle, asked) = (self.handle.clone(), chain.prefix(held.len()).from(0)?);
+        let work = async move { Ok(load_each(handle, asked, held).await) };
+        Pending::spawn(work, |py, read| {
+            let list = PyList::empty(py);
+            for (held, miss) in read {
+                match miss {
+                    None => {
+                        held.finish(py)?;
+                        list.append(PyBool::new(py, true))?;
+                    }
+                    Some(miss) => list.append(Py::new(py, miss)?)?,
+                }
+            }
+            Ok(list.into_any().unbind())
+        })
+    }
+
+    /// Loads each key's block that can be had: `True` or its miss, one a key.
+    #[pyo3(signature = (chain, into, timeout_s=Some(2.0)))]
+    fn load_each(
+        &self,
+        py: Python<'_>,
+        chain: &Chain,
+        into: &Bound<'_, PyAny>,
+        timeout_s: Option<f64>,
+    ) -> PyResult<Py<PyAny>> {
+        now(py, &self.load_each_soon(chain, into)?, timeout_s)
+    }
+
+    /// As `store_each`.
+    #[pyo3(signature = (chain, blocks, *, wait_s=0.0))]
+    fn store_each_soon(&self, chain: &Chain, blocks: &Bound<'_, PyAny>, wait_s: f64) -> PyResult<Pending> {
+        self.named_only(chain)?;
+        let held = self.held(blocks, false)?;
+        let count = held.len();
+        let reserving = self.reserving(Vec::new(), &chain.prefix(count), 0, wait_s, None)?;
+        let work = async move {
+            let stored = store_each(reserving, held).await;
+            Ok(stored.unwrap_or_else(|_| vec![false; count]))
+        };
+        Pending::spawn(work, |py, stored| Ok(PyList::new(py, stored)?.into_any().unbind()))
+    }
+
+    /// Stores each key's block: whether it is stored now, by us or before. A node that is away: none is.
+    #[pyo3(signature = (chain, blocks, *, wait_s=0.0, timeout_s=Some(2.0)))]
+    fn store_each(
+        &self,
+        py: Python<'_>,
+        chain: &Chain,
+        blocks: &Bound<'_, PyAny>,
+        wait_s: f64,
+        timeout_s: Option<f64>,
+    ) -> PyResult<Py<PyAny>> {
+        now(py, &self.store_each_soon(chain, blocks, wait_s)?, timeout_s)
+    }
+}
+
+impl Space {
+    /// Asks for slots, checked; spawned by whoever goes on with them.
+    pub(crate) fn reserving(
+        &self,
+        key: Vec<u8>,
+        chain: &Chain,
+        first: u32,
+        wait_s: f64,
+        hand_off: Option<HandOff>,
+    ) -> PyResult<impl Future<Output = Result<kvd_client::Fill, Error>> + Send + use<>> {
+        let wait = seconds("wait_s", Some(wait_s))?.unwrap_or_default();
+        let (handle, asked, apart) = (self.handle.clone(), chain.from(first)?, chain.is_apart());
+        let (parent, hand_off) = (chain.parent(first), hand_off.map(|hand_off| hand_off.of(chain)));
+        Ok(async move {
+            match hand_off {
+                _ if apart => handle.reserve(&key, parent, 0, &asked, wait).await,
+                Some(hand_off) => handle.reserve_for(&hand_off, &key, parent, first, &asked, wait).await,
+                None => handle.reserve(&key, parent, first, &asked, wait).await,
+            }
+        })
+    }
+}
+
+/// Copies what was granted into its slots, on a thread for that.
+async fn filled(fill: kvd_client::Fill, held: Vec<Held>) -> (kvd_client::Fill, Stored) {
+    let copied = tokio::task::spawn_blocking(move || {
+        for block in fill.granted() {
+            fill.write(block, 0, held[block as usize].bytes());
+        }
+        let stored = Stored::count(&fill, held.len() as u32);
+        (fill, stored)
+    });
+    copied.await.expect("copying into a granted slot does not panic")
+}
+
+/// Reads block after block until one cannot be had. Returns how many could, and why not more.
+async fn loaded(
+    handle: SpaceHandle,
+    key: Vec<u8>,
+    chain: kvd_proto::Chain,
+    first: u32,
+    held: Vec<Held>,
+) -> (u32, Option<Miss>, Vec<Held>) {
+    let found = match handle.match_prefix(&key, &chain, first).await {
+        Ok(found) => found,
+        Err(error) => return (0, Some(miss_of(&error).unwrap_or(Miss::AWAY)), held),
+    };
+    let until = found.blocks().min(first + held.len() as u32);
+    let (read, held) =
+        read_blocks(found, (first..until).map(|block| (block, (block - first) as usize)).collect(), held)
+            .await;
+    let blocks = read.iter().take_while(|read| **read == Read::Whole).count() as u32;
+    let miss = read.get(blocks as usize).map(|read| match read {
+        Read::Miss(reason) => Miss::from(*reason),
+        Read::Whole => unreachable!("counted above"),
+    });
+    let absent = (blocks < held.len() as u32).then_some(Miss::ABSENT);
+    (blocks, miss.or(absent), held)
+}
+
+/// Reads the given (block, buffer) pairs in order; nothing is read after a block that never arrives.
+async fn read_blocks(
+    found: kvd_client::Match,
+    wanted: Vec<(u32, usize)>,
+    held: Vec<Held>,
+) -> (Vec<Read>, Vec<Held>) {
+    let waiting = tokio::runtime::Handle::current();
+    let copied = tokio::task::spawn_blocking(move || {
+        let mut read = Vec::with_capacity(wanted.len());
+        for (block, buffer) in wanted {
+            if !waiting.block_on(found.wait_ready(block)) {
+                read.push(Read::Miss(MissReason::Failed));
+                break;
+            }
+            read.push(found.read(block, 0, held[buffer].bytes_mut()));
+        }
+        (read, held)
+    });
+    copied.await.expect("copying out of a leased slot does not panic")
+}
+
+/// From gap to gap: each question answers a run of what is stored.
+async fn exist_each(handle: &SpaceHandle, chain: &kvd_proto::Chain) -> Result<Vec<bool>, Error> {
+    let mut there = Vec::with_capacity(chain.ids().len());
+    while there.len() < chain.ids().len() {
+        let rest = kvd_proto::Chain::from_ids("chain", chain.ids()[there.len()..].to_vec())?;
+        there.extend(handle.exists(&rest).await?.iter().map(|_| true));
+        if there.len() < chain.ids().len() {
+            there.push(false);
+        }
+    }
+    Ok(there)
+}
+
+/// From gap to gap as well; a miss in one run says nothing of the others.
+async fn load_each(
+    handle: SpaceHandle,
+    chain: kvd_proto::Chain,
+    held: Vec<Held>,
+) -> Vec<(Held, Option<Miss>)> {
+    let mut misses: Vec<Option<Miss>> = vec![Some(Miss::ABSENT); held.len()];
+    let (mut held, mut at) = (held, 0);
+    while at < misses.len() {
+        let Ok(rest) = kvd_proto::Chain::from_ids("chain", chain.ids()[at..].to_vec()) else { break };
+        let found = match handle.match_prefix(b"", &rest, 0).await {
+            Ok(found) => found,
+            Err(error) => {
+                misses[at..].fill(Some(miss_of(&error).unwrap_or(Miss::AWAY)));
+                break;
+            }
+        };
+        let blocks = found.blocks();
+        let wanted = (0..blocks).map(|block| (block, at + block as usize)).collect();
+        let read;
+        (read, held) = read_blocks(found, wanted, held).await;
+        let miss = |read: &Read| match read {
+            Read::Whole => None,
+            Read::Miss(reason) => Some(Miss::from(*reason)),
+        };
+        read.iter().enumerate().for_each(|(block, read)| misses[at + block] = miss(read));
+        at += read.len().max(1) + usize::from(read.len() == blocks as usize && blocks > 0);
+    }
+    held.into_iter().zip(misses).collect()
+}
+
+async fn store_each(
+    reserving: impl Future<Output = Result<kvd_client::Fill, Error>> + Send,
+    held: Vec<Held>,
+) -> Result<Vec<bool>, Error> {
+    let blocks = held.len() as u32;
+    let (fill, _) = filled(reserving.await?, held).await;
+    let stands = |block| matches!(fill.state(block), ReserveState::Granted | ReserveState::Present);
+    let stored = (0..blocks).map(stands).collect();
+    fill.commit().await?;
+    Ok(stored)
+}
