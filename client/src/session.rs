@@ -142,25 +142,13 @@ impl Session {
 
     /// Registers a space; its tenant must be the session's.
     pub async fn space(&self, space: &kvd_proto::Space) -> Result<SpaceHandle, Error> {
-        let handle = self.declared(space)?;
-        let (_, connection) = self.inner.connection()?;
-        register_missing(&self.inner, &connection).await?;
-        self.inner.space_number(handle.index)?;
+        let handle = self.declare(space)?;
+        self.inner.space_number(handle.index).await?;
         Ok(handle)
     }
 
-    /// As `space`, without waiting: until the node has registered it, everything asked of it is `Unavailable`, and what
-    /// the node refuses is refused with its reason. In a tokio runtime.
+    /// As `space`, without waiting: the node is told of it with the first thing that is asked of it, and refuses then what it does not take.
     pub fn declare(&self, space: &kvd_proto::Space) -> Result<SpaceHandle, Error> {
-        let handle = self.declared(space)?;
-        if let Ok((_, connection)) = self.inner.connection() {
-            let inner = self.inner.clone();
-            tokio::spawn(async move { register_missing(&inner, &connection).await });
-        }
-        Ok(handle)
-    }
-
-    fn declared(&self, space: &kvd_proto::Space) -> Result<SpaceHandle, Error> {
         space.check()?;
         if space.tenant != self.inner.tenant() {
             return Err(Error::invalid(
@@ -196,9 +184,14 @@ impl Inner {
         if self.options.tenant.is_empty() { "default" } else { &self.options.tenant }
     }
 
-    /// What the daemon of now calls a space.
-    pub(crate) fn space_number(&self, index: usize) -> Result<u32, Error> {
-        locked(&self.spaces)[index].number.clone()
+    /// What the daemon of now calls a space; it is told of it first, if it was not.
+    pub(crate) async fn space_number(&self, index: usize) -> Result<u32, Error> {
+        let known = || locked(&self.spaces)[index].number.clone();
+        if matches!(known(), Err(error) if error.code == Code::Unavailable) {
+            let (_, connection) = self.connection()?;
+            register_missing(self, &connection).await?;
+        }
+        known()
     }
 
     /// The daemon that is spoken to now has not been told of any space.

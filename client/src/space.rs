@@ -66,8 +66,8 @@ impl SpaceHandle {
         &self.layout
     }
 
-    fn id(&self) -> Result<u32, Error> {
-        self.session.inner.space_number(self.index)
+    async fn id(&self) -> Result<u32, Error> {
+        self.session.inner.space_number(self.index).await
     }
 
     /// Leases the prefix of `chain` worth loading, without its first `skip_blocks`. Asking again with the same key and
@@ -111,7 +111,7 @@ impl SpaceHandle {
         let incarnation = inner.incarnation(); // before the number that it gives meaning
         let waits = claim.as_ref().is_some_and(|claim| claim.wait_ms > 0);
         let request = wire::MatchRequest {
-            space: self.id()?,
+            space: self.id().await?,
             request_key: request_key.to_vec().into(),
             chain: chain.to_packed().into(),
             skip_blocks,
@@ -167,7 +167,7 @@ impl SpaceHandle {
         let inner = &self.session.inner;
         let incarnation = inner.incarnation();
         let request = wire::ReserveRequest {
-            space: self.id()?,
+            space: self.id().await?,
             request_key: request_key.to_vec().into(),
             parent: parent.0.to_vec().into(),
             depth,
@@ -189,7 +189,7 @@ impl SpaceHandle {
     /// The tiers of the longest stored prefix, one a block. Pins and touches nothing.
     pub async fn exists(&self, chain: &Chain) -> Result<Vec<wire::Tier>, Error> {
         let incarnation = self.session.inner.incarnation();
-        let request = wire::ExistsRequest { space: self.id()?, chain: chain.to_packed().into(), session: 0 };
+        let request = wire::ExistsRequest { space: self.id().await?, chain: chain.to_packed().into(), session: 0 };
         let Answer::Exists(reply) = self.session.inner.call_of(incarnation, Ask::Exists(request)).await?
         else {
             return Err(unexpected());
@@ -203,7 +203,7 @@ impl SpaceHandle {
         let incarnation = self.session.inner.incarnation();
         let ttl_ms = to_ms(ttl);
         let request =
-            wire::PinRequest { space: self.id()?, chain: chain.to_packed().into(), ttl_ms, session: 0 };
+            wire::PinRequest { space: self.id().await?, chain: chain.to_packed().into(), ttl_ms, session: 0 };
         match self.session.inner.call_of(incarnation, Ask::Pin(request)).await? {
             Answer::Pin(reply) => Ok(reply.blocks),
             _ => Err(unexpected()),
@@ -214,7 +214,7 @@ impl SpaceHandle {
     pub async fn prefetch(&self, chain: &Chain) -> Result<u32, Error> {
         let incarnation = self.session.inner.incarnation();
         let request =
-            wire::PrefetchRequest { space: self.id()?, chain: chain.to_packed().into(), session: 0 };
+            wire::PrefetchRequest { space: self.id().await?, chain: chain.to_packed().into(), session: 0 };
         match self.session.inner.call_of(incarnation, Ask::Prefetch(request)).await? {
             Answer::Prefetch(reply) => Ok(reply.started),
             _ => Err(unexpected()),

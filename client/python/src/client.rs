@@ -171,7 +171,6 @@ impl Client {
             id_scheme,
         };
         let session = self.session()?;
-        let _runtime = runtime::handle()?.enter();
         Ok(Space::new(session.declare(&space).map_err(raise)?, id_scheme))
     }
 
