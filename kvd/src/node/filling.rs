@@ -77,6 +77,7 @@ impl Node {
             wanted.depth,
         );
         if let Some(known) = known {
+            self.join_lease(known, member);
             return Ok(Some(self.reserve_reply(known)));
         }
         self.counters.reserve_requests += 1;
@@ -240,7 +241,8 @@ impl Node {
         if let Some(known) =
             self.same_question(session, RequestKind::Reserve, &wanted.key, space, chain, wanted.depth)
         {
-            return Ok(Tried::Answer(self.reserve_reply(known))); // another member waited for it too
+            self.join_lease(known, wanted.member); // another member waited for it too
+            return Ok(Tried::Answer(self.reserve_reply(known)));
         }
         let budget = self.lease_budget(session)?;
         // waiting is for demotions to end; where there are none, what goes is dropped now

@@ -9,6 +9,7 @@
 //! Reading order: `event` (the vocabulary), `apply` (dispatch), then by noun.
 
 mod apply;
+mod askers;
 mod claiming;
 mod commit;
 pub mod event;

@@ -236,8 +236,8 @@ impl Storm {
     fn with_lease(&mut self, act: fn(&mut Self, u64, u64)) {
         let leases: Vec<_> = self.world.promises.keys().copied().collect();
         let Some(lease) = self.random.pick(&leases) else { return };
-        let owner = self.world.promises[&lease].member;
-        let member = if self.random.one_in(10) { self.member() } else { Some(owner) };
+        let askers: Vec<_> = self.world.promises[&lease].askers.iter().copied().collect();
+        let member = if self.random.one_in(10) { self.member() } else { self.random.pick(&askers) };
         if let Some(member) = member.filter(|member| self.world.clients.contains_key(member)) {
             act(self, member, lease);
         }
@@ -270,7 +270,7 @@ impl Storm {
         let client = &self.world.clients[&member];
         let (pid, maps) = (client.pid, client.maps);
         let join = client.token.clone().into();
-        let ours = self.world.promises.iter().filter(|(_, promise)| promise.member == member);
+        let ours = self.world.promises.iter().filter(|(_, promise)| promise.askers.contains(&member));
         let held: Vec<_> = ours.map(|(lease, _)| *lease).collect();
         let held = held.into_iter().filter(|_| self.random.one_in(2)).collect();
         let request = wire::OpenSessionRequest { join, held, ..open_of(&client.tenant, &client.name) };
