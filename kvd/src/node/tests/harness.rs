@@ -72,6 +72,8 @@ pub(super) struct World {
     pub(super) numa_nodes: BTreeMap<(bool, SegmentId), Option<u32>>,
     pub(super) clients: BTreeMap<MemberId, Client>,
     pub(super) promises: BTreeMap<u64, Promise>,
+    /// As they were before a member came back, in case it is refused.
+    before_opening: BTreeMap<u64, Promise>,
     pub(super) closed: BTreeSet<MemberId>,
     pub(super) answers: Vec<(u64, super::super::event::Answer)>,
     pub(super) ready: Vec<(MemberId, wire::Ready)>,
@@ -205,6 +207,7 @@ impl World {
             numa_nodes: BTreeMap::new(),
             clients: BTreeMap::new(),
             promises: BTreeMap::new(),
+            before_opening: BTreeMap::new(),
             closed: BTreeSet::new(),
             answers: Vec::new(),
             ready: Vec::new(),
@@ -324,7 +327,10 @@ impl World {
                 client.name = request.member.clone();
                 opened.segments.iter().for_each(|segment| self.check_announced(member, segment.segment));
             }
-            (Ask::OpenSession(_), Reply::Error(_)) => _ = self.clients.remove(&member),
+            (Ask::OpenSession(_), Reply::Error(_)) => {
+                self.clients.remove(&member);
+                self.promises = std::mem::take(&mut self.before_opening);
+            }
             (Ask::Commit(request), Reply::Commit(_)) => {
                 let promise = self.promises.get_mut(&request.lease);
                 promise.expect("what is committed was promised").askers.insert(member);
@@ -443,7 +449,7 @@ impl World {
             connected: true,
         };
         self.clients.insert(member, client);
-        let before = self.promises.clone();
+        self.before_opening = self.promises.clone();
         // promises held by the member that comes back are its word; it gave up its share of the others
         if let Some(old) = self.comes_back(pid, &request) {
             self.promises.retain(|lease, promise| {
@@ -457,10 +463,7 @@ impl World {
         self.apply(Event::Open { member, request_id: member, pid, maps, token, request });
         match self.replies.remove(&(member, member)).expect("an answer") {
             Reply::SessionOpened(_) => Ok(member),
-            Reply::Error(error) => {
-                self.promises = before;
-                Err(error.into())
-            }
+            Reply::Error(error) => Err(error.into()),
             other => panic!("{other:?}"),
         }
     }
