@@ -20,6 +20,7 @@ mod lease;
 mod matching;
 mod memory;
 mod movement;
+mod order;
 mod purge;
 mod recovery;
 mod search;

@@ -592,6 +592,16 @@ impl World {
     }
 
     pub(super) fn space_of(&mut self, member: MemberId, model: &str, layout: Layout) -> u32 {
+        self.space_with(member, model, layout, IdScheme::Tokens)
+    }
+
+    pub(super) fn space_with(
+        &mut self,
+        member: MemberId,
+        model: &str,
+        layout: Layout,
+        id_scheme: IdScheme,
+    ) -> u32 {
         let tenant = self.clients[&member].tenant.clone();
         let space = Space {
             tenant: tenant.clone(),
@@ -599,7 +609,7 @@ impl World {
             revision: b"r1".to_vec(),
             epoch: 0,
             layout,
-            id_scheme: IdScheme::Tokens,
+            id_scheme,
         };
         let request = wire::RegisterSpaceRequest { session: 0, space: Some(space.to_wire()) };
         match self.ask(member, Ask::RegisterSpace(request)).expect("a space") {

@@ -13,6 +13,7 @@ mod leases;
 mod matching;
 mod movement;
 mod numa;
+mod order;
 mod purge;
 mod seeking;
 mod sessions;
