@@ -145,7 +145,8 @@ impl SpaceHandle {
         Match::new(self, chain, skip_blocks, reply, incarnation, from)
     }
 
-    /// Reserves slots for the blocks of `chain` that follow `parent` at `depth`; waits up to `wait` for space.
+    /// Reserves slots for the blocks of `chain` that follow `parent` at `depth`; waits up to `wait` for space. Members of the
+    /// session that ask with the same key and chain are given the same slots, to commit their parts of them each.
     pub async fn reserve(
         &self,
         request_key: &[u8],
