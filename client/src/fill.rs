@@ -1,6 +1,7 @@
 //! A reservation being filled: slots that are ours until committed.
 //!
-//! Invariants: only granted blocks can be written; dropping a fill gives its uncommitted slots back.
+//! Invariants: only granted blocks can be written; dropping a fill says that this member writes no more, and its uncommitted
+//! slots go back when every member that shares them has said so.
 
 use crate::session::{Inner, unexpected};
 use crate::space::SpaceHandle;

@@ -46,6 +46,7 @@ mod connection;
 mod fill;
 pub mod grpc;
 mod lease;
+pub mod revision;
 mod session;
 mod space;
 pub mod transport;

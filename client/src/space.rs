@@ -41,6 +41,24 @@ fn to_ms(duration: Duration) -> u32 {
     duration.as_millis().try_into().unwrap_or(u32::MAX)
 }
 
+/// All of it but the space's number.
+fn reserve_request(
+    request_key: &[u8],
+    parent: BlockId,
+    depth: u32,
+    chain: &Chain,
+    wait: Duration,
+) -> wire::ReserveRequest {
+    wire::ReserveRequest {
+        request_key: request_key.to_vec().into(),
+        parent: parent.0.to_vec().into(),
+        depth,
+        chain: chain.to_packed().into(),
+        wait_ms: to_ms(wait),
+        ..wire::ReserveRequest::default()
+    }
+}
+
 /// A registered space of a session.
 #[derive(Clone)]
 pub struct SpaceHandle {
@@ -127,7 +145,8 @@ impl SpaceHandle {
         Match::new(self, chain, skip_blocks, reply, incarnation, from)
     }
 
-    /// Reserves slots for the blocks of `chain` that follow `parent` at `depth`; waits up to `wait` for space.
+    /// Reserves slots for the blocks of `chain` that follow `parent` at `depth`; waits up to `wait` for space. Members of the
+    /// session that ask with the same key and chain are given the same slots, to commit their parts of them each.
     pub async fn reserve(
         &self,
         request_key: &[u8],
@@ -136,7 +155,21 @@ impl SpaceHandle {
         chain: &Chain,
         wait: Duration,
     ) -> Result<Fill, Error> {
-        self.reserved(request_key, parent, depth, chain, wait, None).await
+        let request = reserve_request(request_key, parent, depth, chain, wait);
+        self.reserved(request).await
+    }
+
+    /// As `reserve`, of ids without an order between them: keys of a store, each the only one after `root`. For spaces of scheme
+    /// `named`; the same keys may come again in any order, and any number of them, but none twice in one call.
+    pub async fn reserve_apart(
+        &self,
+        request_key: &[u8],
+        root: BlockId,
+        chain: &Chain,
+        wait: Duration,
+    ) -> Result<Fill, Error> {
+        let request = reserve_request(request_key, root, 0, chain, wait);
+        self.reserved(wire::ReserveRequest { apart: true, ..request }).await
     }
 
     /// As `reserve`; what is filled, or is there, is kept for whoever claims it (`match_claimed`), whatever becomes of this session.
@@ -150,36 +183,21 @@ impl SpaceHandle {
         chain: &Chain,
         wait: Duration,
     ) -> Result<Fill, Error> {
-        self.reserved(request_key, parent, depth, chain, wait, Some(hand_off)).await
+        let with_tail = hand_off.blocks == depth.saturating_add(chain.ids().len() as u32);
+        let request = reserve_request(request_key, parent, depth, chain, wait);
+        let kept = wire::HandOff {
+            key: hand_off.key.clone().into(),
+            ttl_ms: to_ms(hand_off.ttl),
+            blocks: hand_off.blocks,
+        };
+        let tail_tokens = if with_tail { hand_off.tail_tokens } else { 0 };
+        self.reserved(wire::ReserveRequest { tail_tokens, hand_off: Some(kept), ..request }).await
     }
 
-    async fn reserved(
-        &self,
-        request_key: &[u8],
-        parent: BlockId,
-        depth: u32,
-        chain: &Chain,
-        wait: Duration,
-        hand_off: Option<&HandOff>,
-    ) -> Result<Fill, Error> {
-        let ends = depth.saturating_add(chain.ids().len() as u32);
-        let with_tail = hand_off.filter(|hand_off| hand_off.blocks == ends);
+    async fn reserved(&self, request: wire::ReserveRequest) -> Result<Fill, Error> {
         let inner = &self.session.inner;
-        let incarnation = inner.incarnation();
-        let request = wire::ReserveRequest {
-            space: self.id().await?,
-            request_key: request_key.to_vec().into(),
-            parent: parent.0.to_vec().into(),
-            depth,
-            chain: chain.to_packed().into(),
-            tail_tokens: with_tail.map_or(0, |hand_off| hand_off.tail_tokens),
-            wait_ms: to_ms(wait),
-            hand_off: hand_off.map(|hand_off| wire::HandOff {
-                key: hand_off.key.clone().into(),
-                ttl_ms: to_ms(hand_off.ttl),
-                blocks: hand_off.blocks,
-            }),
-        };
+        let incarnation = inner.incarnation(); // before the number that it gives meaning
+        let request = wire::ReserveRequest { space: self.id().await?, ..request };
         let Answer::Reserve(reply) = inner.call_of(incarnation, Ask::Reserve(request)).await? else {
             return Err(unexpected());
         };

@@ -419,7 +419,7 @@ impl Space {
         let (parent, hand_off) = (chain.parent(first), hand_off.map(|hand_off| hand_off.of(chain)));
         Ok(async move {
             match hand_off {
-                _ if apart => handle.reserve(&key, parent, 0, &asked, wait).await,
+                _ if apart => handle.reserve_apart(&key, parent, &asked, wait).await,
                 Some(hand_off) => handle.reserve_for(&hand_off, &key, parent, first, &asked, wait).await,
                 None => handle.reserve(&key, parent, first, &asked, wait).await,
             }

@@ -2,6 +2,7 @@
 //!
 //! Invariants: a request that names anything wrong changes nothing; a block is shown when its last part of its last group
 //! is committed under a lease that still stands; it is demoted only after its checksums are known.
+//! Whoever commits by a lease shares it from then on: it has those slots in its hands, so their memory waits for it (law 2).
 
 use super::Node;
 use super::event::{Effect, MemberId};
@@ -27,6 +28,7 @@ impl Node {
         let space = lease.space;
         let filled = self.check_commit(request)?;
         let id = request.lease;
+        self.join_lease(id, member);
         let mut whole = Vec::new();
         for (at, parts) in filled {
             let count = self.part_count(space, self.leases.get(id).expect("open").items[at].group);

@@ -1,4 +1,4 @@
-//! Reserve: who fills a block, and where. What becomes of it: `commit`.
+//! Reserve: who fills a block, and where. What ids it may name: `order`. What becomes of it: `commit`.
 //!
 //! Invariants: one filler a block at a time, whoever asks second hears BUSY; a block is visible only when every part of
 //! every group is filled and committed under a lease that still stood; a reservation waits for space only as long as it
@@ -9,9 +9,10 @@ use super::event::{Effect, MemberId};
 use super::hand_off::Wish;
 use super::lease::{Item, ItemState, NewLease, PartSet, RequestKind};
 use super::matching::{check_key, runs};
+use super::order::Order;
 use kvd_proto::limits::RESERVE_WAIT_MS_MAX;
 use kvd_proto::wire::{self, ReserveState, Tier, node_frame::Body as Reply};
-use kvd_proto::{BlockId, Chain, Code, Error};
+use kvd_proto::{BlockId, Chain, Error};
 use kvd_tiers::catalog::{Key, Mark, NewEntry};
 use std::collections::VecDeque;
 
@@ -35,8 +36,7 @@ pub(super) struct Wanted {
     request_id: u64,
     pub(super) space: u16,
     key: Vec<u8>,
-    parent: BlockId,
-    pub(super) depth: u32,
+    pub(super) order: Order,
     pub(super) chain: Vec<BlockId>,
     /// Of the last block, if it is no whole one.
     tail_tokens: u32,
@@ -74,9 +74,10 @@ impl Node {
             &wanted.key,
             wanted.space,
             &wanted.chain,
-            wanted.depth,
+            wanted.order.depth,
         );
         if let Some(known) = known {
+            self.join_lease(known, member);
             return Ok(Some(self.reserve_reply(known)));
         }
         self.counters.reserve_requests += 1;
@@ -119,22 +120,15 @@ impl Node {
         let space = self.space_of(member, request.space)?;
         let chain = Chain::from_packed("chain", &request.chain)?;
         check_key(&request.request_key)?;
-        let parent = BlockId::from_slice("parent", &request.parent)?;
         let hand_off = self.check_hand_off(space, request)?;
-        let depth_end = request.depth.checked_add(chain.ids().len() as u32);
-        depth_end.ok_or_else(|| {
-            Error::invalid("depth", format!("{}", request.depth), "count the blocks before the first")
-        })?;
-        self.check_order(space, parent, request.depth, chain.ids())?;
-        self.check_tails(space, parent, request.tail_tokens, chain.ids())?;
+        let order = self.check_order(space, request, chain.ids())?;
         let wait_us = u64::from(request.wait_ms.min(RESERVE_WAIT_MS_MAX)) * 1000;
         Ok(Wanted {
             member,
             request_id,
             space,
             key: request.request_key.to_vec(),
-            parent,
-            depth: request.depth,
+            order,
             chain: chain.ids().to_vec(),
             tail_tokens: request.tail_tokens,
             hand_off,
@@ -143,48 +137,6 @@ impl Node {
             tried_us: self.now_us,
             needs: 0,
         })
-    }
-
-    /// An id names its prefix: where the catalog knows it, parent and depth must be the same.
-    fn check_order(&self, space: u16, parent: BlockId, depth: u32, chain: &[BlockId]) -> Result<(), Error> {
-        let mut expected = parent;
-        for (at, id) in chain.iter().enumerate() {
-            if let Some(handle) = self.catalog.find(&Key { space, group: 0, id: *id }) {
-                let entry = self.catalog.get(handle);
-                if entry.parent() != expected || entry.depth() != depth + at as u32 {
-                    return Err(Error::new(
-                        Code::ChainOrder,
-                        "chain",
-                        format!(
-                            "block {id} at position {at} is known at depth {} after {}, not at {} after {expected}",
-                            entry.depth(),
-                            entry.parent(),
-                            depth + at as u32
-                        ),
-                        "send the chain in prompt order, with the parent and depth of its first block",
-                    ));
-                }
-            }
-            expected = *id;
-        }
-        Ok(())
-    }
-
-    /// A tail is nobody's parent, and no whole block.
-    fn check_tails(&self, space: u16, parent: BlockId, tail: u32, chain: &[BlockId]) -> Result<(), Error> {
-        let whole = self.spaces[usize::from(space)].space.layout.block_tokens();
-        let last = if tail == 0 { whole } else { tail };
-        let given = |at: usize| if at == chain.len() { last } else { whole };
-        for (at, id) in std::iter::once(&parent).chain(chain).enumerate() {
-            let known = self.catalog.find(&Key { space, group: 0, id: *id });
-            let tokens = known.map_or(given(at), |handle| self.catalog.get(handle).tokens());
-            if tokens != given(at) {
-                let message = format!("block {id} is known with {tokens} tokens, not {}", given(at));
-                let fix = "hash a tail as a tail, and let nothing follow it";
-                return Err(Error::new(Code::ChainOrder, "chain", message, fix));
-            }
-        }
-        Ok(())
     }
 
     fn any_opening(&self, space: u16) -> bool {
@@ -238,9 +190,10 @@ impl Node {
         let session = self.sessions.of(wanted.member)?;
         let (space, chain) = (wanted.space, &wanted.chain);
         if let Some(known) =
-            self.same_question(session, RequestKind::Reserve, &wanted.key, space, chain, wanted.depth)
+            self.same_question(session, RequestKind::Reserve, &wanted.key, space, chain, wanted.order.depth)
         {
-            return Ok(Tried::Answer(self.reserve_reply(known))); // another member waited for it too
+            self.join_lease(known, wanted.member); // another member waited for it too
+            return Ok(Tried::Answer(self.reserve_reply(known)));
         }
         let budget = self.lease_budget(session)?;
         // waiting is for demotions to end; where there are none, what goes is dropped now
@@ -251,7 +204,7 @@ impl Node {
         let record = self.hand_off_for(wanted, session);
         let taken = self.take_blocks(wanted, drop, budget, record.is_some());
         self.count_states(&taken.0);
-        let handed_off = record.is_some_and(|id| self.hold_chain(id, space, wanted.depth, chain));
+        let handed_off = record.is_some_and(|id| self.hold_chain(id, space, wanted.order.depth, chain));
         Ok(Tried::Answer(self.grant(wanted, session, taken, handed_off)))
     }
 
@@ -283,20 +236,19 @@ impl Node {
         let groups = self.spaces[usize::from(wanted.space)].pools.len() as u8;
         let mut states = Vec::with_capacity(wanted.chain.len());
         let (mut items, mut bytes, mut full) = (Vec::new(), 0, false);
-        let mut parent = wanted.parent;
         let near = self.sessions.memory_node(wanted.member);
         let whole = self.spaces[usize::from(wanted.space)].space.layout.block_tokens();
         for (at, id) in wanted.chain.iter().enumerate() {
             let is_tail = wanted.tail_tokens != 0 && at + 1 == wanted.chain.len();
             full |= is_tail && !handed_off;
-            let before = std::mem::replace(&mut parent, *id);
             let mut state = self.reserve_state(wanted.space, groups, *id);
             if state == ReserveState::Granted && !full {
+                let (parent, depth) = wanted.order.place(&wanted.chain, at);
                 let place = Place {
                     block: at as u32,
                     id: *id,
-                    parent: before,
-                    depth: wanted.depth + at as u32,
+                    parent,
+                    depth,
                     tokens: if is_tail { wanted.tail_tokens } else { whole },
                     near,
                 };
@@ -341,7 +293,7 @@ impl Node {
             key: wanted.key.clone(),
             space: wanted.space,
             chain: wanted.chain.clone(),
-            skip_blocks: wanted.depth,
+            skip_blocks: wanted.order.depth,
             states,
             handed_off,
             items,

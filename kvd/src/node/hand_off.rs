@@ -184,7 +184,7 @@ impl Node {
         let fits = self.hand_offs.bytes + bytes <= self.config.dram_bytes / HELD_SHARE;
         let mut known = self.hand_offs.of(&name).map(|(id, record)| (id, record.state));
         if let Some((id, State::Over)) = known {
-            if wanted.depth != 0 {
+            if wanted.order.depth != 0 {
                 return None; // what came before is not held any more
             }
             self.hand_offs.forget(id);
@@ -198,8 +198,8 @@ impl Node {
             return None;
         }
         let ends_us = self.now_us + wish.ttl_us;
-        let id =
-            known.map_or_else(|| self.new_record(name, wish.blocks, wanted.depth, ends_us), |(id, _)| id);
+        let id = known
+            .map_or_else(|| self.new_record(name, wish.blocks, wanted.order.depth, ends_us), |(id, _)| id);
         self.hand_offs.ends_at(id, ends_us);
         self.hand_offs.records.get_mut(&id).expect("a record").filler = session;
         Some(id)

@@ -1,8 +1,9 @@
 //! Leases: the right to read, or fill, given slots until released; limited in bytes and time.
 //!
 //! Invariants: a lease's end never frees memory (law 2): it stops new reads and fills, and its slots stay where they are,
-//! counted as quarantined, until it is released or its processes are gone. The bytes of open and ended leases together
-//! are limited per session, so quarantine is too.
+//! counted as quarantined, until everybody who shares it has released it or is gone. The bytes of open and ended leases
+//! together are limited per session, so quarantine is too.
+//! Leaves to others: who shares a lease, and which of them are done (`askers`).
 
 use super::Node;
 use super::event::MemberId;
@@ -96,8 +97,8 @@ impl PartSet {
 
 pub(super) struct Lease {
     pub(super) session: SessionId,
-    pub(super) member: MemberId,
-    /// Members that were given it: who asks the same question waits for the same loads.
+    /// Members that were given it and are not done: never none. Who asks the same question waits for the same loads, and fills
+    /// the same slots.
     pub(super) askers: BTreeSet<MemberId>,
     pub(super) kind: RequestKind,
     key: Vec<u8>,
@@ -197,11 +198,6 @@ impl Leases {
 }
 
 impl Node {
-    pub(super) fn leases_of(&self, session: SessionId, member: MemberId) -> Vec<LeaseId> {
-        let of_member = |lease: &&LeaseId| self.leases.leases[*lease].member == member;
-        self.sessions.get(session).leases.iter().filter(of_member).copied().collect()
-    }
-
     /// Bytes the session may still lease, or why not one lease more.
     pub(super) fn lease_budget(&self, session: SessionId) -> Result<u64, Error> {
         let state = self.sessions.get(session);
@@ -231,7 +227,6 @@ impl Node {
         self.leases.by_end.insert((ends_us, id));
         let lease = Lease {
             session: new.session,
-            member: new.member,
             askers: BTreeSet::from([new.member]),
             kind: new.kind,
             key: new.key,
@@ -292,18 +287,6 @@ impl Node {
         Ok(found)
     }
 
-    pub(super) fn release(
-        &mut self,
-        member: MemberId,
-        request: &wire::ReleaseRequest,
-    ) -> Result<wire::ReleaseReply, Error> {
-        let session = self.sessions.of(member)?;
-        let found = self.leases.get(request.lease).filter(|found| found.session == session);
-        found.ok_or_else(|| unknown_lease(request.lease))?;
-        self.release_lease(request.lease);
-        Ok(wire::ReleaseReply {})
-    }
-
     /// Nobody reads or fills by this lease any more: what it held is free.
     pub(super) fn release_lease(&mut self, id: LeaseId) {
         let lease = self.leases.leases.remove(&id).expect("a lease is released once");
@@ -343,6 +326,7 @@ impl Node {
             return;
         }
         let lease = self.leases.leases.get_mut(&id).expect("an open lease");
+        assert!(!lease.askers.is_empty(), "a lease that stands is somebody's");
         if std::mem::replace(&mut lease.ended, true) {
             return;
         }
@@ -468,7 +452,7 @@ pub(super) fn unknown_lease(lease: LeaseId) -> Error {
     Error::new(
         Code::UnknownLease,
         "lease",
-        format!("lease {lease} was never granted to this session, or is released"),
+        format!("lease {lease} was never granted to this member, or is released"),
         "match or reserve again",
     )
 }

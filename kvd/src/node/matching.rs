@@ -129,7 +129,7 @@ impl Node {
         let key = &request.request_key[..];
         let known = self.same_question(session, RequestKind::Match, key, space, chain.ids(), skip as u32);
         if let Some(known) = known {
-            self.leases.get_mut(known).expect("a lease just found").askers.insert(member);
+            self.join_lease(known, member);
             return Ok(Matched::Reply(self.match_reply(known, request)));
         }
         let budget = self.lease_budget(session)?;

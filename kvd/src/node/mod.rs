@@ -9,6 +9,7 @@
 //! Reading order: `event` (the vocabulary), `apply` (dispatch), then by noun.
 
 mod apply;
+mod askers;
 mod claiming;
 mod commit;
 pub mod event;
@@ -19,6 +20,7 @@ mod lease;
 mod matching;
 mod memory;
 mod movement;
+mod order;
 mod purge;
 mod recovery;
 mod search;

@@ -186,8 +186,8 @@ impl Node {
         session.filter(|session| self.sessions.get(*session).tenant == tenant).ok_or_else(unknown_session)
     }
 
-    /// A member that comes back after a lost socket takes its old self's place, its leases with it; those it no longer
-    /// holds go. A process without a number is never known again: it may be another one.
+    /// A member that comes back after a lost socket takes its old self's place, its leases with it; it has no share in those
+    /// it no longer holds. A process without a number is never known again: it may be another one.
     fn replace_member(&mut self, member: MemberId, held: &[LeaseId]) {
         let new = &self.sessions.members[&member];
         let session = new.session;
@@ -198,26 +198,7 @@ impl Node {
         let Some(old) = self.sessions.get(session).members.iter().find(same).copied() else { return };
         self.sessions.members.remove(&old);
         self.sessions.get_mut(session).members.remove(&old);
-        let alone = self.sessions.get(session).members.len() == 1;
-        let held: BTreeSet<_> = held.iter().collect();
-        // it may be waiting for others' leases too
-        for lease in self.sessions.get(session).leases.clone() {
-            let askers = &mut self.leases.get_mut(lease).expect("a session's lease").askers;
-            if askers.remove(&old) {
-                askers.insert(member);
-            }
-        }
-        for lease in self.leases_of(session, old) {
-            self.leases.get_mut(lease).expect("a session's lease").member = member;
-            if held.contains(&lease) {
-                continue;
-            }
-            if alone || !self.leases.is_fill(lease) {
-                self.release_lease(lease); // its word
-            } else {
-                self.end_lease(lease); // other ranks may be writing their parts: quarantine
-            }
-        }
+        self.take_over_leases(session, old, member, &held.iter().copied().collect());
         self.out.push(Effect::Close { member: old });
     }
 
@@ -352,19 +333,14 @@ impl Node {
         self.end_member(member, "closed");
     }
 
-    /// The member touches nothing any more. Its open fills are aborted; what others of its session may be reading by its
-    /// leases, or writing, stays theirs until they release it, or all are gone.
+    /// The member touches nothing any more. Its open fills are aborted; what others of its session asked for too, and may
+    /// be reading or writing, stays theirs until they release it or are gone.
     fn end_member(&mut self, member: MemberId, why: &str) {
         let Some(gone) = self.sessions.members.remove(&member) else { return };
         let session = gone.session;
         self.sessions.get_mut(session).members.remove(&member);
-        if !self.sessions.get(session).members.is_empty() {
-            let mut fills = self.leases_of(session, member);
-            fills.retain(|lease| self.leases.is_fill(*lease));
-            fills.into_iter().for_each(|lease| self.end_lease(lease));
-        } else {
-            let leases: Vec<_> = self.sessions.get(session).leases.iter().copied().collect();
-            leases.into_iter().for_each(|lease| self.release_lease(lease));
+        self.abandon_leases(session, member);
+        if self.sessions.get(session).members.is_empty() {
             let ended = self.sessions.sessions.remove(&session).expect("it was there");
             assert!(ended.leases.is_empty() && ended.leased_bytes == 0, "a session ends without leases");
             self.sessions.by_token.remove(&ended.token);

@@ -23,6 +23,7 @@ mod kvctl_top;
 mod lost_socket;
 mod metrics;
 mod peers;
+mod ranks;
 mod raw;
 mod refusals;
 mod restart;

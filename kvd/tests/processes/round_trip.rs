@@ -2,11 +2,11 @@
 
 use crate::content;
 use crate::daemon::{Daemon, MIB, Setup};
-use crate::engine::{BLOCK_BYTES, Engine, PART_BYTES, fill_all, read_all};
+use crate::engine::{BLOCK_BYTES, Engine, PART_BYTES, fill_all, read_all, root};
 use crate::victim::Victim;
 use crate::wait::{DEADLINE, until, within};
 use kvd_client::{ReserveState, Tier};
-use kvd_proto::BlockId;
+use kvd_proto::{BlockId, Code};
 
 #[tokio::test]
 async fn copied_and_in_place_every_byte_is_the_same() {
@@ -80,6 +80,29 @@ async fn two_processes_fill_the_parts_of_one_block() {
     assert_eq!(rank.tell("commit-parts 1 3"), "committed 3");
     assert_eq!(engine.get(&names).await, 3);
     drop(fill);
+    daemon.is_well().await;
+}
+
+/// A store's keys have no order: as a chain, the second time would be refused.
+#[tokio::test]
+async fn keys_that_stand_apart_come_in_any_order() {
+    let mut daemon = Daemon::start(&Setup::default()).await;
+    let engine = Engine::open(&daemon.socket()).await;
+    let root = root(&engine.space.fingerprint());
+    let names: Vec<u64> = (0..64).collect();
+    let mut again: Vec<u64> = (32..96).rev().collect();
+    for (names, stored) in [(&names, 64), (&again, 32)] {
+        let chain = engine.chain(names);
+        let fill = within("reserve", engine.space.reserve_apart(b"", root, &chain, DEADLINE)).await.unwrap();
+        assert_eq!(fill.granted().len(), stored);
+        fill_all(&fill, names);
+        assert_eq!(within("commit", fill.commit()).await, Ok(stored as u32));
+    }
+    again.extend(0..32);
+    assert_eq!(engine.get(&again).await, 96);
+    let chain = engine.chain(&names[..2]);
+    let refused = engine.space.reserve(b"", root, 0, &chain, DEADLINE).await.err().map(|error| error.code);
+    assert_eq!(refused, Some(Code::ChainOrder), "in order, the second would follow the first");
     daemon.is_well().await;
 }
 

@@ -18,6 +18,7 @@ impl World {
         self.check_published();
         self.check_slots();
         self.check_leases();
+        self.check_shares();
         self.check_promises();
         self.check_capacity();
         self.check_pins();
@@ -91,6 +92,9 @@ impl World {
         for lease in self.node.leases.leases.values() {
             bytes += lease.bytes;
             *by_session.entry(lease.session).or_default() += lease.bytes;
+            assert!(!lease.askers.is_empty(), "a lease that stands is somebody's");
+            let ours = |asker| self.node.sessions.of(asker).ok() == Some(lease.session);
+            assert!(lease.askers.iter().all(|asker| ours(*asker)), "{:?} share a lease", lease.askers);
             for item in &lease.items {
                 if matches!(item.state, ItemState::Ready | ItemState::Loading | ItemState::Filling(_)) {
                     *held.entry(item.handle).or_default() += 1;
@@ -108,6 +112,14 @@ impl World {
             assert_eq!(entry.leases(), held.remove(&handle).unwrap_or(0), "{entry:?}");
         }
         assert!(held.is_empty(), "leases on nothing: {held:?}");
+    }
+
+    /// Who shares a lease is who was given it and has not let go, as the clients themselves remember it.
+    fn check_shares(&self) {
+        for (id, lease) in &self.node.leases.leases {
+            let Some(promise) = self.promises.get(id) else { continue }; // its reply is on its way
+            assert_eq!(promise.askers, lease.askers, "lease {id}");
+        }
     }
 
     /// Law 2 from outside: what a process that maps memory was promised stays what it was until it lets go.

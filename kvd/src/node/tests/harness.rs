@@ -35,10 +35,11 @@ pub(super) struct Published {
     pub(super) header: SlotHeader,
 }
 
-/// What a lease lets its holder touch, as the holder understood it.
+/// What a lease lets its holders touch, as they understood it.
 #[derive(Clone)]
 pub(super) struct Promise {
-    pub(super) member: MemberId,
+    /// Those who were given it, or committed by it, and have not let go.
+    pub(super) askers: BTreeSet<MemberId>,
     pub(super) session: u64,
     pub(super) fill: bool,
     pub(super) space: u32,
@@ -71,6 +72,8 @@ pub(super) struct World {
     pub(super) numa_nodes: BTreeMap<(bool, SegmentId), Option<u32>>,
     pub(super) clients: BTreeMap<MemberId, Client>,
     pub(super) promises: BTreeMap<u64, Promise>,
+    /// As they were before a member came back, in case it is refused.
+    before_opening: BTreeMap<u64, Promise>,
     pub(super) closed: BTreeSet<MemberId>,
     pub(super) answers: Vec<(u64, super::super::event::Answer)>,
     pub(super) ready: Vec<(MemberId, wire::Ready)>,
@@ -204,6 +207,7 @@ impl World {
             numa_nodes: BTreeMap::new(),
             clients: BTreeMap::new(),
             promises: BTreeMap::new(),
+            before_opening: BTreeMap::new(),
             closed: BTreeSet::new(),
             answers: Vec::new(),
             ready: Vec::new(),
@@ -323,7 +327,14 @@ impl World {
                 client.name = request.member.clone();
                 opened.segments.iter().for_each(|segment| self.check_announced(member, segment.segment));
             }
-            (Ask::OpenSession(_), Reply::Error(_)) => _ = self.clients.remove(&member),
+            (Ask::OpenSession(_), Reply::Error(_)) => {
+                self.clients.remove(&member);
+                self.promises = std::mem::take(&mut self.before_opening);
+            }
+            (Ask::Commit(request), Reply::Commit(_)) => {
+                let promise = self.promises.get_mut(&request.lease);
+                promise.expect("what is committed was promised").askers.insert(member);
+            }
             _ => {}
         }
         self.replies.insert((member, frame.request_id), body);
@@ -362,15 +373,16 @@ impl World {
                 assert!(before.is_none(), "block {block} comes twice");
             }
         }
-        if let Some(known) = self.promises.get(&lease) {
+        if let Some(known) = self.promises.get_mut(&lease) {
             assert!(known.chain == chain && known.fill == fill, "one lease for two questions");
             for (place, (slot, _)) in &slots {
                 assert_eq!(known.slots[place].0, *slot, "the same lease names another slot");
             }
+            known.askers.insert(member);
             return;
         }
-        let session = self.clients[&member].session;
-        self.promises.insert(lease, Promise { member, session, fill, space, chain, slots });
+        let (askers, session) = (BTreeSet::from([member]), self.clients[&member].session);
+        self.promises.insert(lease, Promise { askers, session, fill, space, chain, slots });
     }
 
     fn told_ready(&mut self, member: MemberId, ready: &wire::Ready) {
@@ -437,24 +449,21 @@ impl World {
             connected: true,
         };
         self.clients.insert(member, client);
-        let before = self.promises.clone();
-        // promises held by the member that comes back are its word; the others it gave up
+        self.before_opening = self.promises.clone();
+        // promises held by the member that comes back are its word; it gave up its share of the others
         if let Some(old) = self.comes_back(pid, &request) {
-            let alone = self.clients.values().filter(|client| client.token == request.join).count() == 1;
             self.promises.retain(|lease, promise| {
-                promise.member != old || (promise.fill && !alone) || request.held.contains(lease)
+                if promise.askers.remove(&old) && request.held.contains(lease) {
+                    promise.askers.insert(member);
+                }
+                !promise.askers.is_empty()
             });
-            let held = self.promises.values_mut().filter(|promise| promise.member == old);
-            held.for_each(|promise| promise.member = member);
         }
         self.asked.insert((member, member), Ask::OpenSession(request.clone()));
         self.apply(Event::Open { member, request_id: member, pid, maps, token, request });
         match self.replies.remove(&(member, member)).expect("an answer") {
             Reply::SessionOpened(_) => Ok(member),
-            Reply::Error(error) => {
-                self.promises = before;
-                Err(error.into())
-            }
+            Reply::Error(error) => Err(error.into()),
             other => panic!("{other:?}"),
         }
     }
@@ -496,9 +505,7 @@ impl World {
         self.last += 1;
         let request_id = self.last;
         match &body {
-            Ask::Release(release) if self.same_session(member, release.lease) => {
-                self.promises.remove(&release.lease);
-            }
+            Ask::Release(release) => self.let_go(member, release.lease),
             Ask::CloseSession(_) => self.gone(member),
             Ask::Commit(_) => self.fill_all(member),
             _ => {}
@@ -519,9 +526,16 @@ impl World {
         self.try_ask(member, body).expect("an answer at once")
     }
 
-    fn same_session(&self, member: MemberId, lease: u64) -> bool {
-        let session = self.clients.get(&member).map(|client| client.session);
-        self.promises.get(&lease).is_some_and(|promise| Some(promise.session) == session)
+    /// It touches nothing of the lease any more; nor does anybody if all of it is committed.
+    fn let_go(&mut self, member: MemberId, lease: u64) {
+        let Some(promise) = self.promises.get_mut(&lease) else { return };
+        let shared = promise.askers.remove(&member);
+        let places = promise.slots.keys().copied().collect::<Vec<_>>();
+        let alone = promise.askers.is_empty();
+        let done = || places.iter().all(|(block, group)| self.committed(lease, *block, *group));
+        if alone || (shared && self.promises[&lease].fill && done()) {
+            self.promises.remove(&lease);
+        }
     }
 
     /// Whoever commits has written what it was granted.
@@ -568,15 +582,26 @@ impl World {
         self.apply(Event::ProcessGone { member });
     }
 
-    /// Its process touches nothing any more; with the last of its session, nobody touches what the session was promised.
+    /// Its process touches nothing any more.
     fn gone(&mut self, member: MemberId) {
-        let Some(client) = self.clients.remove(&member) else { return };
-        if !self.clients.values().any(|other| other.session == client.session) {
-            self.promises.retain(|_, promise| promise.session != client.session);
-        }
+        self.clients.remove(&member);
+        self.promises.retain(|_, promise| {
+            promise.askers.remove(&member);
+            !promise.askers.is_empty()
+        });
     }
 
     pub(super) fn space_of(&mut self, member: MemberId, model: &str, layout: Layout) -> u32 {
+        self.space_with(member, model, layout, IdScheme::Tokens)
+    }
+
+    pub(super) fn space_with(
+        &mut self,
+        member: MemberId,
+        model: &str,
+        layout: Layout,
+        id_scheme: IdScheme,
+    ) -> u32 {
         let tenant = self.clients[&member].tenant.clone();
         let space = Space {
             tenant: tenant.clone(),
@@ -584,7 +609,7 @@ impl World {
             revision: b"r1".to_vec(),
             epoch: 0,
             layout,
-            id_scheme: IdScheme::Tokens,
+            id_scheme,
         };
         let request = wire::RegisterSpaceRequest { session: 0, space: Some(space.to_wire()) };
         match self.ask(member, Ask::RegisterSpace(request)).expect("a space") {

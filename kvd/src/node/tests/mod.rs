@@ -4,6 +4,7 @@
 //! seeded `simulation`.
 //! Invariant: no test looks at the clock, a file or a socket.
 
+mod askers;
 mod checks;
 mod filling;
 mod hand_off;
@@ -12,6 +13,7 @@ mod leases;
 mod matching;
 mod movement;
 mod numa;
+mod order;
 mod purge;
 mod seeking;
 mod sessions;

@@ -150,17 +150,13 @@ fn a_dead_ranks_open_fills_are_aborted_and_nothing_else() {
     let mut world = World::new(config());
     let (first, space, chain) = started(&mut world);
     let second = world.join(first, "rank-1");
-    let read = world.matched(second, space, &chain).lease;
+    world.matched(second, space, &chain);
     let dead = world.reserve(second, reserve_of(space, "d", &ids(10..12), 0)).lease;
     let alive = world.reserve(first, reserve_of(space, "l", &ids(20..22), 0)).lease;
     world.kill(second);
-    assert_eq!(refused(world.ask(first, commit_of(dead, &[], &[]))).code, Code::LeaseEnded);
-    assert_eq!(world.quarantined(), 2, "other ranks may be filling their parts");
+    assert_eq!(refused(world.ask(first, commit_of(dead, &[], &[]))).code, Code::UnknownLease);
+    assert_eq!((world.node.leases.totals().0, world.quarantined()), (1, 0), "nobody else asked for them");
     assert_eq!(world.commit(first, alive), 2);
-    assert_eq!(world.node.catalog.iter().filter(|(_, entry)| entry.leases() > 0).count(), 3, "still read");
-    world.release(first, read); // any member may
-    world.release(first, dead);
-    assert_eq!(world.quarantined(), 0);
 }
 
 fn started(world: &mut World) -> (u64, u32, Vec<kvd_proto::BlockId>) {
@@ -216,11 +212,9 @@ fn a_member_comes_back_with_what_it_holds() {
     let request = OpenSessionRequest { join, held: vec![kept], ..open_of("a", "rank-1") };
     let again = world.try_open(true, pid, request).expect("back");
     assert!(world.closed.contains(&first));
-    let owner = |world: &World, lease| world.node.leases.get(lease).map(|lease| (lease.member, lease.ended));
-    assert_eq!(owner(&world, kept), Some((again, false)));
-    assert_eq!(owner(&world, given_up), None);
-    assert_eq!(owner(&world, fill), Some((again, true)), "other ranks may be writing their parts");
-    assert_eq!(world.quarantined(), 2);
+    assert_eq!(world.node.leases.get(kept).map(|lease| lease.askers.contains(&again)), Some(true));
+    assert!([given_up, fill].iter().all(|lease| world.node.leases.get(*lease).is_none()), "nobody else's");
+    assert_eq!(world.quarantined(), 0);
     world.kill(again);
     world.kill(member);
     assert_eq!((world.quarantined(), world.node.leases.totals()), (0, (0, 0)));

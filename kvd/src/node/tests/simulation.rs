@@ -5,11 +5,14 @@
 use super::super::NodeConfig;
 use super::super::event::{Event, MoveError, Question};
 use super::hand_off::{TAIL_TOKENS, handed_off};
-use super::harness::{World, commit_of, id, layout, open_of, packed, reserve_after, two_groups, with_nvme};
+use super::harness::{
+    Promise, World, commit_of, id, layout, open_of, packed, reserve_after, two_groups, with_nvme,
+};
 use kvd_proto::BlockId;
 use kvd_proto::wire::client_frame::Body as Ask;
 use kvd_proto::wire::node_frame::Body as Reply;
 use kvd_proto::wire::{self, HandOffState, purge_request::What};
+use std::collections::VecDeque;
 
 /// splitmix64.
 struct Random(u64);
@@ -36,9 +39,16 @@ impl Random {
     }
 }
 
+/// Questions that may be asked again by another member of the session.
+const ASKED_MAX: usize = 8;
+
 struct Storm {
     world: World,
     random: Random,
+    /// Session and question, the newest last.
+    asked: VecDeque<(u64, Ask)>,
+    /// Steps before which several members shared a read, and a fill.
+    shared: [u64; 2],
 }
 
 /// A prompt of one of six families that share their first blocks.
@@ -52,7 +62,7 @@ impl Storm {
     fn new(seed: u64, config: NodeConfig) -> Self {
         let mut world = World::new(config);
         world.opens_at_once = false;
-        Self { world, random: Random(seed) }
+        Self { world, random: Random(seed), asked: VecDeque::new(), shared: [0; 2] }
     }
 
     fn member(&mut self) -> Option<u64> {
@@ -73,6 +83,10 @@ impl Storm {
 
     fn step(&mut self) {
         self.world.now_us += self.random.below(3000);
+        for fill in [false, true] {
+            let shared = |promise: &Promise| promise.fill == fill && promise.askers.len() > 1;
+            self.shared[usize::from(fill)] += u64::from(self.world.promises.values().any(shared));
+        }
         match self.random.below(100) {
             0..5 => self.open(),
             5..30 => self.request(Self::reserve),
@@ -132,6 +146,19 @@ impl Storm {
         }
     }
 
+    /// Asks; or, as the members of one session do, what another member has asked lately.
+    fn begin_or_repeat(&mut self, member: u64, ask: Ask) {
+        let session = self.world.clients[&member].session;
+        let again: Vec<_> = (0..self.asked.len()).filter(|at| self.asked[*at].0 == session).collect();
+        let again = if self.random.one_in(3) { self.random.pick(&again) } else { None };
+        let ask = again.map_or(ask, |at| self.asked[at].1.clone());
+        self.asked.push_back((session, ask.clone()));
+        if self.asked.len() > ASKED_MAX {
+            self.asked.pop_front();
+        }
+        self.world.begin(member, ask);
+    }
+
     fn key(&mut self) -> Vec<u8> {
         if self.random.one_in(2) { Vec::new() } else { vec![self.random.below(4) as u8] }
     }
@@ -154,7 +181,7 @@ impl Storm {
             request_key: self.key().into(),
             ..reserve_after(space, parent, from as u32, &chain[from..])
         };
-        self.world.begin(member, Ask::Reserve(request));
+        self.begin_or_repeat(member, Ask::Reserve(request));
     }
 
     fn matching(&mut self, member: u64, space: u32) {
@@ -163,7 +190,7 @@ impl Storm {
         let skip_blocks = if self.random.one_in(4) { self.random.below(4) as u32 } else { 0 };
         let request_key = self.key().into();
         let chain = packed(&chain).into();
-        self.world.begin(
+        self.begin_or_repeat(
             member,
             Ask::Match(wire::MatchRequest {
                 space,
@@ -236,8 +263,8 @@ impl Storm {
     fn with_lease(&mut self, act: fn(&mut Self, u64, u64)) {
         let leases: Vec<_> = self.world.promises.keys().copied().collect();
         let Some(lease) = self.random.pick(&leases) else { return };
-        let owner = self.world.promises[&lease].member;
-        let member = if self.random.one_in(10) { self.member() } else { Some(owner) };
+        let askers: Vec<_> = self.world.promises[&lease].askers.iter().copied().collect();
+        let member = if self.random.one_in(10) { self.member() } else { self.random.pick(&askers) };
         if let Some(member) = member.filter(|member| self.world.clients.contains_key(member)) {
             act(self, member, lease);
         }
@@ -270,7 +297,7 @@ impl Storm {
         let client = &self.world.clients[&member];
         let (pid, maps) = (client.pid, client.maps);
         let join = client.token.clone().into();
-        let ours = self.world.promises.iter().filter(|(_, promise)| promise.member == member);
+        let ours = self.world.promises.iter().filter(|(_, promise)| promise.askers.contains(&member));
         let held: Vec<_> = ours.map(|(lease, _)| *lease).collect();
         let held = held.into_iter().filter(|_| self.random.one_in(2)).collect();
         let request = wire::OpenSessionRequest { join, held, ..open_of(&client.tenant, &client.name) };
@@ -353,7 +380,7 @@ impl Storm {
     }
 }
 
-fn run(seed: u64, steps: u64) -> (u64, wire::Counters, [u64; 3]) {
+fn run(seed: u64, steps: u64) -> (u64, wire::Counters, [u64; 3], [u64; 2]) {
     let mut config = with_nvme(9);
     config.numa_nodes = (0..seed as u32 % 3).collect();
     config.lease_bytes_max = 60 * super::harness::BLOCK_BYTES;
@@ -369,14 +396,14 @@ fn run(seed: u64, steps: u64) -> (u64, wire::Counters, [u64; 3]) {
         storm.step();
     }
     storm.end();
-    (storm.world.digest(), storm.world.counters(), storm.heard())
+    (storm.world.digest(), storm.world.counters(), storm.heard(), storm.shared)
 }
 
 #[test]
 fn whatever_happens_what_must_hold_holds() {
-    let mut seen = [0; 14];
+    let mut seen = [0; 16];
     for seed in 1..=4 {
-        let (_, counters, [ready, not_yet, gone]) = run(seed, 8000);
+        let (_, counters, [ready, not_yet, gone], [shared_reads, shared_fills]) = run(seed, 8000);
         let more = [
             counters.hit_blocks_dram,
             counters.hit_blocks_nvme,
@@ -392,6 +419,8 @@ fn whatever_happens_what_must_hold_holds() {
             ready,
             not_yet,
             gone,
+            shared_reads,
+            shared_fills,
         ];
         (0..seen.len()).for_each(|at| seen[at] += more[at]);
     }
