@@ -5,6 +5,7 @@
 //! Invariants: no reference into shared memory leaves this module except as raw copies; ranges are asserted.
 
 use super::streaming;
+use super::strided::{Place, Span, StridedMemory};
 use kvd_proto::slot_header::{LIVE_WORD_OFFSET, SlotHeader};
 use kvd_proto::wire;
 use kvd_proto::{Code, Error};
@@ -140,6 +141,44 @@ impl SharedSegment {
     pub(crate) fn fill(&self, slot: u32, offset: usize, bytes: &[u8]) {
         assert!(offset + bytes.len() <= self.slot_bytes, "{} bytes at {offset}", bytes.len());
         self.payload.copy_in(self.slot_offset(slot) + offset, bytes);
+    }
+
+    /// Copies rows of a slot's part to an engine's pages; with a checksum, only once all of the part has it. Whether it had.
+    /// (A part is small enough to be still in the core's own cache then.)
+    pub(crate) fn scatter(
+        &self,
+        slot: u32,
+        place: &Place,
+        checksum: Option<u32>,
+        pages: &StridedMemory,
+        spans: &[Span],
+    ) -> bool {
+        let start = self.part_offset(slot, place);
+        if let Some(checksum) = checksum {
+            let mut hasher = crc32fast::Hasher::new();
+            self.payload.checksum(start, place.stride, &mut hasher);
+            if hasher.finalize() != checksum {
+                return false;
+            }
+        }
+        // SAFETY: the part is within the mapping (asserted), and no engine's pages are in a segment of ours. It may change meanwhile: whoever
+        // needs whole bytes checks the generation afterwards.
+        unsafe { pages.scatter_from(self.payload.start.as_ptr().add(start), place, spans) };
+        true
+    }
+
+    /// Copies rows of an engine's pages into a slot's part, zeros where there are none. The caller holds the lease to fill it.
+    pub(crate) fn gather(&self, slot: u32, place: &Place, pages: &StridedMemory, spans: &[Span]) {
+        let start = self.part_offset(slot, place);
+        // SAFETY: the part is within the mapping (asserted), mapped writable, and no engine's pages are in a segment of ours.
+        unsafe { pages.gather_to(self.payload.start.as_ptr().add(start), place, spans) };
+    }
+
+    fn part_offset(&self, slot: u32, place: &Place) -> usize {
+        assert!(place.bytes <= place.stride && place.offset + place.stride <= self.slot_bytes, "{place:?}");
+        let start = self.slot_offset(slot) + place.offset;
+        assert!(start + place.stride <= self.payload.bytes, "{place:?} of slot {slot}");
+        start
     }
 
     /// One aligned word of a slot, read as it is now.
