@@ -278,6 +278,7 @@ fn broken(what: &str) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use super::super::strided::{Geometry, LayerMemory};
     use super::*;
     use kvd_proto::{BlockId, Fingerprint};
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -338,5 +339,36 @@ mod tests {
         encoded[8] = 3; // odd: being rewritten
         rustix::io::pwrite(&writer, &encoded, 2 * 512).unwrap();
         assert_eq!(segment.header(2), None);
+    }
+
+    /// One head of one token, a part of its own, into pages.
+    #[test]
+    fn a_part_reaches_pages_only_with_its_checksum() {
+        let segment = SharedSegment::map(&announced(), memfd(2048), memfd(4 * 8192)).unwrap();
+        segment.fill(1, 0, &[9; 8192]);
+        let place = Place { offset: 4096, bytes: 64, stride: 4096, layers: 0..1, heads: 0..1, rows: 1 };
+        let mut page = [7_u8; 64];
+        let base = NonNull::from(&mut page).cast();
+        let layer =
+            LayerMemory { base, page_stride: 64, head_stride: 64, token_stride: 64, vector_stride: 64 };
+        let geometry = Geometry { pages: 1, page_rows: 1, heads: 1, vectors: 1, row_bytes: 64 };
+        // SAFETY: one vector of 64 bytes, which is the page.
+        let pages = unsafe { StridedMemory::new(vec![layer], geometry) }.unwrap();
+        let spans = [Span { page: 0, page_row: 0, block_row: 0, rows: 1 }];
+        let now = || {
+            // SAFETY: the page outlives this; read as whatever the copies left.
+            unsafe { base.cast::<[u8; 64]>().read_volatile() }
+        };
+
+        let right = crc32fast::hash(&[9; 4096]);
+        assert!(!segment.scatter(1, &place, Some(right ^ 1), &pages, &spans));
+        assert_eq!(now(), [7; 64], "nothing is written before the part is known to be right");
+        assert!(segment.scatter(1, &place, Some(right), &pages, &spans));
+        assert_eq!(now(), [9; 64]);
+
+        segment.gather(1, &place, &pages, &spans);
+        let mut slot = vec![0; 8192];
+        segment.copy_slot(1, &mut slot, None).unwrap();
+        assert_eq!((&slot[..4160], &slot[4160..]), (&[9; 4160][..], &[0; 4032][..]), "padding is zero");
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Owns where a vector lies in the engine's memory, and all raw accesses to it. Invariants: no two vectors of one layer share a byte
 //! and every address is within the engine's promise (both checked when the memory is made); ranges are asserted before the
-//! first byte moves; each byte is read once and written once. Leaves to others: which pages, and whether the bytes are the block's (`paged`, `lease`).
+//! first byte moves; each byte is read once and written once, past the cache where lines are written whole. Leaves to others: which pages, and whether the bytes are the block's (`paged`, `lease`).
 //!
 //! Rows are small (128 to 512 bytes) and many, so nothing is decided by row: what is contiguous on both sides is first merged into longer runs, then
 //! one loop of a fixed row size copies what is left.
@@ -13,6 +13,8 @@ use std::ptr::NonNull;
 
 /// A line of the cache, where lines are streamed.
 const LINE: usize = 64;
+/// Asked for ahead of a copy: half of a core's first cache, which has to hold what is copied meanwhile too.
+const PREFETCHED_BYTES_MAX: usize = 16 << 10;
 
 /// One layer's KV in an engine's memory: a vector of page p, head h, token t of the page and K/V v starts at
 /// `base + p * page_stride + h * head_stride + t * token_stride + v * vector_stride`; its numbers are contiguous.
@@ -145,16 +147,18 @@ impl StridedMemory {
         self.assert_covers(place, spans);
         let run_bytes = place.rows as usize * self.geometry.row_bytes;
         for span in spans {
-            for (at, layer) in self.layers[place.layers.clone()].iter().enumerate() {
+            let layers = &self.layers[place.layers.clone()];
+            for (at, layer) in layers.iter().enumerate() {
                 let nest = self.geometry.nest(layer, place, span.rows);
-                let offset = span.page as isize * layer.page_stride
-                    + place.heads.start as isize * layer.head_stride
-                    + span.page_row as isize * layer.token_stride;
                 let in_part = at * self.geometry.vectors as usize * run_bytes
                     + span.block_row as usize * self.geometry.row_bytes;
+                // a load reads a part that was just verified; a store reads pages from wherever they are
+                if !LOAD && let Some(next) = layers.get(at + 1) {
+                    self.geometry.nest(next, place, span.rows).prefetch(layer_start(next, place, span));
+                }
                 // SAFETY: place and spans are within the geometry (asserted), so the addresses are those promised to `new`, which
                 // checked that they do not overflow; the part's offsets end below `place.bytes`.
-                unsafe { nest.copy::<LOAD>(layer.base.as_ptr().offset(offset), part.add(in_part)) };
+                unsafe { nest.copy::<LOAD>(layer_start(layer, place, span), part.add(in_part)) };
             }
         }
         fence();
@@ -216,6 +220,14 @@ impl Geometry {
     }
 }
 
+/// Where a span's rows begin in a layer.
+fn layer_start(layer: &LayerMemory, place: &Place, span: &Span) -> *mut u8 {
+    let offset = span.page as isize * layer.page_stride
+        + place.heads.start as isize * layer.head_stride
+        + span.page_row as isize * layer.token_stride;
+    layer.base.as_ptr().wrapping_offset(offset)
+}
+
 /// One loop of a copy: how often, and how far apart on either side.
 #[derive(Debug, Clone, Copy)]
 struct Axis {
@@ -246,13 +258,36 @@ impl Nest {
         self
     }
 
-    /// Whether every run begins and ends at a line's edge in the pages.
-    fn fills_lines(&self, paged: *mut u8) -> bool {
-        let steps = self
-            .axes
-            .iter()
-            .fold(0, |steps, axis| steps | if axis.count > 1 { axis.paged as usize } else { 0 });
-        (steps | self.run_bytes | paged as usize).is_multiple_of(LINE)
+    /// Asks for the lines that a copy from `paged` will read, if they are few: a processor finds its way along long runs by itself.
+    /// (Measured with runs of 128 bytes to 8 KiB, pages in no order: stores at 0.65 to 0.85 of memcpy, 0.5 to 0.65 without.)
+    #[cfg(target_arch = "x86_64")]
+    fn prefetch(&self, paged: *const u8) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        let [outer, middle, inner] = self.axes;
+        if outer.count * middle.count * inner.count * self.run_bytes > PREFETCHED_BYTES_MAX {
+            return;
+        }
+        let steps = |axis: Axis| (0..axis.count as isize).map(move |at| at * axis.paged);
+        for start in steps(outer).flat_map(|o| steps(middle).map(move |m| o + m)) {
+            for offset in steps(inner).map(|row| start + row) {
+                for byte in (0..self.run_bytes).step_by(LINE) {
+                    let line = paged.wrapping_offset(offset).wrapping_add(byte);
+                    // SAFETY: SSE belongs to every x86-64; a prefetch is a hint and accesses nothing.
+                    unsafe { _mm_prefetch(line.cast(), _MM_HINT_T0) };
+                }
+            }
+        }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn prefetch(&self, _: *const u8) {}
+
+    /// Whether every run begins and ends at a line's edge where it is written.
+    fn fills_lines<const LOAD: bool>(&self, paged: *mut u8, slot: *mut u8) -> bool {
+        let step = |axis: &Axis| if LOAD { axis.paged as usize } else { axis.slot };
+        let stepped = self.axes.iter().filter(|axis| axis.count > 1).map(step);
+        let start = if LOAD { paged } else { slot } as usize;
+        stepped.fold(start | self.run_bytes, |edges, step| edges | step).is_multiple_of(LINE)
     }
 
     /// # Safety
@@ -260,7 +295,7 @@ impl Nest {
     /// All that the nest steps on from `paged` and `slot` is readable on one side and writable on the other, and they do not overlap.
     unsafe fn copy<const LOAD: bool>(&self, paged: *mut u8, slot: *mut u8) {
         let [outer, middle, inner] = self.axes;
-        let rows = kernel(self.run_bytes, LOAD && self.fills_lines(paged));
+        let rows = kernel(self.run_bytes, self.fills_lines::<LOAD>(paged, slot));
         for o in 0..outer.count {
             for m in 0..middle.count {
                 let offset = o as isize * outer.paged + m as isize * middle.paged;
