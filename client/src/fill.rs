@@ -3,6 +3,7 @@
 //! Invariants: only granted blocks can be written; dropping a fill says that this member writes no more, and its uncommitted
 //! slots go back when every member that shares them has said so.
 
+use crate::paged::PagedMemory;
 use crate::session::{Inner, unexpected};
 use crate::space::SpaceHandle;
 use crate::transport::shm::SharedSegment;
@@ -85,6 +86,31 @@ impl Fill {
         segment.fill(slot, part.offset as usize, bytes);
     }
 
+    /// Copies one part of a whole block from an engine's pages into place. `table` begins with the chain that was reserved; all
+    /// tokens of the block must have pages.
+    pub fn store_part(&self, block: u32, part: u16, from: &PagedMemory, table: &[i32]) -> Result<(), Error> {
+        self.store_tail_part(block, part, self.layout.block_tokens(), from, table)
+    }
+
+    /// As `store_part`, of a block of fewer `tokens`; the places of those that it has not become zero.
+    pub fn store_tail_part(
+        &self,
+        block: u32,
+        part: u16,
+        tokens: u32,
+        from: &PagedMemory,
+        table: &[i32],
+    ) -> Result<(), Error> {
+        from.check_layout(&self.layout)?;
+        let (place, spans) = (from.place(part)?, from.whole(block, tokens, table)?);
+        let Some((segment, slot)) = self.find(block, from.group()) else {
+            let what = format!("block {block} of group {} was not granted", from.group());
+            return Err(Error::invalid("block", what, "store what `granted` says"));
+        };
+        segment.gather(slot, &place, from.memory(), &spans);
+        Ok(())
+    }
+
     /// Where a granted slot lies in this process, for engines that copy by themselves.
     pub fn slot_ptr(&self, block: u32, group: usize) -> NonNull<u8> {
         let (segment, slot) = self.place(block, group);
@@ -120,7 +146,11 @@ impl Fill {
     }
 
     fn place(&self, block: u32, group: usize) -> (&Arc<SharedSegment>, u32) {
-        let found = self.runs.iter().find_map(|(run, segment)| {
+        self.find(block, group).unwrap_or_else(|| panic!("block {block} group {group} was not granted"))
+    }
+
+    fn find(&self, block: u32, group: usize) -> Option<(&Arc<SharedSegment>, u32)> {
+        self.runs.iter().find_map(|(run, segment)| {
             let inside = run.group as usize == group
                 && block >= run.first_block
                 && block - run.first_block < run.count;
@@ -128,8 +158,7 @@ impl Fill {
                 i64::from(run.first_slot) + i64::from(run.stride) * i64::from(block - run.first_block)
             };
             inside.then(|| (segment, slot(block) as u32))
-        });
-        found.unwrap_or_else(|| panic!("block {block} group {group} was not granted"))
+        })
     }
 }
 

@@ -3,12 +3,13 @@
 //! Invariants: `Read::Whole` means id, space, group, generation and every part checksum that the header has agreed and the
 //! lease still stood after the last byte; anything else is a `Miss` with its reason. Dropping a match releases its lease.
 
+use crate::paged::PagedMemory;
 use crate::session::Inner;
 use crate::space::SpaceHandle;
 use crate::transport::shm::SharedSegment;
 use kvd_proto::slot_header::{FLAG_CHECKSUMMED, SlotHeader};
 use kvd_proto::wire::{self, HandOffStatus, Tier};
-use kvd_proto::{BlockId, Chain, Code, Error};
+use kvd_proto::{BlockId, Chain, Code, Error, Layout};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -96,6 +97,7 @@ impl Arrived {
 pub struct Match {
     inner: Arc<Inner>,
     fingerprint: kvd_proto::Fingerprint,
+    layout: Arc<Layout>,
     ids: Vec<BlockId>,
     lease: u64,
     blocks: u32,
@@ -121,6 +123,7 @@ impl Match {
         let mut found = Self {
             inner,
             fingerprint: space.fingerprint(),
+            layout: space.layout.clone(),
             ids: chain.ids()[..(reply.blocks as usize).min(chain.ids().len())].to_vec(),
             lease: reply.lease,
             blocks: reply.blocks.max(skip_blocks.min(chain.ids().len() as u32)),
@@ -145,6 +148,11 @@ impl Match {
     /// Blocks of the chain that the lease covers, the skipped ones included.
     pub fn blocks(&self) -> u32 {
         self.blocks
+    }
+
+    /// What its blocks mean.
+    pub fn layout(&self) -> &Arc<Layout> {
+        &self.layout
     }
 
     /// The lease's number at the node, for logs and other members of the session; 0: nothing is leased.
@@ -197,16 +205,24 @@ impl Match {
             Ok(placed) => placed,
             Err(reason) => return Read::Miss(reason),
         };
-        let checksums =
-            (placed.header.flags & FLAG_CHECKSUMMED != 0).then_some(placed.header.part_checksums.as_slice());
-        if placed.segment.copy_slot(placed.slot, out, checksums).is_err() {
+        if placed.segment.copy_slot(placed.slot, out, placed.checksums()).is_err() {
             self.inner.doubt(self.lease, block, group as u32);
             return Read::Miss(MissReason::Checksum);
         }
-        if self.over() || placed.segment.generation(placed.slot) != placed.generation {
-            return Read::Miss(MissReason::LeaseEnded);
+        self.ended(&placed)
+    }
+
+    /// A block's header checked, once for all the parts that are then loaded from it.
+    pub fn open(&self, block: u32, group: usize) -> Result<OpenBlock<'_>, MissReason> {
+        Ok(OpenBlock { found: self, block, placed: self.checked(block, group)? })
+    }
+
+    /// Copies one part of a block to an engine's pages, verified. Whoever loads several parts opens the block: `OpenBlock::load_part`.
+    pub fn load_part(&self, block: u32, part: u16, into: &PagedMemory, table: &[i32]) -> Result<Read, Error> {
+        match self.open(block, into.group()) {
+            Ok(open) => open.load_part(part, into, table),
+            Err(reason) => Ok(Read::Miss(reason)),
         }
-        Read::Whole
     }
 
     /// A block in place, checked but not copied; ask `still_valid` after the last access.
@@ -242,6 +258,14 @@ impl Match {
 
     fn over(&self) -> bool {
         self.incarnation != self.inner.incarnation() || Instant::now() >= self.ends
+    }
+
+    /// Whether what was read until now was the block.
+    fn ended(&self, placed: &Placed) -> Read {
+        if self.over() || placed.segment.generation(placed.slot) != placed.generation {
+            return Read::Miss(MissReason::LeaseEnded);
+        }
+        Read::Whole
     }
 
     fn place(&self, block: u32, group: usize) -> Option<(&wire::Run, &Arc<SharedSegment>, u32)> {
@@ -293,6 +317,57 @@ struct Placed {
     header: SlotHeader,
 }
 
+impl Placed {
+    /// Of the parts, once they are there.
+    fn checksums(&self) -> Option<&[u32]> {
+        (self.header.flags & FLAG_CHECKSUMMED != 0).then_some(self.header.part_checksums.as_slice())
+    }
+}
+
+/// A block whose header agreed; its parts are verified as they are loaded.
+pub struct OpenBlock<'a> {
+    found: &'a Match,
+    block: u32,
+    placed: Placed,
+}
+
+impl OpenBlock<'_> {
+    /// Tokens the block has: fewer than a whole block only in a tail.
+    pub fn tokens(&self) -> u32 {
+        self.placed.header.tokens
+    }
+
+    /// Copies one part to an engine's pages: the block's tokens whose page in `table` is not negative. `Whole` means that the part's
+    /// checksum, if it has one yet, was right before the first byte was written, and that slot and lease still stood after the last. After
+    /// `LeaseEnded` the pages may hold anything; after any other miss, or an error, they are untouched.
+    pub fn load_part(&self, part: u16, into: &PagedMemory, table: &[i32]) -> Result<Read, Error> {
+        let Self { found, block, placed } = self;
+        into.check_layout(&found.layout)?;
+        let place = into.place(part)?;
+        if !self.is_of(into.group()) {
+            return Ok(Read::Miss(MissReason::OtherBlock));
+        }
+        let spans = into.wanted(*block, self.tokens(), table)?;
+        if let miss @ Read::Miss(_) = found.ended(placed) {
+            return Ok(miss);
+        }
+        let checksum = placed.checksums().map(|checksums| checksums[usize::from(part)]);
+        if !placed.segment.scatter(placed.slot, &place, checksum, into.memory(), &spans) {
+            found.inner.doubt(found.lease, *block, into.group() as u32);
+            return Ok(Read::Miss(MissReason::Checksum));
+        }
+        Ok(found.ended(placed))
+    }
+
+    /// Whether the header can be of this group's blocks; the node that wrote it may be wrong.
+    fn is_of(&self, group: usize) -> bool {
+        let (header, layout) = (&self.placed.header, &self.found.layout);
+        usize::from(header.group) == group
+            && header.part_checksums.len() == layout.groups()[group].part_count() as usize
+            && (1..=layout.block_tokens()).contains(&header.tokens)
+    }
+}
+
 /// One block's slot in shared memory.
 pub struct View<'a> {
     found: &'a Match,
@@ -322,6 +397,6 @@ impl View<'_> {
 
     /// Whether everything read so far was the block: the lease stood and the slot was not given away.
     pub fn still_valid(&self) -> bool {
-        !self.found.over() && self.placed.segment.generation(self.placed.slot) == self.placed.generation
+        self.found.ended(&self.placed) == Read::Whole
     }
 }

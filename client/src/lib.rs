@@ -3,7 +3,8 @@
 //! Owns: the session socket's client side, mapping the node's memory, leases as values, coming back by itself after a
 //! lost socket or a restarted daemon; the plain-gRPC path for clients that map nothing; `kvctl`.
 //! Invariants: a daemon that is away, slow or restarted is `Unavailable` or a miss, never a hang and never a panic;
-//! bytes are handed out only after id, generation and part checksums agree; `unsafe` only in `transport`.
+//! bytes are handed out only after id, generation and part checksums agree; `unsafe` only in `transport`, and where `paged`
+//! hands its caller's promise on to it.
 //! Leaves to others: what is stored where (the node), hashing (proto).
 //!
 //! ```no_run
@@ -46,15 +47,22 @@ mod connection;
 mod fill;
 pub mod grpc;
 mod lease;
+mod loading;
+mod paged;
 pub mod revision;
 mod session;
 mod space;
+mod storing;
 pub mod transport;
 mod worker;
 
 pub use fill::Fill;
 pub use kvd_proto::wire::{HandOffState, HandOffStatus, ReserveState, Tier};
-pub use lease::{Match, MissReason, Read, View};
+pub use lease::{Match, MissReason, OpenBlock, Read, View};
+pub use loading::{Loaded, Loading, PagedGroup};
+pub use paged::{PagedMemory, PagedShape};
 pub use session::{ConnectOptions, Session};
 pub use space::{Claim, HandOff, SpaceHandle};
+pub use storing::{Store, Stored, Storing};
+pub use transport::LayerMemory;
 pub use worker::Worker;

@@ -207,7 +207,8 @@ impl SpaceHandle {
     /// The tiers of the longest stored prefix, one a block. Pins and touches nothing.
     pub async fn exists(&self, chain: &Chain) -> Result<Vec<wire::Tier>, Error> {
         let incarnation = self.session.inner.incarnation();
-        let request = wire::ExistsRequest { space: self.id().await?, chain: chain.to_packed().into(), session: 0 };
+        let request =
+            wire::ExistsRequest { space: self.id().await?, chain: chain.to_packed().into(), session: 0 };
         let Answer::Exists(reply) = self.session.inner.call_of(incarnation, Ask::Exists(request)).await?
         else {
             return Err(unexpected());

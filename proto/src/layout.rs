@@ -12,6 +12,13 @@ use crate::wire;
 
 pub use crate::wire::{DataType, GroupKind, ScaleKind};
 
+/// Layer ranges that `Layout::cut` gives where they divide the layers.
+const LAYER_CUT_USUAL: u32 = 4;
+/// A part that `Layout::cut` would make smaller by cutting layers stays whole.
+const LAYER_CUT_BYTES_MIN: u32 = 16 << 10;
+/// Layers and heads that `Layout::cut` looks at: as many as a layout may have.
+const CUT_MAX: u32 = 65_536;
+
 /// How one number is stored, and where its scale is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Element {
@@ -102,6 +109,20 @@ impl Group {
         }
         let numbers = cells * u64::from(self.vectors) * u64::from(block_tokens) * u64::from(self.head_size);
         (numbers * self.element.bits()).div_ceil(8)
+    }
+
+    /// A block's bytes without padding, of numbers that nobody has checked yet.
+    fn cut_bytes(&self, block_tokens: u32) -> u128 {
+        let cells = u128::from(self.layers) * u128::from(self.heads);
+        if self.kind == GroupKind::State {
+            return cells.saturating_mul(u128::from(self.state_bytes));
+        }
+        if self.element.dtype == DataType::Unspecified {
+            return 0;
+        }
+        let numbers = [self.vectors, block_tokens, self.head_size];
+        let numbers = numbers.iter().fold(cells, |all, count| all.saturating_mul(u128::from(*count)));
+        numbers.saturating_mul(u128::from(self.element.bits())) / 8
     }
 
     fn check(&self, at: usize, block_tokens: u32) -> Result<(), Error> {
@@ -200,6 +221,36 @@ impl Layout {
         }
         groups.iter().enumerate().try_for_each(|(at, group)| group.check(at, block_tokens))?;
         Ok(Self { groups, block_tokens })
+    }
+
+    /// Fills in a group's `layer_ranges` and `head_ranges`. The cut is part of the space's fingerprint, so engines share blocks only if all
+    /// choose the same, whatever their tensor and pipeline degrees: this is the one choice, from nothing but what the model is.
+    ///
+    /// Heads first, as tensor parallelism cuts there: as many ranges as there are heads, or the largest divisor that keeps parts at
+    /// `PART_ALIGN` bytes or more and at most `PARTS_MAX` of them. So every tensor degree that divides the ranges finds whole parts; a degree above
+    /// them (more ranks than heads) has ranks that keep the same heads, and one of them stores. Latents are one range: every rank has all of it.
+    ///
+    /// Then layers: the largest divisor up to 4 that keeps parts at 16 KiB or more. Four ranges let pipelines of 2 and 4 equal stages find whole
+    /// parts, and loading layer by layer start when a quarter is there; more would only make parts smaller, where headers, requests and copies cost
+    /// by the part. A number of layers that 2, 3 and 4 do not divide (61, 47, 35) takes its smallest larger divisor under the same bounds, often
+    /// one range a layer, because one range would leave it no pipeline at all. Where nothing fits, it is one range.
+    ///
+    /// Numbers that `new` refuses are no error here: they give one range.
+    pub fn cut(group: Group, block_tokens: u32) -> Group {
+        let (layers, heads) = (group.layers.min(CUT_MAX), group.heads.min(CUT_MAX));
+        let bytes = |parts: u32| group.cut_bytes(block_tokens) / u128::from(parts);
+        let fits = |parts: u32, least: u32| parts as usize <= PARTS_MAX && bytes(parts) >= u128::from(least);
+        let of_heads = |ranges: &u32| heads.is_multiple_of(*ranges) && fits(*ranges, PART_ALIGN);
+        let head_ranges = match group.kind {
+            GroupKind::Latent => 1,
+            _ => (1..=heads).rev().find(of_heads).unwrap_or(1),
+        };
+        let of_layers =
+            |ranges: &u32| layers.is_multiple_of(*ranges) && fits(ranges * head_ranges, LAYER_CUT_BYTES_MIN);
+        let few = (2..=LAYER_CUT_USUAL.min(layers)).rev().find(of_layers);
+        let divided = (2..=LAYER_CUT_USUAL).any(|ranges| layers.is_multiple_of(ranges));
+        let many = (LAYER_CUT_USUAL + 1..=layers).find(of_layers).filter(|_| !divided);
+        Group { layer_ranges: few.or(many).unwrap_or(1), head_ranges, ..group }
     }
 
     /// One full-attention group with K and V, the usual case.
@@ -372,6 +423,52 @@ mod tests {
         let layout = Layout::full(3, 1, 10, DataType::F8E4m3, (3, 1), 7).unwrap();
         assert_eq!(layout.part(0, 2), Part { index: 2, offset: 8192, bytes: 140 });
         assert_eq!(layout.slot_bytes(0), 3 * 4096);
+    }
+
+    fn cut(kind: GroupKind, layers: u32, heads: u32, head_size: u32, block_tokens: u32) -> (u32, u32) {
+        let full = Layout::full(1, 1, 1, DataType::Bf16, (1, 1), 1).unwrap().groups()[0].clone();
+        let vectors = if kind == GroupKind::Latent { 1 } else { 2 };
+        let whole =
+            Group { kind, layers, heads, head_size, vectors, layer_ranges: 0, head_ranges: 0, ..full };
+        let group = Layout::cut(whole, block_tokens);
+        let layout = Layout::new(vec![group.clone()], block_tokens).unwrap();
+        assert_eq!(Layout::cut(layout.groups()[0].clone(), block_tokens), group, "cut once is cut for good");
+        (group.layer_ranges, group.head_ranges)
+    }
+
+    #[test]
+    fn models_are_cut_the_same_by_everyone() {
+        let (full, latent) = (GroupKind::Full, GroupKind::Latent);
+        assert_eq!(cut(full, 32, 8, 128, 16), (4, 8), "Llama 3 8B");
+        assert_eq!(cut(full, 80, 8, 128, 16), (4, 8), "Llama 3 70B");
+        assert_eq!(cut(full, 94, 4, 128, 16), (2, 4), "Qwen 3 235B");
+        assert_eq!(cut(full, 24, 2, 64, 16), (4, 2), "Qwen 2.5 0.5B");
+        assert_eq!(cut(full, 32, 32, 128, 16), (4, 32), "Llama 2 7B");
+        assert_eq!(cut(full, 96, 96, 128, 8), (2, 96), "256 parts at most");
+        assert_eq!(cut(latent, 61, 1, 576, 16), (61, 1), "DeepSeek V3: a prime number of layers");
+        assert_eq!(cut(latent, 61, 1, 576, 8), (1, 1), "parts of 9 KiB would be too small");
+        assert_eq!(cut(latent, 27, 1, 576, 16), (3, 1), "DeepSeek V2 Lite");
+        assert_eq!(cut(full, 1, 8, 128, 16), (1, 8), "a draft of one layer");
+        assert_eq!(cut(full, 1, 8, 128, 4), (1, 4), "a part of one head would be below 4 KiB");
+        assert_eq!(cut(full, 4, 4, 8, 2), (1, 1), "a toy");
+    }
+
+    #[test]
+    fn nonsense_is_cut_without_a_word_and_refused_later() {
+        let good = Layout::full(4, 2, 8, DataType::F16, (2, 1), 16).unwrap().groups()[0].clone();
+        let none = Group { layers: 0, heads: 0, ..good.clone() };
+        let most = Group {
+            layers: u32::MAX,
+            heads: u32::MAX,
+            head_size: u32::MAX,
+            vectors: u32::MAX,
+            ..good.clone()
+        };
+        let unnamed = Group { element: Element::plain(DataType::Unspecified), ..good };
+        for group in [none, most, unnamed] {
+            let cut = Layout::cut(group, 16);
+            assert!(Layout::new(vec![cut], 16).is_err());
+        }
     }
 
     #[test]

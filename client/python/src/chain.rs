@@ -36,6 +36,12 @@ impl Chain {
         Ok(Self { of: Of::Ids { root, ids: ids.map_err(raise)?, apart: true }, tail_tokens: 0 })
     }
 
+    pub(crate) fn of_ids(root: &[u8], ids: &[u8], tail_tokens: u32) -> PyResult<Self> {
+        let root = BlockId::from_slice("root", root).map_err(raise)?;
+        let ids = kvd_proto::Chain::from_packed("ids", ids).map_err(raise)?.ids().to_vec();
+        Ok(Self { of: Of::Ids { root, ids, apart: false }, tail_tokens })
+    }
+
     pub(crate) fn ids_slice(&self) -> &[BlockId] {
         match &self.of {
             Of::Prompt(prompt) => prompt.ids(),
@@ -122,6 +128,12 @@ impl Chain {
     fn ids<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
         let packed: Vec<u8> = self.ids_slice().iter().flat_map(|id| id.0).collect();
         PyBytes::new(py, &packed)
+    }
+
+    /// The parent of its first block.
+    #[getter(root)]
+    fn root_bytes<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.root().0)
     }
 
     /// One id.

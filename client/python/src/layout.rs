@@ -153,10 +153,14 @@ impl Layout {
     /// Ranges that are 0 are chosen, the same wherever they are.
     #[new]
     fn new(groups: Vec<Group>, block_tokens: u32) -> PyResult<Self> {
-        let cut = |group: Group| kvd_proto::Group {
-            layer_ranges: group.group.layer_ranges.max(1),
-            head_ranges: group.group.head_ranges.max(1),
-            ..group.group
+        let cut = |group: Group| {
+            let (given, chosen) = (group.group.clone(), kvd_proto::Layout::cut(group.group, block_tokens));
+            let or = |given: u32, chosen: u32| if given > 0 { given } else { chosen };
+            kvd_proto::Group {
+                layer_ranges: or(given.layer_ranges, chosen.layer_ranges),
+                head_ranges: or(given.head_ranges, chosen.head_ranges),
+                ..given
+            }
         };
         let groups = groups.into_iter().map(cut).collect();
         Ok(Self { layout: kvd_proto::Layout::new(groups, block_tokens).map_err(raise)? })

@@ -6,6 +6,7 @@
 use crate::buffer::Held;
 use crate::client::now;
 use crate::error::{Miss, invalid, raise};
+use crate::pages::{Loading, Pages, load_into};
 use crate::pending::Pending;
 use crate::space::state_name;
 use kvd_client::{Fill, HandOffState, Match, Read, Tier};
@@ -108,6 +109,21 @@ impl PyMatch {
         let held = Held::of(into, bytes as usize, true)?;
         let read = py.detach(|| found.read(block, group, held.bytes_mut()));
         answer(py, read, || held.finish(py))
+    }
+
+    /// Begins to load blocks `first..end` into pages: one `Pages` and one page table for each of the layout's groups; `tables[g][i]` is
+    /// the page of the prompt's tokens `[i * page_tokens, (i + 1) * page_tokens)`, negative where they are not wanted. What is not in memory
+    /// within `patience_s` is given up.
+    #[pyo3(signature = (pages, tables, *, first, end, patience_s=2.0))]
+    fn load_into(
+        &self,
+        pages: Vec<Pages>,
+        tables: Vec<Vec<i32>>,
+        first: u32,
+        end: u32,
+        patience_s: f64,
+    ) -> PyResult<Loading> {
+        load_into(self, pages, tables, first, end, patience_s)
     }
 
     /// Gives the lease back.

@@ -10,6 +10,7 @@ mod client;
 mod error;
 mod layout;
 mod lease;
+mod pages;
 mod pending;
 mod runtime;
 mod space;
@@ -31,6 +32,8 @@ mod _kvd {
     use super::layout::{Group, Layout};
     #[pymodule_export]
     use super::lease::{PyFill, PyMatch};
+    #[pymodule_export]
+    use super::pages::{LayerMemory, Loading, Pages, Storing};
     #[pymodule_export]
     use super::pending::Pending;
     #[pymodule_export]

@@ -5,6 +5,7 @@ use crate::chain::Chain;
 use crate::client::{Claim, HandOff, Text, now};
 use crate::error::{Miss, invalid, miss_of, raise};
 use crate::lease::{PyFill, PyMatch, number, tier_name};
+use crate::pages::{Pages, Storing, store_from};
 use crate::pending::{Pending, seconds};
 use kvd_client::{MissReason, Read, ReserveState, SpaceHandle};
 use kvd_proto::limits::REQUEST_KEY_BYTES_MAX;
@@ -34,34 +35,30 @@ pub(crate) struct Space {
 #[derive(Default, Clone)]
 pub(crate) struct Stored {
     /// By us, now.
-    pub(crate) stored: u32,
+    stored: u32,
     /// They were there.
-    pub(crate) present: u32,
+    present: u32,
     /// Somebody else is storing them.
-    pub(crate) busy: u32,
+    busy: u32,
     /// Left out: nothing could be evicted in time.
-    pub(crate) no_space: u32,
+    no_space: u32,
     /// Kept for whoever claims them.
-    pub(crate) handed_off: bool,
+    handed_off: bool,
+    /// Copied out of pages.
+    bytes: u64,
 }
 
-impl Stored {
-    pub(crate) fn count(fill: &kvd_client::Fill, blocks: u32) -> Self {
-        let count = |state| (0..blocks).filter(|block| fill.state(*block) == state).count() as u32;
-        Self {
-            stored: 0,
-            present: count(ReserveState::Present),
-            busy: count(ReserveState::Busy),
-            no_space: count(ReserveState::NoSpace),
-            handed_off: fill.handed_off(),
-        }
+impl From<kvd_client::Stored> for Stored {
+    fn from(stored: kvd_client::Stored) -> Self {
+        let kvd_client::Stored { filled, present, busy, no_space, handed_off, bytes } = stored;
+        Self { stored: filled, present, busy, no_space, handed_off, bytes }
     }
 }
 
 #[pymethods]
 impl Stored {
     fn __repr__(&self) -> String {
-        let Self { stored, present, busy, no_space, handed_off } = self;
+        let Self { stored, present, busy, no_space, handed_off, .. } = self;
         format!(
             "Stored(stored={stored}, present={present}, busy={busy}, no_space={no_space}, handed_off={handed_off})"
         )
@@ -95,7 +92,7 @@ impl Space {
     }
 
     /// The same blocks asked for again are the same question.
-    fn key(key: Text) -> PyResult<Vec<u8>> {
+    pub(crate) fn key(key: Text) -> PyResult<Vec<u8>> {
         let key = key.into_bytes();
         if key.len() > REQUEST_KEY_BYTES_MAX {
             let fix = format!("give at most {REQUEST_KEY_BYTES_MAX} bytes");
@@ -327,6 +324,28 @@ impl Space {
         now(py, &self.load_soon(chain, into, key, first)?, timeout_s)
     }
 
+    /// Begins to store the chain's blocks from `first` on out of an engine's pages: one `Pages` and one page table for each group;
+    /// `tables[g][i]` is the page of the i-th page of tokens from the first block on. `done`, `wait`, `stop` and `outcome` say the rest.
+    #[pyo3(signature = (key, chain, pages, tables, *, first=0, wait_s=0.0, hand_off=None))]
+    fn store_from(
+        &self,
+        key: Text,
+        chain: &Chain,
+        pages: Vec<Pages>,
+        tables: Vec<Vec<i32>>,
+        first: u32,
+        wait_s: f64,
+        hand_off: Option<HandOff>,
+    ) -> PyResult<Storing> {
+        store_from(self, key, chain, pages, tables, first, wait_s, hand_off)
+    }
+
+    /// A chain out of ids that another process hashed, as `Chain.root` and `Chain.ids` are.
+    #[pyo3(signature = (root, ids, tail_tokens=0))]
+    fn chain_of(&self, root: &[u8], ids: &[u8], tail_tokens: u32) -> PyResult<Chain> {
+        Chain::of_ids(root, ids, tail_tokens)
+    }
+
     /// As `exists_each`.
     fn exists_each_soon(&self, chain: &Chain) -> PyResult<Pending> {
         self.named_only(chain)?;
@@ -433,7 +452,7 @@ async fn filled(fill: kvd_client::Fill, held: Vec<Held>) -> (kvd_client::Fill, S
         for block in fill.granted() {
             fill.write(block, 0, held[block as usize].bytes());
         }
-        let stored = Stored::count(&fill, held.len() as u32);
+        let stored = Stored::from(kvd_client::Stored::of(&fill, held.len() as u32));
         (fill, stored)
     });
     copied.await.expect("copying into a granted slot does not panic")

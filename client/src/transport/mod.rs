@@ -13,10 +13,12 @@ mod receive;
 pub mod serve;
 pub(crate) mod shm;
 mod streaming;
+pub(crate) mod strided;
 pub mod tcp;
 
 pub use kvd_proto::data::Piece;
 pub use memory::{Destination, Held, Keep};
+pub use strided::LayerMemory;
 
 use kvd_proto::Code;
 use kvd_proto::data::Read;

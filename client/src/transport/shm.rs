@@ -5,6 +5,7 @@
 //! Invariants: no reference into shared memory leaves this module except as raw copies; ranges are asserted.
 
 use super::streaming;
+use super::strided::{Place, Span, StridedMemory};
 use kvd_proto::slot_header::{LIVE_WORD_OFFSET, SlotHeader};
 use kvd_proto::wire;
 use kvd_proto::{Code, Error};
@@ -142,6 +143,44 @@ impl SharedSegment {
         self.payload.copy_in(self.slot_offset(slot) + offset, bytes);
     }
 
+    /// Copies rows of a slot's part to an engine's pages; with a checksum, only once all of the part has it. Whether it had.
+    /// (A part is small enough to be still in the core's own cache then.)
+    pub(crate) fn scatter(
+        &self,
+        slot: u32,
+        place: &Place,
+        checksum: Option<u32>,
+        pages: &StridedMemory,
+        spans: &[Span],
+    ) -> bool {
+        let start = self.part_offset(slot, place);
+        if let Some(checksum) = checksum {
+            let mut hasher = crc32fast::Hasher::new();
+            self.payload.checksum(start, place.stride, &mut hasher);
+            if hasher.finalize() != checksum {
+                return false;
+            }
+        }
+        // SAFETY: the part is within the mapping (asserted), and no engine's pages are in a segment of ours. It may change meanwhile: whoever
+        // needs whole bytes checks the generation afterwards.
+        unsafe { pages.scatter_from(self.payload.start.as_ptr().add(start), place, spans) };
+        true
+    }
+
+    /// Copies rows of an engine's pages into a slot's part, zeros where there are none. The caller holds the lease to fill it.
+    pub(crate) fn gather(&self, slot: u32, place: &Place, pages: &StridedMemory, spans: &[Span]) {
+        let start = self.part_offset(slot, place);
+        // SAFETY: the part is within the mapping (asserted), mapped writable, and no engine's pages are in a segment of ours.
+        unsafe { pages.gather_to(self.payload.start.as_ptr().add(start), place, spans) };
+    }
+
+    fn part_offset(&self, slot: u32, place: &Place) -> usize {
+        assert!(place.bytes <= place.stride && place.offset + place.stride <= self.slot_bytes, "{place:?}");
+        let start = self.slot_offset(slot) + place.offset;
+        assert!(start + place.stride <= self.payload.bytes, "{place:?} of slot {slot}");
+        start
+    }
+
     /// One aligned word of a slot, read as it is now.
     #[expect(clippy::cast_ptr_alignment, reason = "asserted: a multiple of 8 in a page-aligned slot")]
     pub(crate) fn word(&self, slot: u32, offset: usize) -> u64 {
@@ -239,6 +278,7 @@ fn broken(what: &str) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use super::super::strided::{Geometry, LayerMemory};
     use super::*;
     use kvd_proto::{BlockId, Fingerprint};
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -299,5 +339,36 @@ mod tests {
         encoded[8] = 3; // odd: being rewritten
         rustix::io::pwrite(&writer, &encoded, 2 * 512).unwrap();
         assert_eq!(segment.header(2), None);
+    }
+
+    /// One head of one token, a part of its own, into pages.
+    #[test]
+    fn a_part_reaches_pages_only_with_its_checksum() {
+        let segment = SharedSegment::map(&announced(), memfd(2048), memfd(4 * 8192)).unwrap();
+        segment.fill(1, 0, &[9; 8192]);
+        let place = Place { offset: 4096, bytes: 64, stride: 4096, layers: 0..1, heads: 0..1, rows: 1 };
+        let mut page = [7_u8; 64];
+        let base = NonNull::from(&mut page).cast();
+        let layer =
+            LayerMemory { base, page_stride: 64, head_stride: 64, token_stride: 64, vector_stride: 64 };
+        let geometry = Geometry { pages: 1, page_rows: 1, heads: 1, vectors: 1, row_bytes: 64 };
+        // SAFETY: one vector of 64 bytes, which is the page.
+        let pages = unsafe { StridedMemory::new(vec![layer], geometry) }.unwrap();
+        let spans = [Span { page: 0, page_row: 0, block_row: 0, rows: 1 }];
+        let now = || {
+            // SAFETY: the page outlives this; read as whatever the copies left.
+            unsafe { base.cast::<[u8; 64]>().read_volatile() }
+        };
+
+        let right = crc32fast::hash(&[9; 4096]);
+        assert!(!segment.scatter(1, &place, Some(right ^ 1), &pages, &spans));
+        assert_eq!(now(), [7; 64], "nothing is written before the part is known to be right");
+        assert!(segment.scatter(1, &place, Some(right), &pages, &spans));
+        assert_eq!(now(), [9; 64]);
+
+        segment.gather(1, &place, &pages, &spans);
+        let mut slot = vec![0; 8192];
+        segment.copy_slot(1, &mut slot, None).unwrap();
+        assert_eq!((&slot[..4160], &slot[4160..]), (&[9; 4160][..], &[0; 4032][..]), "padding is zero");
     }
 }

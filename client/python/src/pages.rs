@@ -1,0 +1,262 @@
+//! Engines' paged memory, and blocks on their way in and out of it, as Python's connectors hold them.
+//!
+//! Invariants: an object that describes memory keeps what owns that memory alive; when a load or a store is dropped or stopped, nobody
+//! touches the pages any more. Leaves to others: everything that is not a conversion (`kvd_client`).
+
+use crate::chain::Chain;
+use crate::client::{HandOff, Text};
+use crate::error::{Miss, invalid, raise};
+use crate::layout::Layout;
+use crate::lease::PyMatch;
+use crate::pending::seconds;
+use crate::runtime;
+use crate::space::{Space, Stored};
+use kvd_client::{PagedGroup, PagedMemory, PagedShape, Store};
+use pyo3::prelude::*;
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// One layer's KV in an engine's memory; all strides in bytes.
+#[pyclass(frozen, module = "kvd", from_py_object)]
+#[derive(Clone)]
+pub(crate) struct LayerMemory {
+    memory: kvd_client::LayerMemory,
+    keep: Option<Arc<Py<PyAny>>>,
+}
+
+#[pymethods]
+impl LayerMemory {
+    /// A vector of page p, head h, token t, K/V v begins at `ptr + p*page_stride + h*head_stride + t*token_stride + v*vector_stride`.
+    /// `keep`: an object whose life keeps the memory valid.
+    #[new]
+    #[pyo3(signature = (ptr, *, page_stride, head_stride, token_stride, vector_stride=0, keep=None))]
+    fn new(
+        ptr: usize,
+        page_stride: isize,
+        head_stride: isize,
+        token_stride: isize,
+        vector_stride: isize,
+        keep: Option<Py<PyAny>>,
+    ) -> PyResult<Self> {
+        let base = NonNull::new(ptr as *mut u8);
+        let base = base.ok_or_else(|| invalid("ptr", "0", "give the address of page 0"))?;
+        let memory = kvd_client::LayerMemory { base, page_stride, head_stride, token_stride, vector_stride };
+        Ok(Self { memory, keep: keep.map(Arc::new) })
+    }
+}
+
+/// The memory in which one rank keeps its slice of a group.
+#[pyclass(frozen, module = "kvd", from_py_object)]
+#[derive(Clone)]
+pub(crate) struct Pages {
+    pages: Arc<PagedMemory>,
+    shape: PagedShape,
+    _keep: Vec<Arc<Py<PyAny>>>,
+}
+
+#[pymethods]
+impl Pages {
+    /// `layers`: from `first_layer` of the group on; `heads`: the rank's, from `first_head` on (0: all of them).
+    #[new]
+    #[pyo3(signature = (layout, layers, *, page_tokens, pages, group=0, first_layer=0, first_head=0, heads=0))]
+    fn new(
+        layout: &Layout,
+        layers: Vec<LayerMemory>,
+        page_tokens: u32,
+        pages: u32,
+        group: usize,
+        first_layer: u32,
+        first_head: u32,
+        heads: u32,
+    ) -> PyResult<Self> {
+        layout.check_group(group)?;
+        let heads = if heads == 0 { layout.layout.groups()[group].heads } else { heads };
+        let shape = PagedShape { group, first_layer, first_head, heads, page_tokens, pages };
+        let memory = layers.iter().map(|layer| layer.memory).collect();
+        let keep = layers.iter().filter_map(|layer| layer.keep.clone()).collect();
+        // SAFETY: the connector's promise, in the docstrings: the strides are those of memory that `keep` keeps alive, and the engine
+        // leaves pages alone while a load or store of theirs goes on.
+        let pages = unsafe { PagedMemory::new(&layout.layout, shape, memory) }.map_err(raise)?;
+        Ok(Self { pages: Arc::new(pages), shape, _keep: keep })
+    }
+
+    /// Indices, in the group, of the parts that are this rank's.
+    #[getter]
+    fn parts(&self) -> Vec<u16> {
+        self.pages.parts().collect()
+    }
+
+    #[getter]
+    fn page_tokens(&self) -> u32 {
+        self.shape.page_tokens
+    }
+
+    #[getter]
+    fn group(&self) -> usize {
+        self.shape.group
+    }
+}
+
+fn paged(layout: &kvd_proto::Layout, pages: &[Pages], tables: Vec<Vec<i32>>) -> PyResult<Vec<PagedGroup>> {
+    let groups = layout.groups().len();
+    let in_order = pages.iter().enumerate().all(|(at, pages)| pages.shape.group == at);
+    if pages.len() != groups || tables.len() != groups || !in_order {
+        let message = format!("{} pages and {} tables for {groups} groups", pages.len(), tables.len());
+        return Err(invalid("pages", message, "give pages and a table for each group, in order"));
+    }
+    Ok(pages.iter().map(|pages| pages.pages.clone()).zip(tables).collect())
+}
+
+/// Waits in short pieces, so that signals are seen.
+fn patiently<T>(
+    py: Python<'_>,
+    timeout: Option<Duration>,
+    wait: impl Fn(Duration) -> Option<T> + Sync,
+) -> PyResult<Option<T>>
+where
+    T: Send,
+{
+    let piece = Duration::from_millis(100);
+    let until = timeout.map(|timeout| std::time::Instant::now() + timeout);
+    loop {
+        let left = until.map_or(piece, |until| until.saturating_duration_since(std::time::Instant::now()));
+        if let Some(done) = py.detach(|| wait(left.min(piece))) {
+            return Ok(Some(done));
+        }
+        if left <= piece && until.is_some() {
+            return Ok(None);
+        }
+        py.check_signals()?;
+    }
+}
+
+/// Blocks on their way into pages.
+#[pyclass(frozen, module = "kvd")]
+pub(crate) struct Loading {
+    loading: kvd_client::Loading,
+    /// Its lease and its pages stay while it goes on.
+    _keep: Vec<Pages>,
+}
+
+#[pymethods]
+impl Loading {
+    /// Whether nothing more will come.
+    fn done(&self, py: Python<'_>) -> bool {
+        py.detach(|| self.loading.ended())
+    }
+
+    /// Until a layer of a group is in its pages, as far as it will be; `False`: not yet.
+    #[pyo3(signature = (layer, *, group=0, timeout_s=None))]
+    fn wait_layer(&self, py: Python<'_>, layer: u32, group: usize, timeout_s: Option<f64>) -> PyResult<bool> {
+        let there = |left| self.loading.wait_layer(group, layer, left).then_some(());
+        Ok(patiently(py, seconds("timeout_s", timeout_s)?, there)?.is_some())
+    }
+
+    /// Until its end; `False`: it goes on.
+    #[pyo3(signature = (timeout_s=None))]
+    fn wait(&self, py: Python<'_>, timeout_s: Option<f64>) -> PyResult<bool> {
+        let ended = |left| self.loading.wait(left).map(|_| ());
+        Ok(patiently(py, seconds("timeout_s", timeout_s)?, ended)?.is_some())
+    }
+
+    /// Gives up what is not loaded yet; afterwards nobody touches the pages.
+    fn stop(&self, py: Python<'_>) {
+        py.detach(|| self.loading.stop());
+    }
+
+    /// How it ended: (first block that is not there or `None`, why, bytes copied); raises if it made no sense. `None`: it goes on.
+    fn outcome(&self, py: Python<'_>) -> PyResult<Option<(Option<u32>, Option<Miss>, u64)>> {
+        let Some(loaded) = py.detach(|| self.loading.wait(Duration::ZERO)) else { return Ok(None) };
+        if let Some(refused) = loaded.refused {
+            return Err(raise(refused));
+        }
+        Ok(Some((loaded.failed_from, loaded.miss.map(Miss::from), loaded.bytes)))
+    }
+}
+
+/// Blocks on their way out of pages.
+#[pyclass(frozen, module = "kvd")]
+pub(crate) struct Storing {
+    storing: Mutex<Option<kvd_client::Storing>>,
+    ended: Mutex<Option<Result<kvd_client::Stored, kvd_proto::Error>>>,
+    _keep: Vec<Pages>,
+}
+
+impl Storing {
+    fn waited(&self, left: Duration) -> Option<()> {
+        let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        if ended.is_none() {
+            let storing = self.storing.lock().unwrap_or_else(PoisonError::into_inner);
+            *ended = storing.as_ref().and_then(|storing| storing.wait(left));
+        }
+        ended.is_some().then_some(())
+    }
+}
+
+#[pymethods]
+impl Storing {
+    /// Whether it has ended, one way or another.
+    fn done(&self, py: Python<'_>) -> bool {
+        py.detach(|| self.waited(Duration::ZERO)).is_some()
+    }
+
+    /// Until its end; `False`: it goes on.
+    #[pyo3(signature = (timeout_s=None))]
+    fn wait(&self, py: Python<'_>, timeout_s: Option<f64>) -> PyResult<bool> {
+        Ok(patiently(py, seconds("timeout_s", timeout_s)?, |left| self.waited(left))?.is_some())
+    }
+
+    /// Returns when nobody reads the pages any more; what is not copied by then is left out.
+    fn stop(&self, py: Python<'_>) {
+        py.detach(|| {
+            if let Some(storing) = self.storing.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
+                storing.stop();
+            }
+        });
+    }
+
+    /// What was stored; raises what went wrong. `None`: it goes on.
+    fn outcome(&self, py: Python<'_>) -> PyResult<Option<Stored>> {
+        if py.detach(|| self.waited(Duration::ZERO)).is_none() {
+            return Ok(None);
+        }
+        let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        ended.transpose().map(|stored| stored.map(Stored::from)).map_err(raise)
+    }
+}
+
+/// Begins to load a match's blocks into pages (`Match.load_into`).
+pub(crate) fn load_into(
+    found: &PyMatch,
+    pages: Vec<Pages>,
+    tables: Vec<Vec<i32>>,
+    first: u32,
+    end: u32,
+    patience_s: f64,
+) -> PyResult<Loading> {
+    let found = found.get()?;
+    let patience = seconds("patience_s", Some(patience_s))?.unwrap_or_default();
+    let groups = paged(found.layout(), &pages, tables)?;
+    let loading = kvd_client::Loading::begin(found, groups, first..end, patience, &runtime::handle()?);
+    Ok(Loading { loading, _keep: pages })
+}
+
+/// Begins to store a piece of a chain out of pages (`Space.store_from`).
+pub(crate) fn store_from(
+    space: &Space,
+    key: Text,
+    chain: &Chain,
+    pages: Vec<Pages>,
+    tables: Vec<Vec<i32>>,
+    first: u32,
+    wait_s: f64,
+    hand_off: Option<HandOff>,
+) -> PyResult<Storing> {
+    let groups = paged(space.handle().layout(), &pages, tables)?;
+    let blocks = chain.ids_slice().len() as u32 - first.min(chain.ids_slice().len() as u32);
+    let reserved = space.reserving(Space::key(key)?, chain, first, wait_s, hand_off)?;
+    let store = Store { space: space.handle().clone(), groups, tail_tokens: chain.tail() };
+    let storing = kvd_client::Storing::begin(store, blocks, reserved, &runtime::handle()?);
+    Ok(Storing { storing: Mutex::new(Some(storing)), ended: Mutex::new(None), _keep: pages })
+}

@@ -1,0 +1,235 @@
+//! A match on its way into an engine's pages: layer range by layer range, so that the engine may begin with the first.
+//!
+//! Owns the order in which parts are loaded, and how far that is. Invariants: what is said to be loaded was verified after its last byte
+//! arrived; a failure ends the load at its block, and everything from there on counts as failed; after `stop` has returned nobody
+//! touches the pages. Leaves to others: which blocks and pages (the engine), whether bytes are the block's (`lease`).
+
+use crate::lease::{Match, MissReason, OpenBlock, Read};
+use crate::paged::PagedMemory;
+use kvd_proto::{Error, Layout};
+use std::ops::Range;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::runtime::Handle;
+use tokio::sync::Notify;
+
+/// One group's pages and the request's page table in them.
+pub type PagedGroup = (Arc<PagedMemory>, Vec<i32>);
+
+/// How a load ended, or how far it is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Loaded {
+    /// Blocks from this one on are not there, or not as they should be; `None`: all are.
+    pub failed_from: Option<u32>,
+    /// Why; `None` with a failure: it was stopped, or took too long.
+    pub miss: Option<MissReason>,
+    /// The request made no sense: nothing was loaded.
+    pub refused: Option<Error>,
+    /// Copied into pages.
+    pub bytes: u64,
+}
+
+#[derive(Default)]
+struct State {
+    /// Layer ranges, through all groups, that are in the pages as far as they will be.
+    ranges_done: u32,
+    loaded: Loaded,
+    stopped: bool,
+    ended: bool,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    stop: Notify,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until `enough`, at most until then.
+    fn wait(&self, until: Instant, enough: impl Fn(&State) -> bool) -> MutexGuard<'_, State> {
+        let left = until.saturating_duration_since(Instant::now());
+        let waited = self.changed.wait_timeout_while(self.lock(), left, |state| !enough(state));
+        waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+}
+
+/// A load under way.
+pub struct Loading {
+    shared: Arc<Shared>,
+    layout: Arc<Layout>,
+}
+
+impl Loading {
+    /// Loads the parts that are in `groups` (one for each of the layout's) of these blocks, on a thread of the runtime's for blocking work. What is
+    /// not ready within `patience` is given up.
+    pub fn begin(
+        found: Arc<Match>,
+        groups: Vec<PagedGroup>,
+        blocks: Range<u32>,
+        patience: Duration,
+        runtime: &Handle,
+    ) -> Self {
+        let shared = Arc::new(Shared::default());
+        let layout = found.layout().clone();
+        let job = Job { shared: shared.clone(), found, groups, until: Instant::now() + patience };
+        let waits = runtime.clone();
+        runtime.spawn_blocking(move || job.run(blocks, &waits));
+        Self { shared, layout }
+    }
+
+    /// Whether nothing more will come.
+    pub fn ended(&self) -> bool {
+        self.shared.lock().ended
+    }
+
+    /// Waits for its end; `None`: it goes on.
+    pub fn wait(&self, timeout: Duration) -> Option<Loaded> {
+        let state = self.shared.wait(Instant::now() + timeout, |state| state.ended);
+        state.ended.then(|| state.loaded.clone())
+    }
+
+    /// Waits until a group's layer is in the pages as far as it will be; `false`: not yet.
+    pub fn wait_layer(&self, group: usize, layer: u32, timeout: Duration) -> bool {
+        let of_group = &self.layout.groups()[group];
+        let range = layer / (of_group.layers / of_group.layer_ranges);
+        let enough = |state: &State| state.ended || state.ranges_done > range;
+        enough(&self.shared.wait(Instant::now() + timeout, enough))
+    }
+
+    /// Gives up what is not loaded yet, and returns when nobody touches the pages any more.
+    pub fn stop(&self) {
+        self.shared.lock().stopped = true;
+        self.shared.stop.notify_one();
+        let ended = |state: &mut State| !state.ended;
+        drop(self.shared.changed.wait_while(self.shared.lock(), ended));
+    }
+}
+
+impl Drop for Loading {
+    /// Whoever forgets a load may reuse its pages at once.
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+struct Job {
+    shared: Arc<Shared>,
+    found: Arc<Match>,
+    groups: Vec<PagedGroup>,
+    until: Instant,
+}
+
+/// What a load of one part may come to, beside being there.
+enum Stop {
+    Miss(Option<MissReason>),
+    Refused(Error),
+}
+
+impl Job {
+    fn run(self, blocks: Range<u32>, runtime: &Handle) {
+        let _ended = EndsWith(&self.shared);
+        let layout = self.found.layout();
+        let ranges = layout.groups().iter().map(|group| group.layer_ranges).max().unwrap_or(0);
+        let mut open: Vec<Vec<OpenBlock<'_>>> = self.groups.iter().map(|_| Vec::new()).collect();
+        let mut end = blocks.end;
+        for range in 0..ranges {
+            for (group, (pages, table)) in self.groups.iter().enumerate() {
+                for block in blocks.start..end {
+                    let at = (block - blocks.start) as usize;
+                    let done = self.opened(&mut open[group], at, block, group, runtime).and_then(|()| {
+                        self.load_range(&open[group][at], pages, table, &layout.groups()[group], range)
+                    });
+                    if let Err(stop) = done {
+                        end = block;
+                        self.failed(block, stop);
+                        break;
+                    }
+                }
+            }
+            self.shared.lock().ranges_done = range + 1;
+            self.shared.changed.notify_all();
+        }
+    }
+
+    /// The block's header, checked once, after it has arrived.
+    fn opened<'a>(
+        &'a self,
+        open: &mut Vec<OpenBlock<'a>>,
+        at: usize,
+        block: u32,
+        group: usize,
+        runtime: &Handle,
+    ) -> Result<(), Stop> {
+        if at < open.len() {
+            return Ok(());
+        }
+        let ready = runtime.block_on(async {
+            tokio::select! {
+                biased;
+                ready = self.found.wait_ready(block) => Some(ready),
+                () = tokio::time::sleep_until(self.until.into()) => None,
+                () = self.shared.stop.notified() => None,
+            }
+        });
+        match ready {
+            Some(true) => {}
+            Some(false) => return Err(Stop::Miss(Some(MissReason::Failed))),
+            None => return Err(Stop::Miss(Some(MissReason::NotReady))),
+        }
+        open.push(self.found.open(block, group).map_err(|reason| Stop::Miss(Some(reason)))?);
+        Ok(())
+    }
+
+    /// The parts of one layer range that are this rank's, of one block.
+    fn load_range(
+        &self,
+        open: &OpenBlock<'_>,
+        pages: &PagedMemory,
+        table: &[i32],
+        group: &kvd_proto::Group,
+        range: u32,
+    ) -> Result<(), Stop> {
+        let of_range = |part: &u16| u32::from(*part) / group.head_ranges == range;
+        for part in pages.parts().filter(of_range) {
+            if self.shared.lock().stopped {
+                return Err(Stop::Miss(None));
+            }
+            match open.load_part(part, pages, table) {
+                Ok(Read::Whole) => {}
+                Ok(Read::Miss(reason)) => return Err(Stop::Miss(Some(reason))),
+                Err(error) => return Err(Stop::Refused(error)),
+            }
+            self.shared.lock().loaded.bytes += pages.loaded_bytes(part, open.tokens());
+        }
+        Ok(())
+    }
+
+    fn failed(&self, block: u32, stop: Stop) {
+        let mut state = self.shared.lock();
+        let from = state.loaded.failed_from.map_or(block, |from| from.min(block));
+        state.loaded.failed_from = Some(from);
+        match stop {
+            Stop::Miss(reason) => state.loaded.miss = reason,
+            Stop::Refused(error) => state.loaded.refused = Some(error),
+        }
+    }
+}
+
+/// However the job ends, whoever waits hears of it; a panic is a load that failed.
+struct EndsWith<'a>(&'a Shared);
+
+impl Drop for EndsWith<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.ended = true;
+        if std::thread::panicking() {
+            state.loaded.failed_from = Some(0);
+        }
+        self.0.changed.notify_all();
+    }
+}

@@ -1,0 +1,217 @@
+//! Blocks on their way out of an engine's pages: reserved, copied, committed, behind the engine's back.
+//!
+//! Owns when the pages are touched. Invariants: after `stop` has returned nobody reads the pages, and what was not copied whole by then is
+//! not committed; a rank commits its own parts only. Leaves to others: which blocks and pages (the engine), slots (`fill`).
+
+use crate::fill::Fill;
+use crate::loading::PagedGroup;
+use crate::space::SpaceHandle;
+use kvd_proto::wire::ReserveState;
+use kvd_proto::{Error, Layout};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::runtime::Handle;
+
+/// What became of blocks that were to be stored.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Stored {
+    /// Filled by us, as far as they are ours to fill.
+    pub filled: u32,
+    /// They were there.
+    pub present: u32,
+    /// Somebody else fills them.
+    pub busy: u32,
+    /// Left out: nothing could be evicted in time.
+    pub no_space: u32,
+    /// The node keeps them for whoever claims them.
+    pub handed_off: bool,
+    /// Copied out of pages.
+    pub bytes: u64,
+}
+
+impl Stored {
+    /// What a reservation of so many blocks was answered with.
+    pub fn of(fill: &Fill, blocks: u32) -> Self {
+        let count = |state| (0..blocks).filter(|block| fill.state(*block) == state).count() as u32;
+        Self {
+            present: count(ReserveState::Present),
+            busy: count(ReserveState::Busy),
+            no_space: count(ReserveState::NoSpace),
+            handed_off: fill.handed_off(),
+            ..Self::default()
+        }
+    }
+}
+
+#[derive(Default)]
+struct State {
+    stopped: bool,
+    /// Pages are being read.
+    copying: bool,
+    ended: Option<Result<Stored, Error>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Blocks being stored.
+pub struct Storing {
+    shared: Arc<Shared>,
+}
+
+/// A piece of a prompt to store, out of the pages of one rank.
+pub struct Store {
+    /// The space of the blocks.
+    pub space: SpaceHandle,
+    /// One for each of the layout's groups; tables begin with the first block.
+    pub groups: Vec<PagedGroup>,
+    /// Of the last block, if that is a tail; 0: it is a whole one.
+    pub tail_tokens: u32,
+}
+
+impl Storing {
+    /// Goes on when slots are `reserved`: copies on a thread for blocking work, then commits.
+    pub fn begin(
+        store: Store,
+        blocks: u32,
+        reserved: impl Future<Output = Result<Fill, Error>> + Send + 'static,
+        runtime: &Handle,
+    ) -> Self {
+        let shared = Arc::new(Shared::default());
+        let told = Arc::new(EndsWith(shared.clone()));
+        runtime.spawn(async move {
+            let ended = stored(store, blocks, reserved, told.clone()).await;
+            told.0.lock().ended = Some(ended);
+        });
+        Self { shared }
+    }
+
+    /// Waits for the end; `None`: it goes on.
+    pub fn wait(&self, timeout: Duration) -> Option<Result<Stored, Error>> {
+        let until = Instant::now() + timeout;
+        let left = until.saturating_duration_since(Instant::now());
+        let under_way = |state: &mut State| state.ended.is_none();
+        let waited = self.shared.changed.wait_timeout_while(self.shared.lock(), left, under_way);
+        waited.unwrap_or_else(PoisonError::into_inner).0.ended.clone()
+    }
+
+    /// Returns when nobody reads the pages any more; what is not copied by then is left out.
+    pub fn stop(&self) {
+        self.shared.lock().stopped = true;
+        let copying = |state: &mut State| state.copying;
+        drop(self.shared.changed.wait_while(self.shared.lock(), copying));
+    }
+}
+
+impl Drop for Storing {
+    /// Whoever forgets it may reuse its pages at once.
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+async fn stored(
+    store: Store,
+    blocks: u32,
+    reserved: impl Future<Output = Result<Fill, Error>> + Send,
+    told: Arc<EndsWith>,
+) -> Result<Stored, Error> {
+    let fill = reserved.await?;
+    let stored = Stored::of(&fill, blocks);
+    let granted = fill.granted();
+    if granted.is_empty() {
+        return Ok(stored);
+    }
+    let layout = store.space.layout().clone();
+    let ours = own_parts(&layout, &store.groups);
+    let whole = ours.len() as u32 == layout.groups().iter().map(kvd_proto::Group::part_count).sum::<u32>();
+    let copied = tokio::task::spawn_blocking(move || {
+        let copied = copy(&store, blocks, &fill, &granted, &told);
+        (fill, granted, copied)
+    });
+    let (mut fill, granted, copied) = copied.await.map_err(|_| {
+        Error::new(kvd_proto::Code::Internal, "store", "copying out of the pages panicked", "report it")
+    })?;
+    let (done, bytes) = copied?;
+    let done = &granted[..done as usize];
+    if !done.is_empty() {
+        fill.commit_parts(done, if whole { &[] } else { &ours }).await?;
+    }
+    Ok(Stored { filled: done.len() as u32, bytes, ..stored })
+}
+
+/// The rank's parts, numbered through all groups.
+fn own_parts(layout: &Layout, groups: &[PagedGroup]) -> Vec<u32> {
+    let mut first = 0;
+    let mut ours = Vec::new();
+    for (group, (pages, _)) in layout.groups().iter().zip(groups) {
+        ours.extend(pages.parts().map(|part| first + u32::from(part)));
+        first += group.part_count();
+    }
+    ours
+}
+
+/// Copies block after block; returns how many, and their bytes. Stopped, it ends between two parts.
+fn copy(
+    store: &Store,
+    blocks: u32,
+    fill: &Fill,
+    granted: &[u32],
+    told: &EndsWith,
+) -> Result<(u32, u64), Error> {
+    {
+        let mut state = told.0.lock();
+        if state.stopped {
+            return Ok((0, 0));
+        }
+        state.copying = true;
+    }
+    let _copied = Copying(&told.0);
+    let mut bytes = 0;
+    for (done, block) in granted.iter().enumerate() {
+        let is_tail = store.tail_tokens > 0 && block + 1 == blocks;
+        let tokens = if is_tail { store.tail_tokens } else { store.space.layout().block_tokens() };
+        for (pages, table) in &store.groups {
+            for part in pages.parts() {
+                if told.0.lock().stopped {
+                    return Ok((done as u32, bytes));
+                }
+                fill.store_tail_part(*block, part, tokens, pages, table)?;
+                bytes += pages.loaded_bytes(part, tokens);
+            }
+        }
+    }
+    Ok((granted.len() as u32, bytes))
+}
+
+/// However copying ends, the pages are free then.
+struct Copying<'a>(&'a Shared);
+
+impl Drop for Copying<'_> {
+    fn drop(&mut self) {
+        self.0.lock().copying = false;
+        self.0.changed.notify_all();
+    }
+}
+
+/// However the task ends, whoever waits hears of it; a task that was dropped stored nothing.
+struct EndsWith(Arc<Shared>);
+
+impl Drop for EndsWith {
+    fn drop(&mut self) {
+        self.0.lock().ended.get_or_insert_with(|| {
+            let what = "the runtime ended before it was stored";
+            Err(Error::new(kvd_proto::Code::Unavailable, "store", what, "go without storing"))
+        });
+        self.0.changed.notify_all();
+    }
+}
