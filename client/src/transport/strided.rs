@@ -95,7 +95,9 @@ impl StridedMemory {
                 .map_err(|(message, fix)| Error::invalid(format!("layers[{at}]"), message, fix))?;
         }
         let page_rows = geometry.page_rows as isize;
-        let seamless = layers.iter().all(|layer| layer.page_stride == page_rows * layer.token_stride);
+        let goes_on =
+            |layer: &LayerMemory| layer.token_stride.checked_mul(page_rows) == Some(layer.page_stride);
+        let seamless = layers.iter().all(goes_on);
         Ok(Self { layers, geometry, seamless })
     }
 
