@@ -1,0 +1,439 @@
+"""The scheduler's half: what of a request is in kvd, what to load, what to store, and when pages are free again.
+
+Owns a request's chain, its lookup and lease, and which of its stores are under way. Invariants: the scheduler never waits for the node beyond
+`lookup_wait_ms`; a lookup that takes too long, or a node that is away, is a miss; pages that a load or store may touch are not given back to
+the engine before every rank has said that it is over. Leaves to others: bytes (`worker`), what blocks mean (`identity`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import kvd
+from kvd.vllm import identity
+from kvd.vllm.meta import ChainRef, KvdMetadata, KvdWorkerMeta, LoadJob, StoreJob
+from kvd.vllm.standing import Standing
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+    from kvd.vllm.settings import Settings
+
+logger = logging.getLogger("vllm.kvd")
+
+LOAD_TRIES = 2
+"""A request whose loads failed so often is computed."""
+LEASE_AGE_S = 10.0
+"""A lookup older than this is asked again before it is used: leases end."""
+
+
+@dataclass
+class Lookup:
+    """A question to the node, and its answer."""
+
+    skip: int
+    pending: kvd.Pending[kvd.Match]
+    asked_s: float
+    until_s: float
+    key: bytes
+    chain: kvd.Chain
+    found: kvd.Match | None = None
+    computed: int = 0
+    """Tokens that the engine had of its own when the answer was given."""
+    tokens: int = 0
+    """Tokens from the beginning that will be there after the load."""
+    wait: bool = False
+
+    def drop(self) -> None:
+        """Gives the lease back."""
+        if self.found is not None:
+            self.found.release()
+        else:
+            self.pending.cancel()
+
+
+@dataclass
+class Tracked:
+    """What is known of a request."""
+
+    request: Request
+    chain: kvd.Chain | None = None
+    lookup: Lookup | None = None
+    loading: bool = False
+    failures: int = 0
+    stored: int = 0
+    """Tokens from the beginning that are stored, or being stored."""
+    stores: set[int] = field(default_factory=set)
+    over: bool = False
+    """Nothing more of it is stored."""
+    told: dict[str, Any] = field(default_factory=dict)
+    """The router's word about it."""
+
+
+class SchedulerSide:
+    """One engine's."""
+
+    def __init__(self, settings: Settings, engine: identity.Identity, engine_name: str) -> None:
+        self.settings, self.engine = settings, engine
+        self.client = kvd.Client(
+            settings.socket, tenant=settings.tenant, engine=engine_name, member="scheduler", wait_s=0
+        )
+        self.epoch = 0
+        self.space = self._space()
+        self.adapters = identity.Adapters()
+        self.requests: dict[str, Tracked] = {}
+        self.finishing: dict[str, Tracked] = {}
+        self.stats: dict[str, int] = {"lookups": 0, "hit_tokens": 0, "asked_tokens": 0, "late_lookups": 0}
+        self._numbers = itertools.count(1)
+        self._nonce = secrets.token_bytes(8)
+        self._loads: list[LoadJob] = []
+        self._ended: dict[int, tuple[str, int]] = {}
+        self._holds: dict[int, kvd.Pending[kvd.Fill]] = {}
+        self._manager: KVCacheManager | None = None
+        self._synchronous: list[Tracked] = []
+        self._left: set[str] = set()
+        self._away = False
+        self.standing = Standing(self.client, self.space, settings, engine)
+
+    def bind(self, manager: KVCacheManager) -> None:
+        """The engine's own account of its pages."""
+        self._manager = manager
+
+    def _space(self) -> kvd.Space:
+        return self.client.space(self.engine.model, self.engine.revision, self.engine.layout, epoch=self.epoch)
+
+    def _key(self) -> bytes:
+        return self._nonce + next(self._numbers).to_bytes(8, "little")
+
+    # ---- lookups
+
+    def matched(self, request: Request, computed: int) -> tuple[int | None, bool]:
+        """As `get_num_new_matched_tokens`."""
+        tracked = self._tracked(request)
+        limit = self._loadable(tracked, request)
+        if limit - computed < min(self.engine.granule_tokens, limit) or limit <= computed:
+            return 0, False
+        lookup = self._lookup(tracked, computed, limit)
+        if lookup is None or not self._answered(lookup):
+            return (0, False) if lookup is None or self._given_up(tracked, lookup) else (None, False)
+        assert lookup.found is not None
+        tokens = self._matched_tokens(lookup, limit)
+        self.stats["asked_tokens"] += limit - computed
+        if tokens <= computed:
+            self._drop_lookup(tracked)
+            return 0, False
+        lookup.computed, lookup.tokens = computed, tokens
+        lookup.wait = self._in_batch(lookup)
+        return tokens - computed, not lookup.wait
+
+    def _tracked(self, request: Request) -> Tracked:
+        tracked = self.requests.get(request.request_id)
+        if tracked is None:
+            params = request.kv_transfer_params or {}
+            tracked = Tracked(request, told=params.get("kvd") or {})
+            self.requests[request.request_id] = tracked
+            self.standing.began(request, tracked.told)
+        if tracked.chain is None and not tracked.over:
+            tracked.chain = self._chain(request)
+            tracked.over = tracked.chain is None
+        if tracked.chain is not None:
+            known = tracked.chain.tokens
+            tracked.chain.extend(list(request.all_token_ids[known:]))
+        return tracked
+
+    def _chain(self, request: Request) -> kvd.Chain | None:
+        """`None`: what it depends on cannot be told for sure."""
+        adapter = self.adapters.digest(request)
+        if adapter is None or request.prompt_embeds is not None:
+            return None
+        chain = self.space.chain(adapter=adapter, salt=(request.cache_salt or "").encode())
+        chain.extend([], identity.spans_of(request))
+        return chain
+
+    def _loadable(self, tracked: Tracked, request: Request) -> int:
+        """Tokens that may come from kvd: never the last, which the engine computes to have something to sample from."""
+        if tracked.chain is None or tracked.failures >= LOAD_TRIES or request.skip_reading_prefix_cache:
+            return 0
+        if "prefill_node" in tracked.told:
+            return request.num_prompt_tokens
+        granule = self.engine.granule_tokens
+        return (request.num_tokens - 1) // granule * granule
+
+    def _lookup(self, tracked: Tracked, computed: int, limit: int) -> Lookup | None:
+        """The lookup that holds for so many computed tokens, a new one if need be."""
+        skip = computed // self.engine.block_tokens
+        known, now = tracked.lookup, time.monotonic()
+        if known is not None and (known.skip > skip or now - known.asked_s > LEASE_AGE_S):
+            self._drop_lookup(tracked)
+        if tracked.lookup is None:
+            if not self._reachable():
+                return None
+            assert tracked.chain is not None
+            claim, patience_s = None, self.settings.lookup_timeout_ms / 1000
+            chain = tracked.chain.prefix(limit // self.engine.block_tokens)
+            if "prefill_node" in tracked.told:
+                wait_s = self.settings.claim_wait_ms / 1000
+                claim = kvd.Claim(tracked.told["request_key"], node=tracked.told["prefill_node"], wait_s=wait_s)
+                patience_s += wait_s
+                chain = tracked.chain.with_tail() if limit == tracked.chain.tokens else chain
+            key = self._key()
+            pending = self.space.match_soon(key, chain, skip=skip, claim=claim)
+            tracked.lookup = Lookup(skip, pending, now, now + patience_s, key, chain)
+            self.stats["lookups"] += 1
+        return tracked.lookup
+
+    def _reachable(self) -> bool:
+        away = not self.client.connected
+        if away != self._away:
+            self._away = away
+            logger.warning("kvd: %s", f"away, carrying on without: {self.client.trouble}" if away else "back")
+        return not away
+
+    def _answered(self, lookup: Lookup) -> bool:
+        if lookup.found is None:
+            try:
+                lookup.found = lookup.pending.result(self.settings.lookup_wait_ms / 1000)
+            except kvd.TimedOutError:
+                return False
+            except kvd.KvdError as error:
+                lookup.until_s = 0
+                logger.debug("kvd: lookup: %s", error)
+                return False
+        return True
+
+    def _given_up(self, tracked: Tracked, lookup: Lookup) -> bool:
+        if time.monotonic() < lookup.until_s:
+            return False
+        self.stats["late_lookups"] += lookup.until_s > 0
+        tracked.failures += 1
+        self._drop_lookup(tracked)
+        return True
+
+    def _matched_tokens(self, lookup: Lookup, limit: int) -> int:
+        assert lookup.found is not None
+        blocks, block = lookup.found.blocks, self.engine.block_tokens
+        if lookup.chain.tail_tokens and blocks == len(lookup.chain):
+            return limit
+        tokens = min(blocks * block, limit)
+        return tokens // self.engine.granule_tokens * self.engine.granule_tokens
+
+    def _in_batch(self, lookup: Lookup) -> bool:
+        """Several cache groups, and a prompt that is there to its end, can only come from outside of the batch."""
+        if self.settings.load == "async" or len(self.engine.groups) > 1 or lookup.tokens % self.engine.granule_tokens:
+            return False
+        assert lookup.found is not None
+        return self.settings.load == "layerwise" or lookup.found.predicted_us <= self.settings.layerwise_us
+
+    def _drop_lookup(self, tracked: Tracked) -> None:
+        if tracked.lookup is not None:
+            tracked.lookup.drop()
+            tracked.lookup = None
+
+    # ---- loads
+
+    def allocated(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
+        """As `update_state_after_alloc`."""
+        tracked = self._tracked(request)
+        lookup = tracked.lookup
+        if external == 0 or lookup is None or lookup.found is None:
+            if not tracked.loading:
+                self._drop_lookup(tracked)
+            return
+        assert external == lookup.tokens - lookup.computed, (external, lookup.tokens, lookup.computed)
+        block = self.engine.block_tokens
+        tables = [
+            self._table(ids, group.page_tokens, lookup.computed, lookup.tokens)
+            for ids, group in zip(blocks.get_block_ids(), self.engine.groups, strict=True)
+        ]
+        job = LoadJob(
+            request=request.request_id,
+            key=lookup.key,
+            chain=self._ref(lookup.chain),
+            skip=lookup.skip,
+            lease=lookup.found.lease,
+            first=lookup.computed // block,
+            end=-(-lookup.tokens // block),
+            tables=tables,
+            wait=lookup.wait,
+        )
+        self._loads.append(job)
+        self.stats["hit_tokens"] += external
+        tracked.loading = True
+        tracked.stored = max(tracked.stored, lookup.tokens // self.engine.granule_tokens * self.engine.granule_tokens)
+        if lookup.wait:
+            self._synchronous.append(tracked)
+
+    def _table(self, ids: list[int], page: int, begin: int, end: int) -> list[int]:
+        null = self._null_page()
+        wanted = range(begin // page, -(-end // page))
+        return [ids[at] if at in wanted and ids[at] != null else -1 for at in range(wanted.stop)]
+
+    def _null_page(self) -> int:
+        return 0 if self._manager is None else int(self._manager.block_pool.null_block.block_id)
+
+    def _ref(self, chain: kvd.Chain) -> ChainRef:
+        return ChainRef(self.epoch, chain.root, chain.ids, chain.tail_tokens)
+
+    # ---- a step
+
+    def step(self, output: SchedulerOutput) -> KvdMetadata:
+        """As `build_connector_meta`."""
+        meta = KvdMetadata(token=self.client.token, loads=self._loads)
+        self._loads = []
+        for name, tokens in output.num_scheduled_tokens.items():
+            tracked = self.requests.get(name)
+            if tracked is not None and self.settings.store != "none":
+                meta.stores += self._stores(tracked, tracked.request.num_computed_tokens + tokens)
+        for name in output.preempted_req_ids or ():
+            tracked = self.requests.get(name)
+            if tracked is not None:
+                meta.leave.add(name)
+                tracked.loading = False
+                self._drop_lookup(tracked)
+        meta.leave |= self._left
+        self._left = set()
+        meta.await_stores = set(self.finishing)
+        return meta
+
+    def _stores(self, tracked: Tracked, computed: int) -> list[StoreJob]:
+        request, granule, block = tracked.request, self.engine.granule_tokens, self.engine.block_tokens
+        if tracked.over or tracked.chain is None or not self._reachable():
+            return []
+        known = min(computed, request.num_tokens)
+        if self.settings.store == "prompt" or "do" in tracked.told:
+            known = min(known, request.num_prompt_tokens)
+        hands_off = tracked.told.get("do") == "prefill" and known == request.num_prompt_tokens
+        end = known if hands_off else known // granule * granule
+        if end <= tracked.stored:
+            return []
+        tracked.chain.extend(list(request.all_token_ids[tracked.chain.tokens : known]))
+        chain = tracked.chain.prefix(known // block if hands_off else end // block)
+        if hands_off and known % block:
+            chain = tracked.chain.with_tail()
+        tables = self._store_tables(tracked, end)
+        if tables is None:
+            tracked.over = True
+            return []
+        number = next(self._numbers)
+        hand_off = None
+        if hands_off:
+            hand_off = (tracked.told["request_key"].encode(), len(chain))
+        job = StoreJob(number, request.request_id, self._key(), self._ref(chain), tracked.stored // block, tables, hand_off)
+        if self.engine.ranks > 1:
+            self._holds[number] = self.space.reserve_soon(job.key, chain, first=job.first, hand_off=hand_off_of(self.settings, hand_off))
+        tracked.stored = end // granule * granule
+        tracked.over = hands_off
+        tracked.stores.add(number)
+        self._ended[number] = (request.request_id, 0)
+        return [job]
+
+    def _store_tables(self, tracked: Tracked, end: int) -> list[list[int]] | None:
+        """From what is stored to `end`; `None`: some of its pages are not there any more, and what follows is of no use."""
+        assert self._manager is not None
+        null, tables = self._null_page(), []
+        ids = self._manager.get_block_ids(tracked.request.request_id)
+        for pages, group in zip(ids, self.engine.groups, strict=True):
+            table = pages[tracked.stored // group.page_tokens : -(-end // group.page_tokens)]
+            if null in table or len(table) < -(-end // group.page_tokens) - tracked.stored // group.page_tokens:
+                return None
+            tables.append(list(table))
+        return tables
+
+    # ---- what came of it
+
+    def heard(self, output: KVConnectorOutput) -> None:
+        """As `update_connector_output`."""
+        for name in output.finished_recving or ():
+            tracked = self.requests.get(name)
+            if tracked is not None:
+                tracked.loading = False
+                self._drop_lookup(tracked)
+        for tracked in self._synchronous:
+            tracked.loading = False
+            self._drop_lookup(tracked)
+        self._synchronous = []
+        if output.invalid_block_ids:
+            self._failed(set(output.invalid_block_ids))
+        for name in output.failed_recving or ():
+            if name in self.requests:
+                self.requests[name].failures += 1
+        meta = output.kv_connector_worker_meta
+        if isinstance(meta, KvdWorkerMeta):
+            for number, (ranks, _) in meta.ended.items():
+                self._store_ended(number, ranks)
+
+    def _failed(self, pages: set[int]) -> None:
+        """Pages that were not loaded after all: nobody may find them by their hash, whatever becomes of their request."""
+        assert self._manager is not None
+        self._manager.evict_blocks(pages)
+        for tracked in self.requests.values():
+            if pages & set(self._manager.get_block_ids(tracked.request.request_id)[0]):
+                tracked.failures += 1
+                tracked.stored = 0
+
+    def _store_ended(self, number: int, ranks: int) -> None:
+        name, before = self._ended[number]
+        if before + ranks < self.engine.ranks:
+            self._ended[number] = (name, before + ranks)
+            return
+        del self._ended[number]
+        hold = self._holds.pop(number, None)
+        if hold is not None:
+            hold.cancel()
+        for tracked in (self.requests.get(name), self.finishing.get(name)):
+            if tracked is not None:
+                tracked.stores.discard(number)
+
+    def finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
+        """As `request_finished_all_groups`: whether its pages must stay, and what the router is told."""
+        tracked = self.requests.pop(request.request_id, None)
+        self.standing.ended(request)
+        if tracked is None:
+            return False, None
+        if not tracked.loading:
+            self._drop_lookup(tracked)
+        told = None
+        if tracked.told.get("do") == "prefill":
+            tokens = request.num_prompt_tokens if tracked.over and tracked.stored else 0
+            told = {"kvd": {"do": "prefill", "request_key": tracked.told.get("request_key"), "prefilled_tokens": tokens}}
+        if tracked.stores:
+            self.finishing[request.request_id] = tracked
+        return bool(tracked.stores), told
+
+    def sent(self, names: set[str]) -> None:
+        """Every rank is through with these requests' pages."""
+        for name in names:
+            self.finishing.pop(name, None)
+
+    def reset(self) -> bool:
+        """After an update of weights: what is stored is of other weights, and nobody else has these."""
+        self.epoch = identity.fresh_epoch()
+        self.space = self._space()
+        for tracked in self.requests.values():
+            self._drop_lookup(tracked)
+            tracked.chain, tracked.stored, tracked.failures = None, 0, 0
+        logger.info("kvd: cache reset: blocks are of epoch %d from now on", self.epoch)
+        return True
+
+    def close(self) -> None:
+        """Leases are given back, the session ends."""
+        for tracked in self.requests.values():
+            self._drop_lookup(tracked)
+        self.standing.close()
+        self.client.close()
+
+
+def hand_off_of(settings: Settings, hand_off: tuple[bytes, int] | None) -> kvd.HandOff | None:
+    """A store's hand-off, as the node is told."""
+    if hand_off is None:
+        return None
+    key, blocks = hand_off
+    return kvd.HandOff(key, blocks=blocks, ttl_s=settings.hand_off_ttl_ms / 1000)
