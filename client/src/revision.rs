@@ -22,6 +22,8 @@ const HEADER_BYTES_MAX: u64 = 100 << 20;
 /// Entries of a folder. At the limit: `Limit`.
 const ENTRIES_MAX: usize = 4096;
 
+const WORDS_CONTEXT: &str = "kvd 2026-11-21 revision with words v1";
+
 /// What makes a folder a model's, or an adapter's.
 struct Kind {
     context: &'static str,
@@ -70,6 +72,20 @@ pub fn of_model(folder: &Path) -> Result<[u8; 32], Error> {
 /// `WHOLE_BYTES_MAX`. What it gives goes into the root of a prompt's chain.
 pub fn of_adapter(folder: &Path) -> Result<[u8; 32], Error> {
     digest(folder, &ADAPTER)
+}
+
+/// A revision to which more belongs than its folder: a draft model's digest, how weights are loaded. Without words it is itself.
+pub fn with_words<W: AsRef<[u8]>>(revision: [u8; 32], words: &[W]) -> [u8; 32] {
+    if words.is_empty() {
+        return revision;
+    }
+    let mut hasher = blake3::Hasher::new_derive_key(WORDS_CONTEXT);
+    hasher.update(&revision);
+    for word in words.iter().map(AsRef::as_ref) {
+        hasher.update(&(word.len() as u32).to_le_bytes());
+        hasher.update(word);
+    }
+    *hasher.finalize().as_bytes()
 }
 
 fn digest(folder: &Path, kind: &Kind) -> Result<[u8; 32], Error> {
@@ -334,6 +350,17 @@ mod tests {
         std::fs::remove_file(folder.path().join("config.json")).unwrap();
         std::fs::create_dir(folder.path().join("config.json")).unwrap();
         assert_eq!(of_model(folder.path()).unwrap_err().code, Code::Invalid, "a folder is no file");
+    }
+
+    #[test]
+    fn words_are_part_of_a_revision_each_for_itself() {
+        let words = |words: &[&str]| with_words([7; 32], words);
+        assert_eq!(words(&[]), [7; 32]);
+        let all = [words(&[]), words(&[""]), words(&["ab"]), words(&["a", "b"]), words(&["b", "a"])];
+        let distinct: std::collections::BTreeSet<_> = all.iter().collect();
+        assert_eq!(distinct.len(), all.len());
+        let material = [&[7; 32][..], &[2, 0, 0, 0], b"ab"].concat();
+        assert_eq!(words(&["ab"]), blake3::derive_key(WORDS_CONTEXT, &material));
     }
 
     #[test]

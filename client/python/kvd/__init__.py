@@ -29,6 +29,9 @@ from kvd._kvd import (
     Space,
     Stored,
     Storing,
+    Worker,
+    revision_of_adapter,
+    revision_of_model,
 )
 
 __all__ = [
@@ -58,4 +61,7 @@ __all__ = [
     "Storing",
     "TimedOutError",
     "UnavailableError",
+    "Worker",
+    "revision_of_adapter",
+    "revision_of_model",
 ]

@@ -12,8 +12,10 @@ mod layout;
 mod lease;
 mod pages;
 mod pending;
+mod revision;
 mod runtime;
 mod space;
+mod worker;
 
 use pyo3::prelude::*;
 
@@ -37,7 +39,11 @@ mod _kvd {
     #[pymodule_export]
     use super::pending::Pending;
     #[pymodule_export]
+    use super::revision::{revision_of_adapter, revision_of_model};
+    #[pymodule_export]
     use super::space::{Loaded, Space, Stored};
+    #[pymodule_export]
+    use super::worker::Worker;
 
     #[pymodule_export]
     const IMAGE: u8 = kvd_proto::Extra::IMAGE;
