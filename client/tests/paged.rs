@@ -21,6 +21,8 @@ struct Style {
     gap_bytes: usize,
     backwards: [[bool; 5]; 4],
     misaligned_bytes: usize,
+    /// The third vector is farther from the second than that from the first.
+    uneven: bool,
     /// Contiguous numbers are said to be so by their stride.
     spelled: bool,
 }
@@ -33,6 +35,7 @@ impl Style {
             gap_bytes: 0,
             backwards: [[false; 5]; 4],
             misaligned_bytes: 0,
+            uneven: false,
             spelled: false,
         }
     }
@@ -84,6 +87,7 @@ impl Style {
             gap_bytes: pick.of(&[0, 0, 1, 64]),
             backwards: [(); 4].map(|()| own_backwards(pick)),
             misaligned_bytes: pick.of(&[0, 0, 1, 16]),
+            uneven: pick.below(2) == 0,
             spelled: pick.below(2) == 0,
         }
     }
@@ -131,7 +135,7 @@ fn strides(
 impl Tensor {
     fn new(counts: [u32; 4], numbers: Numbers, style: &Style) -> Self {
         let [pages, heads, tokens, vectors] = counts.map(|count| count as usize);
-        let counts = [pages, heads, tokens, vectors, numbers.count];
+        let counts = [pages, heads, tokens, vectors + usize::from(style.uneven), numbers.count];
         let own: Vec<_> =
             (0..vectors).map(|v| strides(&style.own[v], counts, numbers.bytes, style, v)).collect();
         let cell = own.iter().map(|(_, extent, _)| *extent).max().unwrap();
@@ -140,7 +144,8 @@ impl Tensor {
         let start = start + bytes.as_ptr().align_offset(64) + style.misaligned_bytes;
         let vector = |(at, (own, _, base)): (usize, &([isize; 5], usize, usize))| {
             let strides = std::array::from_fn(|axis| common[axis] + own[axis]);
-            (start.checked_add_signed(at as isize * common[VECTOR]).unwrap() + base, strides)
+            let at = (at + usize::from(style.uneven && at > 1)) as isize;
+            (start.checked_add_signed(at * common[VECTOR]).unwrap() + base, strides)
         };
         let vectors = own.iter().enumerate().map(vector).collect();
         Self { bytes, vectors, numbers, spelled: style.spelled }
@@ -340,13 +345,13 @@ fn any_layout(pick: &mut Picks) -> Layout {
         layers,
         heads,
         head_size: pick.of(&[2, 6, 16, 18, 32, 64, 128]),
-        vectors: if kind == GroupKind::Latent { 1 } else { pick.of(&[2, 2, 2, 3]) },
+        vectors: if kind == GroupKind::Latent { 1 } else { pick.of(&[2, 2, 3]) },
         element: Element::plain(dtype),
         layer_ranges: pick.divisor(layers),
         head_ranges: pick.divisor(heads),
         state_bytes: u32::from(kind == GroupKind::State) * pick.of(&[1, 64, 300]),
     };
-    Layout::new(vec![group], pick.of(&[1, 2, 4, 6, 8, 16, 40])).unwrap()
+    Layout::new(vec![group], pick.of(&[1, 2, 4, 6, 8, 16, 24])).unwrap()
 }
 
 fn any_page_tokens(pick: &mut Picks, block_tokens: u32) -> u32 {
