@@ -56,9 +56,7 @@ def test_a_flipped_bit_in_the_daemons_memory_is_computed_again(daemon: Daemon) -
     kept = 2 * tiny.BLOCK_TOKENS
     chain = tiny.kvd_cache(daemon.socket, made).space.chain(tiny.prompt().flatten().tolist())
     until("its checksums", lambda: daemon.checksummed(chain.id(2)))
-    first_bytes = (
-        cache.layers[0].keys[0, 0, kept : kept + 16].contiguous().view(torch.uint8).numpy().tobytes()
-    )
+    first_bytes = cache.layers[0].keys[0, 0, kept : kept + 16].contiguous().view(torch.uint8).numpy().tobytes()
     flip(daemon.pid, first_bytes)
     loaded, logits = fresh_process(daemon, "full")
     assert loaded == kept, "the blocks before the flipped one"

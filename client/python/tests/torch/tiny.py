@@ -70,9 +70,7 @@ def kvd_cache(socket: str, made: Any) -> Any:
     import kvd.torch
 
     client = kvd.Client(socket, engine="tiny")
-    return kvd.torch.KvdCache(
-        client, made.config, model="tiny", revision=b"seed 7", block_tokens=BLOCK_TOKENS
-    )
+    return kvd.torch.KvdCache(client, made.config, model="tiny", revision=b"seed 7", block_tokens=BLOCK_TOKENS)
 
 
 def main(socket: str, kind: str, out: str) -> None:

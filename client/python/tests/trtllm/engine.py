@@ -64,6 +64,7 @@ class Engine:
         self.worker.register_kv_caches(self.pool)
         self.requests: dict[int, SimpleNamespace] = {}
         self.matched: list[int] = []
+        self.tokens_outside = made.page_layout == "NHD"
 
     def play(self, run: str) -> None:
         """All calls of a run. An answer that is written down must come, except that a node may have less."""
@@ -73,9 +74,7 @@ class Engine:
 
     def get_num_new_matched_tokens(self, request: int, tokens: list[int], num_computed_tokens: int) -> None:
         held = list(range(*tokens))
-        one = SimpleNamespace(
-            request_id=request, get_tokens=lambda _beam: held, tokens=held, pages=[], ready=0
-        )
+        one = SimpleNamespace(request_id=request, get_tokens=lambda _beam: held, tokens=held, pages=[], ready=0)
         self.requests[request] = one
         promised, later = self.scheduler.get_num_new_matched_tokens(one, num_computed_tokens)
         assert not later
@@ -115,9 +114,7 @@ class Engine:
 
     def forward(self, one: SimpleNamespace, scheduled: int) -> None:
         for position in range(one.ready, one.ready + one.load):
-            assert torch.equal(self.page(one, position), kv(one.tokens, position)), (
-                "what was promised is there"
-            )
+            assert torch.equal(self.page(one, position), kv(one.tokens, position)), "what was promised is there"
         one.ready, one.load = one.ready + one.load, 0
         for position in range(one.ready, one.ready + scheduled):
             self.page(one, position).copy_(kv(one.tokens, position))
@@ -134,5 +131,7 @@ class Engine:
 
     def page(self, one: SimpleNamespace, position: int) -> torch.Tensor:
         """[layers, K and V, heads, dim] of a token's place in the pool."""
-        page = self.pool[one.pages[position // PAGE_TOKENS]].view(LAYERS, 2, HEADS, PAGE_TOKENS, DIM)
-        return page[:, :, :, position % PAGE_TOKENS]
+        page, token = self.pool[one.pages[position // PAGE_TOKENS]], position % PAGE_TOKENS
+        if self.tokens_outside:
+            return page.view(LAYERS, 2, PAGE_TOKENS, HEADS, DIM)[:, :, token]
+        return page.view(LAYERS, 2, HEADS, PAGE_TOKENS, DIM)[:, :, :, token]

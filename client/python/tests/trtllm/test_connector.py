@@ -32,8 +32,14 @@ def test_what_one_engine_computed_another_loads(daemon: Daemon) -> None:
     assert warm.matched == [96, 96, 0], "3 blocks; 3 behind the engine's own; another prompt has none"
 
 
-def test_pages_inside_out_are_the_same_blocks(daemon: Daemon) -> None:
-    """NHD pages, and blocks of two pages: the space is another, the bytes are as right."""
+def test_engines_whose_pages_are_inside_out_share_blocks(daemon: Daemon) -> None:
+    connected(daemon, page_layout="HND").play("cold")
+    warm = connected(daemon, page_layout="NHD")
+    warm.play("warm")
+    assert warm.matched == [96, 96, 0]
+
+
+def test_blocks_of_two_pages_and_of_half_a_page(daemon: Daemon) -> None:
     for block_tokens, matched in ((64, [64, 96, 0]), (16, [112, 96, 0])):
         connected(daemon, block_tokens=block_tokens).play("cold")
         warm = connected(daemon, block_tokens=block_tokens)
@@ -49,9 +55,7 @@ def test_little_staging_promises_a_part(daemon: Daemon) -> None:
     assert warm.matched == [64, 64, 0]
 
 
-def test_a_killed_daemon_is_a_miss_said_once_and_comes_back(
-    daemon: Daemon, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_killed_daemon_is_a_miss_said_once_and_comes_back(daemon: Daemon, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="kvd.trtllm")
     one = connected(daemon, lookup_s=0.2)
     one.play("cold")
@@ -121,9 +125,7 @@ def test_requests_that_are_more_than_tokens_pass_by(daemon: Daemon) -> None:
         ({}, {"block_tokens": 24}, "block_tokens"),
     ],
 )
-def test_engines_that_can_never_be_right_are_refused(
-    args: dict[str, Any], made: dict[str, Any], said: str
-) -> None:
+def test_engines_that_can_never_be_right_are_refused(args: dict[str, Any], made: dict[str, Any], said: str) -> None:
     _, worker = configured(engine.settings("/nonexistent/kvd.sock", **made))
     with pytest.raises(ValueError, match=said):
         worker(engine.llm_args(**args))
@@ -142,9 +144,7 @@ def test_pools_of_latents_and_of_scaled_numbers_have_layouts_of_their_own() -> N
     latent = engine.transformers.DeepseekV3Config(kv_lora_rank=64, qk_rope_head_dim=32)
     made = engine.settings("/nonexistent/kvd.sock")
     layout = layout_for(torch.zeros(4, 3, 1, 32 * 96, dtype=torch.bfloat16), latent, made, 32)
-    assert [(one.kind, one.layers, one.heads, one.head_size) for one in layout.groups] == [
-        ("latent", 3, 1, 96)
-    ]
+    assert [(one.kind, one.layers, one.heads, one.head_size) for one in layout.groups] == [("latent", 3, 1, 96)]
     pool = torch.zeros(4, engine.LAYERS, 2, engine.HEADS * 32 * engine.DIM).to(torch.float8_e4m3fn)
     assert layout_for(pool, engine.config(), made, 32).groups[0].dtype == "f8_e4m3"
 
