@@ -91,9 +91,7 @@ class Requests:
     def __contains__(self, request_id: int) -> bool:
         return request_id in self._requests
 
-    def begin(
-        self, request_id: int, tokens: Sequence[int], computed_tokens: int, salt: bytes = b""
-    ) -> Ask | None:
+    def begin(self, request_id: int, tokens: Sequence[int], computed_tokens: int, salt: bytes = b"") -> Ask | None:
         """A prompt arrives, or comes back from its beginning. What to ask kvd, if that can be of use."""
         self._requests.pop(request_id, None)
         if len(self._requests) >= REQUESTS_MAX:
@@ -167,9 +165,7 @@ class Requests:
         request.promised_tokens = 0
         if start == end:
             return None
-        assert end // self._page_tokens <= len(request.pages), (
-            "the engine gave no pages for what it was promised"
-        )
+        assert end // self._page_tokens <= len(request.pages), "the engine gave no pages for what it was promised"
         table = [NO_PAGE] * (start // self._page_tokens)
         table += request.pages[start // self._page_tokens : end // self._page_tokens]
         return Span(request_id, start // self._block_tokens, end // self._block_tokens, tuple(table))

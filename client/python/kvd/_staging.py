@@ -59,21 +59,15 @@ class Staging:
         self, rows: Sequence[int], pool: torch.Tensor, pages: Sequence[int], stream: object
     ) -> Callable[[], bool] | None:
         """Copies rows into pages of the pool, in the order of `stream`; says when the rows have been read."""
-        return self._copy(
-            [(pool[page], self.rows[row]) for row, page in zip(rows, pages, strict=True)], stream
-        )
+        return self._copy([(pool[page], self.rows[row]) for row, page in zip(rows, pages, strict=True)], stream)
 
     def from_pool(
         self, rows: Sequence[int], pool: torch.Tensor, pages: Sequence[int], stream: object
     ) -> Callable[[], bool] | None:
         """Copies pages of the pool into rows, in the order of `stream`; says when the rows are whole."""
-        return self._copy(
-            [(self.rows[row], pool[page]) for row, page in zip(rows, pages, strict=True)], stream
-        )
+        return self._copy([(self.rows[row], pool[page]) for row, page in zip(rows, pages, strict=True)], stream)
 
-    def _copy(
-        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: object
-    ) -> Callable[[], bool] | None:
+    def _copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: object) -> Callable[[], bool] | None:
         if not self._cuda:
             for into, source in pairs:
                 into.copy_(source)

@@ -66,9 +66,7 @@ def layer_memory(
         )
     spans = _spans(tensor, dims.split(), sizes)
     if spans.pop("dim", (1, 1))[1] != 1:
-        raise _invalid(
-            "tensor", "the elements of a vector are not side by side", "make the last dimension contiguous"
-        )
+        raise _invalid("tensor", "the elements of a vector are not side by side", "make the last dimension contiguous")
     element = tensor.element_size()
     stride = {name: span[1] * element for name, span in spans.items()}
     if values is not None:
@@ -88,8 +86,7 @@ def _same_shape(keys: torch.Tensor, values: torch.Tensor) -> None:
     if keys.shape != values.shape or keys.stride() != values.stride() or keys.dtype != values.dtype:
         raise _invalid(
             "values",
-            f"{tuple(values.shape)} of {values.dtype} does not lie as the keys do, "
-            f"{tuple(keys.shape)} of {keys.dtype}",
+            f"{tuple(values.shape)} of {values.dtype} does not lie as the keys do, {tuple(keys.shape)} of {keys.dtype}",
             "make both contiguous, or keep K and V in one tensor",
         )
 
@@ -238,9 +235,7 @@ class KvdCache:
         if len(chain) == 0:
             return 0
         groups = range(len(self._groups))
-        pages = [
-            self._pages(number, self._of_cache(number, cache, len(chain)), len(chain)) for number in groups
-        ]
+        pages = [self._pages(number, self._of_cache(number, cache, len(chain)), len(chain)) for number in groups]
         tables = [list(range(len(chain))) for _ in groups]
         try:
             storing = self.space.store_from(key, chain.prefix(len(chain)), pages, tables)
@@ -352,7 +347,5 @@ def _tokens(ids: torch.Tensor | Sequence[int]) -> list[int]:
     if not isinstance(ids, torch.Tensor):
         return list(ids)
     if ids.dim() > 2 or (ids.dim() == 2 and ids.shape[0] != 1):
-        raise _invalid(
-            "ids", f"shape {tuple(ids.shape)} is no single prompt", "load and store prompts one by one"
-        )
+        raise _invalid("ids", f"shape {tuple(ids.shape)} is no single prompt", "load and store prompts one by one")
     return [int(token) for token in ids.flatten().tolist()]

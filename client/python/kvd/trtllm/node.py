@@ -66,9 +66,7 @@ class Pool:
         inside = "head*token*dim" if self._page_layout == "HND" else "token*head*dim"
         vector = "vector" if group.vectors == 2 else "1"
         layers = [
-            layer_memory(
-                tensor[:, layer], f"page {vector} {inside}", head=group.heads, token=self._page_tokens
-            )
+            layer_memory(tensor[:, layer], f"page {vector} {inside}", head=group.heads, token=self._page_tokens)
             for layer in range(tensor.shape[1])
         ]
         return kvd.Pages(self._layout, layers, page_tokens=self._page_tokens, pages=tensor.shape[0])
@@ -186,9 +184,7 @@ class Node:
         deadline = time.monotonic() + self._settings.lookup_s
         try:
             key = str(ask.request_id).encode()
-            with self._space.match(
-                key, ask.chain, skip=ask.first, timeout_s=self._settings.lookup_s
-            ) as match:
+            with self._space.match(key, ask.chain, skip=ask.first, timeout_s=self._settings.lookup_s) as match:
                 return self._fetch(ask, match, first_page, pool.staging, deadline)
         except kvd.KvdError as error:
             self._silent(error)
@@ -231,9 +227,7 @@ class Node:
     def _first_page(self, span: Span) -> int:
         return span.first * self._block_tokens // self._page_tokens
 
-    def _send(
-        self, span: Span, chain: kvd.Chain, pages: kvd.Pages, table: Sequence[int]
-    ) -> kvd.Storing | None:
+    def _send(self, span: Span, chain: kvd.Chain, pages: kvd.Pages, table: Sequence[int]) -> kvd.Storing | None:
         assert self._space is not None
         key = f"{span.request_id}/{span.first}".encode()
         try:
