@@ -64,5 +64,5 @@ pub use paged::{PagedMemory, PagedShape};
 pub use session::{ConnectOptions, Session};
 pub use space::{Claim, HandOff, SpaceHandle};
 pub use storing::{Store, Stored, Storing};
-pub use transport::LayerMemory;
+pub use transport::{LayerMemory, VectorMemory};
 pub use worker::Worker;

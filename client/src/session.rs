@@ -137,7 +137,10 @@ impl Session {
 
     /// Why the node cannot be asked right now, as far as that is known.
     pub fn trouble(&self) -> Option<Error> {
-        locked(&self.inner.link).trouble.clone().filter(|_| !self.connected())
+        if self.connected() {
+            return None;
+        }
+        locked(&self.inner.link).trouble.clone()
     }
 
     /// Registers a space; its tenant must be the session's.

@@ -1,89 +1,171 @@
-//! Paged memory against a reference that indexes every byte by itself: any order of pages, heads, tokens and vectors, any slice, any page table.
+//! Paged memory against a reference that indexes every byte by itself: any order of pages, heads, tokens, vectors and numbers, any slice, any page table.
 
-use kvd_client::{LayerMemory, PagedMemory, PagedShape};
+use kvd_client::{LayerMemory, PagedMemory, PagedShape, VectorMemory};
 use kvd_proto::layout::{DataType, Element, Group, GroupKind};
 use kvd_proto::{Code, Layout};
 use proptest::prelude::*;
-use std::ptr::NonNull;
 
 const UNTOUCHED: u8 = 0xEE;
 const PAGE: usize = 0;
 const HEAD: usize = 1;
 const TOKEN: usize = 2;
 const VECTOR: usize = 3;
+const NUMBER: usize = 4;
 
-/// What an engine makes of its tensors: the axes from the outermost in, gaps between them, axes that run backwards, and where the first byte is.
-#[derive(Debug, Clone, Copy)]
+/// What an engine makes of its tensors: the axes from the outermost in, first those that all vectors have in common, then each vector's own;
+/// gaps between them, axes that run backwards, and where the first byte is.
+#[derive(Debug, Clone)]
 struct Style {
-    order: [usize; 4],
+    common: Vec<usize>,
+    own: [Vec<usize>; 4],
     gap_bytes: usize,
-    backwards: [bool; 4],
+    backwards: [[bool; 5]; 4],
     misaligned_bytes: usize,
+    /// Contiguous numbers are said to be so by their stride.
+    spelled: bool,
 }
 
-/// vLLM on CPUs: `[pages, heads, tokens, 2 * dim]`.
-const PACKED: Style = Style::dense([PAGE, HEAD, TOKEN, VECTOR]);
-/// `[2, pages, tokens, heads, dim]`.
-const NHD: Style = Style::dense([VECTOR, PAGE, TOKEN, HEAD]);
-/// `[2, pages, heads, tokens, dim]`.
-const HND: Style = Style::dense([VECTOR, PAGE, HEAD, TOKEN]);
-
 impl Style {
-    const fn dense(order: [usize; 4]) -> Self {
-        Self { order, gap_bytes: 0, backwards: [false; 4], misaligned_bytes: 0 }
-    }
-
-    fn any(pick: &mut Picks) -> Self {
-        let mut axes = vec![PAGE, HEAD, TOKEN, VECTOR];
-        let order = [(); 4].map(|()| axes.swap_remove(pick.below(axes.len() as u32) as usize));
+    fn dense(common: &[usize], own: [&[usize]; 2]) -> Self {
         Self {
-            order,
-            gap_bytes: pick.of(&[0, 0, 1, 64]),
-            backwards: [(); 4].map(|()| pick.below(4) == 3),
-            misaligned_bytes: pick.of(&[0, 0, 1, 16]),
+            common: common.to_vec(),
+            own: [own[0], own[1], own[1], own[1]].map(<[_]>::to_vec),
+            gap_bytes: 0,
+            backwards: [[false; 5]; 4],
+            misaligned_bytes: 0,
+            spelled: false,
         }
     }
+
+    /// `[pages, heads, tokens, 2 * dim]`.
+    fn packed() -> Self {
+        Self::dense(&[PAGE, HEAD, TOKEN, VECTOR], [&[NUMBER]; 2])
+    }
+
+    /// `[2, pages, tokens, heads, dim]`.
+    fn nhd() -> Self {
+        Self::dense(&[VECTOR, PAGE, TOKEN, HEAD], [&[NUMBER]; 2])
+    }
+
+    /// `[2, pages, heads, tokens, dim]`.
+    fn hnd() -> Self {
+        Self::dense(&[VECTOR, PAGE, HEAD, TOKEN], [&[NUMBER]; 2])
+    }
+
+    /// vLLM on CPUs: in each head of a page K as `[dim, tokens]`, and behind it V as `[tokens, dim]`.
+    fn keys_transposed() -> Self {
+        Self::dense(&[PAGE, HEAD, VECTOR], [&[NUMBER, TOKEN], &[TOKEN, NUMBER]])
+    }
+
+    /// Both as `[dim, tokens]`, in two tensors.
+    fn transposed() -> Self {
+        Self::dense(&[VECTOR, PAGE, HEAD], [&[NUMBER, TOKEN]; 2])
+    }
+
+    /// Numbers contiguous, anywhere, or in an order that each vector has for itself.
+    fn any(pick: &mut Picks) -> Self {
+        let (common, own): (&[_], &[_]) = pick.of::<(&[_], &[_])>(&[
+            (&[PAGE, HEAD, TOKEN, VECTOR], &[NUMBER]),
+            (&[PAGE, HEAD, TOKEN, VECTOR, NUMBER], &[]),
+            (&[PAGE, HEAD, VECTOR], &[TOKEN, NUMBER]),
+        ]);
+        let backwards = [(); 5].map(|()| pick.below(4) == 3);
+        let own_backwards = |pick: &mut Picks| {
+            let mut all = backwards;
+            // vectors that differ do not take turns by token
+            if own.contains(&TOKEN) {
+                own.iter().for_each(|axis| all[*axis] = pick.below(4) == 3);
+            }
+            all
+        };
+        Self {
+            common: pick.shuffled(common),
+            own: [(); 4].map(|()| pick.shuffled(own)),
+            gap_bytes: pick.of(&[0, 0, 1, 64]),
+            backwards: [(); 4].map(|()| own_backwards(pick)),
+            misaligned_bytes: pick.of(&[0, 0, 1, 16]),
+            spelled: pick.below(2) == 0,
+        }
+    }
+}
+
+/// What one vector is: numbers, and the bytes of each. A state, or numbers of half a byte, are one.
+#[derive(Debug, Clone, Copy)]
+struct Numbers {
+    count: usize,
+    bytes: usize,
+    may_be_apart: bool,
 }
 
 /// One layer of one rank.
 struct Tensor {
     bytes: Vec<u8>,
-    base: usize,
-    strides: [isize; 4],
+    /// Of each vector: where its first number is, and the strides of all axes.
+    vectors: Vec<(usize, [isize; 5])>,
+    numbers: Numbers,
+    spelled: bool,
+}
+
+/// Strides of axes around `unit` bytes: (strides, bytes in all, where the first is).
+fn strides(
+    axes: &[usize],
+    counts: [usize; 5],
+    unit: usize,
+    style: &Style,
+    vector: usize,
+) -> ([isize; 5], usize, usize) {
+    let (mut strides, mut extent, mut base) = ([0; 5], unit, 0);
+    for axis in axes.iter().rev() {
+        // there is no gap within numbers that cannot be apart
+        let gap = if counts[*axis] == 1 { 0 } else { style.gap_bytes };
+        let step = extent + gap;
+        let last = step * (counts[*axis] - 1);
+        (strides[*axis], extent) = (step as isize, extent + last);
+        if style.backwards[vector][*axis] {
+            (strides[*axis], base) = (-strides[*axis], base + last);
+        }
+    }
+    (strides, extent, base)
 }
 
 impl Tensor {
-    fn new(counts: [u32; 4], row_bytes: usize, style: &Style) -> Self {
-        let (mut strides, mut extent, mut base) = ([0; 4], row_bytes, 0);
-        for axis in style.order.into_iter().rev() {
-            let step = extent + style.gap_bytes;
-            let last = step * (counts[axis] as usize - 1);
-            (strides[axis], extent) = (step as isize, extent + last);
-            if style.backwards[axis] {
-                (strides[axis], base) = (-strides[axis], base + last);
-            }
-        }
+    fn new(counts: [u32; 4], numbers: Numbers, style: &Style) -> Self {
+        let [pages, heads, tokens, vectors] = counts.map(|count| count as usize);
+        let counts = [pages, heads, tokens, vectors, numbers.count];
+        let own: Vec<_> =
+            (0..vectors).map(|v| strides(&style.own[v], counts, numbers.bytes, style, v)).collect();
+        let cell = own.iter().map(|(_, extent, _)| *extent).max().unwrap();
+        let (common, extent, start) = strides(&style.common, counts, cell, style, 0);
         let bytes = vec![UNTOUCHED; extent + 128];
-        base += bytes.as_ptr().align_offset(64) + style.misaligned_bytes;
-        Self { bytes, base, strides }
+        let start = start + bytes.as_ptr().align_offset(64) + style.misaligned_bytes;
+        let vector = |(at, (own, _, base)): (usize, &([isize; 5], usize, usize))| {
+            let strides = std::array::from_fn(|axis| common[axis] + own[axis]);
+            (start.checked_add_signed(at as isize * common[VECTOR]).unwrap() + base, strides)
+        };
+        let vectors = own.iter().enumerate().map(vector).collect();
+        Self { bytes, vectors, numbers, spelled: style.spelled }
     }
 
-    fn at(&self, index: [u32; 4]) -> usize {
-        let offset: isize = index.iter().zip(self.strides).map(|(at, stride)| *at as isize * stride).sum();
-        self.base.checked_add_signed(offset).unwrap()
+    /// One byte of a vector.
+    fn at(&self, [page, head, token, vector]: [u32; 4], byte: usize) -> usize {
+        let (base, strides) = &self.vectors[vector as usize];
+        let index = [page, head, token, 0, (byte / self.numbers.bytes) as u32];
+        let offset: isize = index.iter().zip(strides).map(|(at, stride)| *at as isize * stride).sum();
+        base.checked_add_signed(offset).unwrap() + byte % self.numbers.bytes
     }
 
     fn layer_memory(&mut self) -> LayerMemory {
-        assert!(self.base < self.bytes.len());
-        let start = NonNull::new(self.bytes.as_mut_ptr()).unwrap();
-        LayerMemory {
-            // SAFETY: the base is within the allocation (asserted).
-            base: unsafe { start.add(self.base) },
-            page_stride: self.strides[PAGE],
-            head_stride: self.strides[HEAD],
-            token_stride: self.strides[TOKEN],
-            vector_stride: self.strides[VECTOR],
-        }
+        let (spelled, numbers) = (self.spelled, self.numbers);
+        let contiguous = numbers.bytes as isize;
+        let start = self.bytes.as_mut_ptr();
+        let vectors = self.vectors.iter().map(|(base, strides)| VectorMemory {
+            base: start.wrapping_add(*base),
+            token_stride: strides[TOKEN],
+            element_stride: Some(strides[NUMBER])
+                .filter(|stride| numbers.may_be_apart && (spelled || *stride != contiguous)),
+        });
+        let [(_, strides), ..] = self.vectors[..] else { unreachable!("every group has a vector") };
+        LayerMemory { page_stride: strides[PAGE], head_stride: strides[HEAD], vectors: vectors.collect() }
     }
 }
 
@@ -99,7 +181,7 @@ impl Rank {
         let group = &layout.groups()[0];
         let tokens = if group.kind == GroupKind::State { 1 } else { shape.page_tokens };
         let counts = [shape.pages, shape.heads, tokens, vectors(group)];
-        let mut tensors: Vec<_> = (0..layers).map(|_| Tensor::new(counts, row_bytes(group), style)).collect();
+        let mut tensors: Vec<_> = (0..layers).map(|_| Tensor::new(counts, numbers(group), style)).collect();
         let memory = tensors.iter_mut().map(Tensor::layer_memory).collect();
         // SAFETY: the tensors have these counts and strides, live as long, and are touched by one thread.
         let paged = unsafe { PagedMemory::new(layout, shape, memory).unwrap() };
@@ -121,10 +203,12 @@ impl Rank {
                 for (head, vector) in
                     (0..self.shape.heads).flat_map(|head| (0..vectors(group)).map(move |v| (head, v)))
                 {
-                    let start = tensor.at([page, head, in_page, vector]);
+                    let index = [page, head, in_page, vector];
                     let cell =
                         [self.shape.first_layer + layer as u32, self.shape.first_head + head, vector, token];
-                    found.extend((0..row_bytes(group)).map(|byte| (layer, start + byte, value(cell, byte))));
+                    found.extend(
+                        (0..row_bytes(group)).map(|byte| (layer, tensor.at(index, byte), value(cell, byte))),
+                    );
                 }
             }
         }
@@ -151,6 +235,14 @@ fn row_bytes(group: &Group) -> usize {
         GroupKind::State => group.state_bytes as usize,
         _ => (u64::from(group.head_size) * group.element.bits() / 8) as usize,
     }
+}
+
+fn numbers(group: &Group) -> Numbers {
+    let (row_bytes, bits) = (row_bytes(group), group.element.bits() as usize);
+    if group.kind == GroupKind::State || bits < 8 {
+        return Numbers { count: 1, bytes: row_bytes, may_be_apart: false };
+    }
+    Numbers { count: row_bytes * 8 / bits, bytes: bits / 8, may_be_apart: true }
 }
 
 /// What the model computed: one byte of a vector, by layer, head, vector and token.
@@ -209,6 +301,11 @@ impl Picks {
         choices[self.below(choices.len() as u32) as usize]
     }
 
+    fn shuffled(&mut self, axes: &[usize]) -> Vec<usize> {
+        let mut left = axes.to_vec();
+        axes.iter().map(|_| left.swap_remove(self.below(left.len() as u32) as usize)).collect()
+    }
+
     fn divisor(&mut self, of: u32) -> u32 {
         let divisors: Vec<u32> = (1..=of).filter(|at| of.is_multiple_of(*at)).collect();
         self.of(&divisors)
@@ -228,7 +325,7 @@ impl Picks {
 }
 
 fn picks() -> impl Strategy<Value = Picks> {
-    proptest::collection::vec(any::<u32>(), 64).prop_map(|drawn| Picks { drawn, at: 0 })
+    proptest::collection::vec(any::<u32>(), 128).prop_map(|drawn| Picks { drawn, at: 0 })
 }
 
 fn any_layout(pick: &mut Picks) -> Layout {
@@ -243,13 +340,13 @@ fn any_layout(pick: &mut Picks) -> Layout {
         layers,
         heads,
         head_size: pick.of(&[2, 6, 16, 18, 32, 64, 128]),
-        vectors: if kind == GroupKind::Latent { 1 } else { 2 },
+        vectors: if kind == GroupKind::Latent { 1 } else { pick.of(&[2, 2, 2, 3]) },
         element: Element::plain(dtype),
         layer_ranges: pick.divisor(layers),
         head_ranges: pick.divisor(heads),
         state_bytes: u32::from(kind == GroupKind::State) * pick.of(&[1, 64, 300]),
     };
-    Layout::new(vec![group], pick.of(&[1, 2, 4, 6, 8, 16])).unwrap()
+    Layout::new(vec![group], pick.of(&[1, 2, 4, 6, 8, 16, 40])).unwrap()
 }
 
 fn any_page_tokens(pick: &mut Picks, block_tokens: u32) -> u32 {
@@ -382,9 +479,14 @@ fn travels(layout: &Layout, from: (u32, u32), to: (u32, u32), styles: [&Style; 2
 #[test]
 fn one_rank_stores_and_two_and_four_load() {
     let layout = Layout::full(4, 8, 32, DataType::Bf16, (2, 8), 16).unwrap();
-    for (to, style) in [((1, 2), &NHD), ((1, 4), &HND), ((1, 8), &PACKED), ((2, 4), &NHD)] {
-        travels(&layout, (1, 1), to, [&PACKED, style], [16, 16]);
-        travels(&layout, to, (1, 1), [style, &HND], [8, 32]);
+    for (to, style) in [
+        ((1, 2), &Style::nhd()),
+        ((1, 4), &Style::hnd()),
+        ((1, 8), &Style::packed()),
+        ((2, 4), &Style::nhd()),
+    ] {
+        travels(&layout, (1, 1), to, [&Style::packed(), style], [16, 16]);
+        travels(&layout, to, (1, 1), [style, &Style::hnd()], [8, 32]);
     }
 }
 
@@ -393,26 +495,46 @@ fn stages_of_a_pipeline_and_windows_are_slices_too() {
     let full = Layout::full(8, 2, 16, DataType::Bf16, (4, 2), 8).unwrap();
     let window = Group { kind: GroupKind::Window, window_tokens: 100, ..full.groups()[0].clone() };
     for layout in [full, Layout::new(vec![window], 8).unwrap()] {
-        travels(&layout, (1, 1), (4, 1), [&NHD, &PACKED], [8, 4]);
-        travels(&layout, (2, 1), (4, 2), [&HND, &NHD], [16, 8]);
+        travels(&layout, (1, 1), (4, 1), [&Style::nhd(), &Style::packed()], [8, 4]);
+        travels(&layout, (2, 1), (4, 2), [&Style::hnd(), &Style::nhd()], [16, 8]);
     }
 }
 
-fn refused(layout: &Layout, shape: PagedShape, layers: usize, strides: [isize; 4]) -> kvd_proto::Error {
-    let [page_stride, head_stride, token_stride, vector_stride] = strides;
-    let layer =
-        LayerMemory { base: NonNull::dangling(), page_stride, head_stride, token_stride, vector_stride };
+#[test]
+fn pages_of_32_and_64_tokens_share_blocks_wherever_their_numbers_lie() {
+    for dtype in [DataType::I8, DataType::Bf16, DataType::F32] {
+        let layout = Layout::full(2, 4, 64, dtype, (1, 2), 32).unwrap();
+        let engines = [Style::keys_transposed(), Style::transposed(), Style::nhd()];
+        for from in &engines {
+            for to in &engines {
+                travels(&layout, (1, 1), (1, 2), [from, to], [32, 64]);
+                travels(&layout, (1, 2), (1, 1), [from, to], [64, 16]);
+            }
+        }
+    }
+}
+
+fn refused(layout: &Layout, shape: PagedShape, layers: usize, layer: &LayerMemory) -> kvd_proto::Error {
     // SAFETY: refused, and so never accessed.
-    let error = unsafe { PagedMemory::new(layout, shape, vec![layer; layers]) }.expect_err("refused");
+    let error = unsafe { PagedMemory::new(layout, shape, vec![layer.clone(); layers]) }.expect_err("refused");
     assert_eq!(error.code, Code::Invalid);
     error
+}
+
+fn vector(address: usize, token_stride: isize, element_stride: Option<isize>) -> VectorMemory {
+    VectorMemory { base: std::ptr::without_provenance_mut(address), token_stride, element_stride }
+}
+
+fn even([page_stride, head_stride, token_stride, vector_stride]: [isize; 4]) -> LayerMemory {
+    let vectors = vector(64, token_stride, None).every(vector_stride, 2);
+    LayerMemory { page_stride, head_stride, vectors }
 }
 
 #[test]
 fn a_slice_that_cuts_parts_is_refused_and_says_where() {
     let layout = Layout::full(8, 8, 16, DataType::Bf16, (4, 2), 16).unwrap();
     let good = PagedShape { group: 0, first_layer: 0, first_head: 0, heads: 8, page_tokens: 16, pages: 4 };
-    let strides = [8192, 1024, 64, 32];
+    let strides = &even([8192, 1024, 64, 32]);
     let slices = [
         ("group", PagedShape { group: 1, ..good }, 8),
         ("first_head", PagedShape { first_head: 2, heads: 4, ..good }, 8),
@@ -446,8 +568,60 @@ fn strides_that_let_vectors_overlap_are_refused() {
         ("span", [isize::MAX, 1024, 64, 32]),
     ];
     for (name, strides) in overlapping {
-        let error = refused(&layout, shape, 1, strides);
+        let error = refused(&layout, shape, 1, &even(strides));
         assert!(error.field == "layers[0]" && error.message.contains(name), "{error}");
+    }
+}
+
+/// Pages of 16 tokens, heads of 16 numbers of 2 bytes: K and V have 512 bytes each in a head.
+#[test]
+fn vectors_that_lie_differently_may_not_overlap_either() {
+    let layout = Layout::full(1, 8, 16, DataType::Bf16, (1, 2), 16).unwrap();
+    let shape = PagedShape { group: 0, first_layer: 0, first_head: 0, heads: 8, page_tokens: 16, pages: 4 };
+    let layer =
+        |page_stride, head_stride, k, v| LayerMemory { page_stride, head_stride, vectors: vec![k, v] };
+    let (k, v) = (vector(4096, 2, Some(32)), vector(4096 + 512, 32, Some(2)));
+    let fits = |layer| {
+        // SAFETY: never accessed.
+        unsafe { PagedMemory::new(&layout, shape, vec![layer]) }.is_ok()
+    };
+    assert!(fits(layer(8192, 1024, k, v)), "V behind K in each head");
+    assert!(fits(layer(8192, 512, k, vector(4096 + 4096, 32, None))), "in each page");
+    assert!(fits(layer(4096, 512, k, vector(1 << 20, 32, None))), "in another tensor");
+    let backwards = vector(4096 + 512 - 32, 2, Some(-32));
+    assert!(fits(layer(-8192, 1024, backwards, v)));
+
+    let overlapping = [
+        ("element_stride", layer(8192, 1024, vector(4096, 2, Some(31)), v)),
+        ("token_stride", layer(8192, 1024, vector(4096, 1, Some(32)), v)),
+        ("element_stride", layer(8192, 1024, vector(4096, 32, Some(1)), v)),
+        ("vectors 0 and 1", layer(8192, 1024, k, vector(4096 + 511, 32, None))),
+        ("vectors 0 and 1", layer(8192, 1024, backwards, vector(4096 + 511, 32, None))),
+        ("vectors 0 and 1", layer(8192, 1023, k, v)),
+        ("vectors 0 and 1", layer(8191, 1024, k, v)),
+        ("vectors 0 and 1", layer(8192, 512, k, v)),
+        ("vectors 0 and 1", layer(4096, 512, k, vector(4096 + 3 * 4096, 32, None))),
+        ("address 0", layer(8192, 1024, vector(0, 2, Some(32)), v)),
+        (
+            "1 vectors, and the group has 2",
+            LayerMemory { page_stride: 8192, head_stride: 1024, vectors: vec![k] },
+        ),
+    ];
+    for (name, layer) in overlapping {
+        let error = refused(&layout, shape, 1, &layer);
+        assert!(error.field == "layers[0]" && error.message.contains(name), "{name}: {error}");
+    }
+}
+
+#[test]
+fn what_has_no_whole_numbers_cannot_have_them_apart() {
+    let halves = Layout::full(1, 1, 32, DataType::F4E2m1, (1, 1), 16).unwrap();
+    let state = Group { kind: GroupKind::State, state_bytes: 16, ..halves.groups()[0].clone() };
+    let shape = PagedShape { group: 0, first_layer: 0, first_head: 0, heads: 1, page_tokens: 16, pages: 4 };
+    for (layout, vectors) in [(&halves, 2), (&Layout::new(vec![state], 16).unwrap(), 1)] {
+        let vectors = vector(64, 1, Some(16)).every(256, vectors);
+        let error = refused(layout, shape, 1, &LayerMemory { page_stride: 512, head_stride: 512, vectors });
+        assert!(error.field == "layers[0]" && error.message.contains("element_stride"), "{error}");
     }
 }
 
@@ -455,7 +629,7 @@ fn strides_that_let_vectors_overlap_are_refused() {
 fn nothing_moves_for_a_table_that_is_wrong() {
     let layout = Layout::full(2, 2, 8, DataType::Bf16, (1, 2), 4).unwrap();
     let shape = PagedShape { group: 0, first_layer: 0, first_head: 0, heads: 1, page_tokens: 2, pages: 4 };
-    let rank = Rank::new(&layout, shape, 2, &HND);
+    let rank = Rank::new(&layout, shape, 2, &Style::hnd());
     let mut bytes = vec![7; 4096];
     let before = rank.contents();
     let field = |block, part, tokens, bytes: &[u8], table: &[i32]| {
@@ -481,5 +655,5 @@ fn nothing_moves_for_a_table_that_is_wrong() {
 fn vectors_of_half_bytes_are_refused() {
     let layout = Layout::full(1, 1, 3, DataType::F4E2m1, (1, 1), 16).unwrap();
     let shape = PagedShape { group: 0, first_layer: 0, first_head: 0, heads: 1, page_tokens: 16, pages: 4 };
-    assert_eq!(refused(&layout, shape, 1, [64, 64, 4, 2]).field, "head_size");
+    assert_eq!(refused(&layout, shape, 1, &even([64, 64, 4, 2])).field, "head_size");
 }

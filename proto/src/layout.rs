@@ -103,26 +103,26 @@ impl Group {
     }
 
     fn part_bytes(&self, block_tokens: u32) -> u64 {
-        let cells = u64::from(self.layers / self.layer_ranges) * u64::from(self.heads / self.head_ranges);
-        if self.kind == GroupKind::State {
-            return cells * u64::from(self.state_bytes);
-        }
-        let numbers = cells * u64::from(self.vectors) * u64::from(block_tokens) * u64::from(self.head_size);
-        (numbers * self.element.bits()).div_ceil(8)
+        u64::try_from(self.wide_part_bytes(block_tokens)).expect("a checked group's slot is small")
     }
 
-    /// A block's bytes without padding, of numbers that nobody has checked yet.
-    fn cut_bytes(&self, block_tokens: u32) -> u128 {
+    fn wide_part_bytes(&self, block_tokens: u32) -> u128 {
+        let parts = u128::from(self.layer_ranges) * u128::from(self.head_ranges);
+        self.block_bits(block_tokens).div_ceil(8 * parts)
+    }
+
+    /// A block's bits without padding, of numbers that nobody has checked yet.
+    fn block_bits(&self, block_tokens: u32) -> u128 {
         let cells = u128::from(self.layers) * u128::from(self.heads);
         if self.kind == GroupKind::State {
-            return cells.saturating_mul(u128::from(self.state_bytes));
+            return cells.saturating_mul(u128::from(self.state_bytes) * 8);
         }
         if self.element.dtype == DataType::Unspecified {
             return 0;
         }
         let numbers = [self.vectors, block_tokens, self.head_size];
         let numbers = numbers.iter().fold(cells, |all, count| all.saturating_mul(u128::from(*count)));
-        numbers.saturating_mul(u128::from(self.element.bits())) / 8
+        numbers.saturating_mul(u128::from(self.element.bits()))
     }
 
     fn check(&self, at: usize, block_tokens: u32) -> Result<(), Error> {
@@ -190,8 +190,9 @@ impl Group {
                 format!("cut into at most {PARTS_MAX} parts"),
             ));
         }
-        let slot = self.part_bytes(block_tokens).next_multiple_of(u64::from(PART_ALIGN)) * parts;
-        if slot > u64::from(SLOT_BYTES_MAX) {
+        let part = self.wide_part_bytes(block_tokens).next_multiple_of(u128::from(PART_ALIGN));
+        let slot = part.saturating_mul(u128::from(parts));
+        if slot > u128::from(SLOT_BYTES_MAX) {
             return Err(Error::limit(
                 field("layers"),
                 format!("{slot} bytes a block"),
@@ -238,7 +239,7 @@ impl Layout {
     /// Numbers that `new` refuses are no error here: they give one range.
     pub fn cut(group: Group, block_tokens: u32) -> Group {
         let (layers, heads) = (group.layers.min(CUT_MAX), group.heads.min(CUT_MAX));
-        let bytes = |parts: u32| group.cut_bytes(block_tokens) / u128::from(parts);
+        let bytes = |parts: u32| group.block_bits(block_tokens) / (8 * u128::from(parts));
         let fits = |parts: u32, least: u32| parts as usize <= PARTS_MAX && bytes(parts) >= u128::from(least);
         let of_heads = |ranges: &u32| heads.is_multiple_of(*ranges) && fits(*ranges, PART_ALIGN);
         let head_ranges = match group.kind {
@@ -483,6 +484,8 @@ mod tests {
             ("state_bytes", Group { kind: GroupKind::State, ..good.clone() }),
             ("element.dtype", Group { element: Element::plain(DataType::Unspecified), ..good.clone() }),
             ("layers", Group { layers: 60_000, heads: 60_000, ..good.clone() }),
+            // more than 64 bits can say: once the size came out as 0, and all was well
+            ("layers", Group { layers: 65_536, heads: 65_536, head_size: 65_536, vectors: 4, ..good.clone() }),
         ];
         for (field, group) in bad {
             let error = Layout::new(vec![group], 16).unwrap_err();

@@ -254,6 +254,11 @@ pub(crate) fn store_from(
     hand_off: Option<HandOff>,
 ) -> PyResult<Storing> {
     let groups = paged(space.handle().layout(), &pages, tables)?;
+    let first_token = u64::from(first) * u64::from(space.handle().layout().block_tokens());
+    if let Some(amid) = pages.iter().find(|pages| !first_token.is_multiple_of(pages.shape.page_tokens.into())) {
+        let message = format!("{first}: its first token is amid a page of {} tokens", amid.shape.page_tokens);
+        return Err(invalid("first", message, "begin where a page begins"));
+    }
     let blocks = chain.ids_slice().len() as u32 - first.min(chain.ids_slice().len() as u32);
     let reserved = space.reserving(Space::key(key)?, chain, first, wait_s, hand_off)?;
     let store = Store { space: space.handle().clone(), groups, tail_tokens: chain.tail() };

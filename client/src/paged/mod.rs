@@ -1,7 +1,7 @@
 //! An engine's paged KV memory, as one rank has it: which parts of a slot are its own, and which pages a block's tokens are in.
 //!
 //! Owns the rank's slice of a group, and page tables read against it. An engine keeps layers in tensors of its own making (`[pages, heads,
-//! tokens, 2 * dim]`, `[2, pages, tokens, heads, dim]`, `[pages, tokens, latent]`); a slot is canonical (proto/FORMAT.md, section 3), so that ranks of any degree find their slices in it.
+//! tokens, 2 * dim]`, `[2, pages, tokens, heads, dim]`, `[pages, tokens, latent]`, K as `[dim, tokens]` before V as `[tokens, dim]`); a slot is canonical (proto/FORMAT.md, section 3), so that ranks of any degree find their slices in it.
 //! Invariants:
 //! - a slice is whole parts: no byte of a part belongs to two ranks, so parts are filled, verified and loaded by one;
 //! - nothing moves before everything is checked: part, layout, every page of the table that is used;
@@ -49,7 +49,7 @@ pub struct PagedMemory {
 
 impl PagedMemory {
     /// The rank's layers are those from `shape.first_layer` on, one memory each. Fails if the slice is not of whole parts, pages and
-    /// blocks do not fit each other, or two vectors would share bytes.
+    /// blocks do not fit each other, or two numbers would share bytes.
     ///
     /// # Safety
     ///
@@ -260,20 +260,22 @@ fn geometry(group: &Group, shape: &PagedShape) -> Result<Geometry, Error> {
         heads: shape.heads,
         vectors: 1,
         row_bytes: group.state_bytes as usize,
+        element_bytes: None,
     };
     if group.kind == GroupKind::State {
         return Ok(common);
     }
-    let row_bits = u64::from(group.head_size) * group.element.bits();
+    let bits = group.element.bits();
+    let row_bits = u64::from(group.head_size) * bits;
     if !row_bits.is_multiple_of(8) {
-        let what =
-            format!("{} numbers of {} bits are not whole bytes", group.head_size, group.element.bits());
+        let what = format!("{} numbers of {bits} bits are not whole bytes", group.head_size);
         return Err(Error::invalid("head_size", what, "store such vectors by whole slots (`write`, `read`)"));
     }
     Ok(Geometry {
         page_rows: shape.page_tokens,
         vectors: group.vectors,
         row_bytes: (row_bits / 8) as usize,
+        element_bytes: bits.is_multiple_of(8).then_some((bits / 8) as usize),
         ..common
     })
 }

@@ -18,7 +18,7 @@ pub mod tcp;
 
 pub use kvd_proto::data::Piece;
 pub use memory::{Destination, Held, Keep};
-pub use strided::LayerMemory;
+pub use strided::{LayerMemory, VectorMemory};
 
 use kvd_proto::Code;
 use kvd_proto::data::Read;

@@ -278,7 +278,7 @@ fn broken(what: &str) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use super::super::strided::{Geometry, LayerMemory};
+    use super::super::strided::{Geometry, LayerMemory, VectorMemory};
     use super::*;
     use kvd_proto::{BlockId, Fingerprint};
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -349,9 +349,10 @@ mod tests {
         let place = Place { offset: 4096, bytes: 64, stride: 4096, layers: 0..1, heads: 0..1, rows: 1 };
         let mut page = [7_u8; 64];
         let base = NonNull::from(&mut page).cast();
-        let layer =
-            LayerMemory { base, page_stride: 64, head_stride: 64, token_stride: 64, vector_stride: 64 };
-        let geometry = Geometry { pages: 1, page_rows: 1, heads: 1, vectors: 1, row_bytes: 64 };
+        let vector = VectorMemory { base: base.as_ptr(), token_stride: 64, element_stride: None };
+        let layer = LayerMemory { page_stride: 64, head_stride: 64, vectors: vec![vector] };
+        let geometry =
+            Geometry { pages: 1, page_rows: 1, heads: 1, vectors: 1, row_bytes: 64, element_bytes: None };
         // SAFETY: one vector of 64 bytes, which is the page.
         let pages = unsafe { StridedMemory::new(vec![layer], geometry) }.unwrap();
         let spans = [Span { page: 0, page_row: 0, block_row: 0, rows: 1 }];
