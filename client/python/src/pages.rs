@@ -11,9 +11,9 @@ use crate::lease::PyMatch;
 use crate::pending::seconds;
 use crate::runtime;
 use crate::space::{Space, Stored};
-use kvd_client::{PagedGroup, PagedMemory, PagedShape, Store};
+use kvd_client::{PagedGroup, PagedMemory, PagedShape, Store, VectorMemory};
+use kvd_proto::{Group, GroupKind};
 use pyo3::prelude::*;
-use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -21,14 +21,23 @@ use std::time::Duration;
 #[pyclass(frozen, module = "kvd", from_py_object)]
 #[derive(Clone)]
 pub(crate) struct LayerMemory {
-    memory: kvd_client::LayerMemory,
+    page_stride: isize,
+    head_stride: isize,
+    vectors: Vectors,
     keep: Option<Arc<Py<PyAny>>>,
+}
+
+/// How many vectors there are is known with the layout.
+#[derive(Clone)]
+enum Vectors {
+    Every { first: VectorMemory, vector_stride: isize },
+    Each(Vec<VectorMemory>),
 }
 
 #[pymethods]
 impl LayerMemory {
-    /// A vector of page p, head h, token t, K/V v begins at `ptr + p*page_stride + h*head_stride + t*token_stride + v*vector_stride`.
-    /// `keep`: an object whose life keeps the memory valid.
+    /// A vector of page p, head h, token t, K/V v begins at `ptr + p*page_stride + h*head_stride + t*token_stride + v*vector_stride`, and its
+    /// numbers are contiguous. `keep`: an object whose life keeps the memory valid.
     #[new]
     #[pyo3(signature = (ptr, *, page_stride, head_stride, token_stride, vector_stride=0, keep=None))]
     fn new(
@@ -39,11 +48,42 @@ impl LayerMemory {
         vector_stride: isize,
         keep: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
-        let base = NonNull::new(ptr as *mut u8);
-        let base = base.ok_or_else(|| invalid("ptr", "0", "give the address of page 0"))?;
-        let memory = kvd_client::LayerMemory { base, page_stride, head_stride, token_stride, vector_stride };
-        Ok(Self { memory, keep: keep.map(Arc::new) })
+        let first = vector((ptr, token_stride, None))?;
+        let vectors = Vectors::Every { first, vector_stride };
+        Ok(Self { page_stride, head_stride, vectors, keep: keep.map(Arc::new) })
     }
+
+    /// K and V, or however many the group has, each with strides of its own: number n of page p, head h, token t lies at
+    /// `ptr + p*page_stride + h*head_stride + t*token_stride + n*element_stride`. `element_stride` `None`: the numbers are contiguous.
+    #[staticmethod]
+    #[pyo3(signature = (vectors, *, page_stride, head_stride, keep=None))]
+    fn of_vectors(
+        vectors: Vec<(usize, isize, Option<isize>)>,
+        page_stride: isize,
+        head_stride: isize,
+        keep: Option<Py<PyAny>>,
+    ) -> PyResult<Self> {
+        let vectors = Vectors::Each(vectors.into_iter().map(vector).collect::<PyResult<_>>()?);
+        Ok(Self { page_stride, head_stride, vectors, keep: keep.map(Arc::new) })
+    }
+}
+
+impl LayerMemory {
+    fn of(&self, group: &Group) -> kvd_client::LayerMemory {
+        let count = if group.kind == GroupKind::State { 1 } else { group.vectors };
+        let vectors = match &self.vectors {
+            Vectors::Every { first, vector_stride } => first.every(*vector_stride, count),
+            Vectors::Each(vectors) => vectors.clone(),
+        };
+        kvd_client::LayerMemory { page_stride: self.page_stride, head_stride: self.head_stride, vectors }
+    }
+}
+
+fn vector((ptr, token_stride, element_stride): (usize, isize, Option<isize>)) -> PyResult<VectorMemory> {
+    if ptr == 0 {
+        return Err(invalid("ptr", "0", "give the address of page 0"));
+    }
+    Ok(VectorMemory { base: ptr as *mut u8, token_stride, element_stride })
 }
 
 /// The memory in which one rank keeps its slice of a group.
@@ -71,9 +111,10 @@ impl Pages {
         heads: u32,
     ) -> PyResult<Self> {
         layout.check_group(group)?;
-        let heads = if heads == 0 { layout.layout.groups()[group].heads } else { heads };
+        let kind = &layout.layout.groups()[group];
+        let heads = if heads == 0 { kind.heads } else { heads };
         let shape = PagedShape { group, first_layer, first_head, heads, page_tokens, pages };
-        let memory = layers.iter().map(|layer| layer.memory).collect();
+        let memory = layers.iter().map(|layer| layer.of(kind)).collect();
         let keep = layers.iter().filter_map(|layer| layer.keep.clone()).collect();
         // SAFETY: the connector's promise, in the docstrings: the strides are those of memory that `keep` keeps alive, and the engine
         // leaves pages alone while a load or store of theirs goes on.
