@@ -16,14 +16,14 @@ from typing_extensions import Buffer
 
 __all__ = [
     "AUDIO",
+    "EMBEDDING",
+    "IMAGE",
     "Chain",
     "Claim",
     "Client",
-    "EMBEDDING",
     "Fill",
     "Group",
     "HandOff",
-    "IMAGE",
     "LayerMemory",
     "Layout",
     "Loaded",
@@ -152,6 +152,24 @@ class Client:
     ) -> Space:
         """Never waits; the node is told with the first question."""
 
+    def worker(
+        self,
+        node: _Path,
+        *,
+        name: str,
+        model: str,
+        address: str,
+        role: Literal["prefill", "decode", "both"] = "both",
+        requests_max: int,
+        kv_tokens_max: int,
+        space: Space | None = None,
+        batched_tokens_max: int = 0,
+        profile: dict[str, float] | None = None,
+    ) -> Worker:
+        """Never waits. `node`: path of the node's gRPC socket, or "http://host:port"; `address`: where the
+        engine serves OpenAI's API; `profile`: needed, microseconds by the names of `WorkerProfile`
+        (workers.proto)."""
+
     def close(self) -> None:
         """Ends the session once its last lease is gone; spaces made with it stay usable until then."""
 
@@ -163,23 +181,6 @@ class Worker:
     """An engine's standing with its node, for routers and the planner: registered as long as this lives,
     again and again while the node is away. Nothing here waits."""
 
-    def __new__(
-        cls,
-        node: _Path,
-        *,
-        name: str,
-        model: str,
-        address: str,
-        requests_max: int,
-        kv_tokens_max: int,
-        role: Literal["prefill", "decode", "both"] = "both",
-        space: Space | None = None,
-        batched_tokens_max: int = 0,
-        profile: dict[str, float] | None = None,
-    ) -> Self:
-        """`node`: path of its gRPC socket, or "http://host:port"; `address`: where the engine serves OpenAI's
-        API."""
-
     @property
     def trouble(self) -> str | None:
         """Why the node does not list it; `None`: it does, or has not answered yet."""
@@ -190,7 +191,6 @@ class Worker:
         waiting: int,
         waiting_tokens: int,
         kv_tokens: int,
-        *,
         claimed: Sequence[int] = ...,
         draining: bool = False,
     ) -> None:
@@ -385,7 +385,7 @@ class Fill:
 
 @final
 class LayerMemory:
-    """One layer's KV in an engine's memory; strides in bytes, one vector contiguous."""
+    """One layer's KV in an engine's memory; strides in bytes, a vector's numbers contiguous."""
 
     def __new__(
         cls,
@@ -397,6 +397,15 @@ class LayerMemory:
         vector_stride: int = 0,
         keep: object = None,
     ) -> Self: ...
+    @staticmethod
+    def of_vectors(
+        vectors: Sequence[tuple[int, int, int | None]],
+        *,
+        page_stride: int,
+        head_stride: int,
+        keep: object = None,
+    ) -> LayerMemory:
+        """K and V each with (ptr, token_stride, element_stride) of its own; `None`: contiguous."""
 
 @final
 class Pages:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import kvd
 import pytest
-from rig import Daemon
+from rig import MIB, Daemon
+
+import kvd
 
 LAYOUT = kvd.Layout.full(2, 2, 64, "f16", 16)
 
 
 @pytest.fixture(scope="session")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """A daemon that nobody kills."""
-    with Daemon(tmp_path_factory.mktemp("node")) as daemon:
+    """A daemon that nobody kills; memory stays with the slot size that had it first, so there is much."""
+    with Daemon(tmp_path_factory.mktemp("node"), dram=1024 * MIB) as daemon:
         yield daemon
 
 

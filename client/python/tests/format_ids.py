@@ -1,7 +1,7 @@
 """FORMAT.md sections 1 and 2 read a second time: what ids must be, in plain Python.
 
-Owns nothing of the product, which hashes in one place (`proto`). Golden vectors say whether this reading is right
-(`test_ids.py`); then any prompt the package has hashed can be held against it.
+Owns nothing of the product, which hashes in one place (`proto`). Golden vectors say whether this reading is
+right (`test_ids.py`); then any prompt the package has hashed can be held against it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Engines' paged memory in plain numpy: ranks of any degree, and what their bytes must be.
 
-Owns a second reading of FORMAT.md section 3 (`Truth.slot`), against which whole slots are held. A rank fills its
-pages from the truth, stores, loads, and says where it differs.
+Owns a second reading of FORMAT.md section 3 (`Truth.slot`), against which whole slots are held. A rank fills
+its pages from the truth, stores, loads, and says where it differs.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import kvd
 import numpy as np
 from rig import DEADLINE_S
+
+import kvd
 
 PART_ALIGN = 4096
 _BITS = {"f32": 32, "f16": 16, "bf16": 16, "f8_e4m3": 8, "f8_e5m2": 8, "i8": 8}

@@ -1,6 +1,6 @@
-"""What tests of the package stand on: a daemon of a test's own, waiting with a deadline, memory that is damaged.
+"""What the package's tests stand on: a daemon of a test's own, waiting with a deadline, damaged memory.
 
-Owns the daemon's process. Invariants: nothing is built here, and what is not there skips with a reason; every
+Owns the daemon's process. Invariants: nothing is built here, what is not there skips with a reason; every
 wait has a deadline and ends as soon as what it waits for is there. Leaves to others: what is stored and asked.
 """
 
@@ -21,8 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-import kvd
 import pytest
+
+import kvd
 
 MIB = 1 << 20
 DEADLINE_S = 20.0
@@ -137,9 +138,9 @@ class Daemon:
         return [json.loads(line) for line in said.stdout.splitlines()]
 
     def wait_checksummed(self, chain: kvd.Chain) -> None:
-        """Until the checksums of all of a chain's blocks stand in their headers: a reader verifies from then on."""
-        for block in range(len(chain)):
-            until("checksums", lambda block=chain.id(block): self._checksummed(block))
+        """Until the checksums of all of a chain's blocks stand in their headers: readers verify from then on."""
+        blocks = [chain.id(block) for block in range(len(chain))]
+        until("checksums", lambda: all(map(self._checksummed, blocks)))
 
     def _checksummed(self, block: bytes) -> bool:
         found = self.kvctl("block", block.hex())
@@ -147,7 +148,7 @@ class Daemon:
         return bool(copies) and all(copy["checksummed"] for copy in copies)
 
     def flip_bit_of(self, needle: bytes, at: int = 0) -> int:
-        """Flips a bit of every place in the daemon's memory where `needle` lies; returns how many there are."""
+        """Flips a bit wherever in the daemon's memory `needle` lies; returns in how many places."""
         return sum(_flip_in(memory, needle, at) for memory in self._memories())
 
     def _memories(self) -> Iterator[mmap.mmap]:
@@ -183,9 +184,9 @@ def reason(miss: object) -> str | None:
 @contextmanager
 def child(script: str, *words: str) -> Iterator[subprocess.Popen[str]]:
     """Another Python process that runs `script`, talks over pipes and is gone at the end."""
-    command = [sys.executable, "-c", script, *words]
+    command = [sys.executable, "-P", "-c", script, *words]  # the installed package, not the folder beside
     here = str(Path(__file__).parent)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))}
     pipes = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipes, stdout=pipes, text=True, bufsize=1, env=env) as process:
         try:

@@ -6,9 +6,10 @@ import asyncio
 import threading
 from pathlib import Path
 
-import kvd
 import pytest
 from rig import DEADLINE_S, content, until
+
+import kvd
 
 SLOT = 16384
 

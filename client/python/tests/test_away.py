@@ -1,13 +1,14 @@
-"""A daemon that is not there yet, is killed, comes back: misses meanwhile, and nothing to do for whoever asks."""
+"""A daemon that is not there yet, is killed, comes back: misses meanwhile, nothing to do for whoever asks."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-import kvd
 import pytest
 from rig import DEADLINE_S, Daemon, content, reason, until
+
+import kvd
 
 LAYOUT = kvd.Layout.full(2, 2, 64, "f16", 16)
 SLOT = LAYOUT.slot_bytes()
@@ -98,7 +99,7 @@ def test_what_reached_nvme_outlives_the_daemon(tmp_path: Path) -> None:
         space = client.space("model", "r1", kvd.Layout.opaque(65536))
         chains = [space.chain([number]) for number in range(200)]
         for number, chain in enumerate(chains):
-            until("room", lambda c=chain, n=number: space.store(c, [content(n, 65536)], wait_s=2.0).stored)
+            assert space.store(chain, [content(number, 65536)], wait_s=5.0, timeout_s=10.0).stored == 1
         until("the first on NVMe", lambda: "nvme" in space.exists(chains[0]))
         assert daemon.stop() == 0
         daemon.start()

@@ -7,10 +7,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import kvd
 import numpy as np
 import pytest
 from rig import Daemon, content, reason, until
+
+import kvd
 
 SLOT = 16384
 TOKENS = list(range(1, 65))
@@ -77,7 +78,7 @@ def test_what_is_no_slot_is_refused(space: kvd.Space) -> None:
         assert (error.value.code, error.value.field) == ("invalid", "buffer")
         with pytest.raises(ValueError, match="exactly one slot"):
             space.load(chain, [wrong])
-    every_other = np.zeros(2 * SLOT, np.uint8)[::2]
+    every_other: Any = np.zeros(2 * SLOT, np.uint8)[::2]
     with pytest.raises(kvd.InvalidError, match="not contiguous"):
         space.store(chain, [every_other])
     with pytest.raises(kvd.InvalidError, match="has no memory"):

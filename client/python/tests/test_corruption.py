@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import kvd
 import pytest
 from paged import Rank, Truth
 from rig import Daemon, content, reason, until
+
+import kvd
 
 LAYOUT = kvd.Layout.full(2, 2, 64, "f16", 16)
 SLOT = LAYOUT.slot_bytes()

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import format_ids
-import kvd
 import pytest
 from format_ids import Extra, Span
+
+import kvd
 
 _VECTORS = Path(__file__).resolve().parents[3] / "proto" / "vectors"
 LAYOUT = kvd.Layout.full(2, 2, 64, "f16", 4)
@@ -44,7 +45,7 @@ def group_of(given: dict[str, Any]) -> kvd.Group:
     dtype = DTYPES[one["dtype"] - 1] if one["dtype"] else "bf16"
     more = {name: one[name] for name in ("window_tokens", "state_bytes") if name in one}
     return kvd.Group(
-        KINDS[one["kind"] - 1],  # type: ignore[arg-type]
+        KINDS[one["kind"] - 1],
         one["layers"],
         one["heads"],
         one["head_size"],
@@ -52,7 +53,7 @@ def group_of(given: dict[str, Any]) -> kvd.Group:
         vectors=one["vectors"],
         layer_ranges=one["layer_ranges"],
         head_ranges=one["head_ranges"],
-        scale=SCALES[one["scale"]],  # type: ignore[arg-type]
+        scale=SCALES[one["scale"]],
         scale_digest=bytes.fromhex(one["scale_digest_hex"]),
         **more,
     )
@@ -199,7 +200,7 @@ def test_what_can_be_no_token_is_refused(space: kvd.Space) -> None:
 
 
 def test_layouts_that_make_no_sense_name_the_field() -> None:
-    for wrong, field in [
+    cases: list[tuple[Callable[[], object], str]] = [
         (lambda: kvd.Layout.full(0, 2, 64, "f16", 16), "layers"),
         (lambda: kvd.Layout.full(2, 2, 64, "f16", 0), "block_tokens"),
         (lambda: kvd.Layout.full(2, 2, 64, "f12", 16), "dtype"),  # type: ignore[arg-type]
@@ -207,7 +208,8 @@ def test_layouts_that_make_no_sense_name_the_field() -> None:
         (lambda: kvd.Group("other", 4, 2, 64), "kind"),  # type: ignore[arg-type]
         (lambda: kvd.Layout.opaque(4096, 3), "block_tokens"),
         (lambda: kvd.Layout([], 16), "groups"),
-    ]:
+    ]
+    for wrong, field in cases:
         with pytest.raises(kvd.InvalidError) as error:
             wrong()
         assert field in error.value.field

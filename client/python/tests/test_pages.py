@@ -1,41 +1,54 @@
-"""Engines' pages in and out: ranks of every degree read what ranks of any other have stored, byte for byte."""
+"""Engines' pages in and out: ranks of every degree read what ranks of any other stored, byte by byte."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
 
-import kvd
 import pytest
 from paged import Rank, Truth, ranks
 from rig import DEADLINE_S, Daemon
 
+import kvd
+
 Spaces = Callable[..., kvd.Space]
-LAYOUT = kvd.Layout.full(4, 4, 64, "bf16", 16)
+Store = Callable[..., None]
+LAYOUT = kvd.Layout([kvd.Group("full", 4, 4, 64, "bf16", layer_ranges=2)], 16)
 BLOCKS = 3
 PROMPT = list(range(16 * BLOCKS))
 TABLE = [6, 0, 3]
 
 
-def store_by(space: kvd.Space, truth: Truth, writers: list[Rank], chain: kvd.Chain, table: list[int]) -> None:
-    """Every rank stores its own; the blocks are there with the last."""
-    for rank in writers[:-1]:
-        rank.fill(truth, table)
-        assert rank.store(space, "w", chain, table).stored == truth.blocks
-        assert space.exists(chain) == [], "a block is visible before its last part"
-    writers[-1].fill(truth, table)
-    assert writers[-1].store(space, "w", chain, table).stored == truth.blocks
-    assert space.exists(chain) == ["dram"] * truth.blocks
+@pytest.fixture
+def store_by(node: Daemon, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Every rank stores its own, as a member of its own; the blocks are there with the last. The scheduler's
+    hold keeps the slots from one rank's end to another's beginning."""
+
+    def store(truth: Truth, writers: list[Rank], prompt: list[int], table: list[int]) -> None:
+        with node.client(member="scheduler") as scheduler:
+            space = scheduler.space(request.node.name, "r1", truth.layout)
+            chain = space.chain(prompt)
+            with space.reserve("w", chain) as hold:
+                assert hold.granted == list(range(truth.blocks))
+                for at, rank in enumerate(writers):
+                    assert space.exists(chain) == [], "a block is visible before its last part"
+                    rank.fill(truth, table)
+                    with node.client(member=f"rank-{at}", join=scheduler.token) as member:
+                        own = member.space(request.node.name, "r1", truth.layout)
+                        assert rank.store(own, "w", chain, table).stored == truth.blocks
+            assert space.exists(chain) == ["dram"] * truth.blocks
+
+    return store
 
 
 @pytest.mark.parametrize("style", ["NHD", "HND"])
 @pytest.mark.parametrize(("stored", "loaded"), [(1, 2), (1, 4), (2, 1), (4, 1), (4, 2), (2, 4)])
 def test_any_degree_reads_what_any_other_stored(
-    space_of: Spaces, stored: int, loaded: int, style: str
+    space_of: Spaces, store_by: Store, stored: int, loaded: int, style: str
 ) -> None:
     space, truth = space_of(LAYOUT), Truth(LAYOUT, BLOCKS, seed=stored * 10 + loaded)
     chain = space.chain(PROMPT)
-    store_by(space, truth, ranks(LAYOUT, stored, pages=8, style=style), chain, TABLE)
+    store_by(truth, ranks(LAYOUT, stored, pages=8, style=style), PROMPT, TABLE)
     with space.match("whole", chain) as found:
         for block in range(BLOCKS):
             into = bytearray(space.layout.slot_bytes())
@@ -50,10 +63,10 @@ def test_any_degree_reads_what_any_other_stored(
         assert all(rank.untouched(page) for page in range(8) if page not in table)
 
 
-def test_stages_of_a_pipeline_are_slices_as_well(space_of: Spaces) -> None:
+def test_stages_of_a_pipeline_are_slices_as_well(space_of: Spaces, store_by: Store) -> None:
     space, truth = space_of(LAYOUT), Truth(LAYOUT, BLOCKS, seed=3)
     chain = space.chain(PROMPT)
-    store_by(space, truth, ranks(LAYOUT, 2, stages=2, pages=8), chain, TABLE)
+    store_by(truth, ranks(LAYOUT, 2, stages=2, pages=8), PROMPT, TABLE)
     (whole,) = ranks(LAYOUT, 1, pages=8)
     assert whole.load(space, "r", chain, TABLE)[0] is None
     assert whole.differs(truth, TABLE) == []
@@ -66,21 +79,22 @@ WINDOW = kvd.Layout([kvd.Group("window", 4, 4, 64, "f16", window_tokens=64)], 16
 @pytest.mark.parametrize("layout", [LATENT, WINDOW], ids=["latent", "window"])
 @pytest.mark.parametrize("page_tokens", [4, 16, 64])
 def test_latents_and_windows_in_pages_of_any_size(
-    space_of: Spaces, layout: kvd.Layout, page_tokens: int
+    space_of: Spaces, store_by: Store, layout: kvd.Layout, page_tokens: int
 ) -> None:
     space, truth = space_of(layout), Truth(layout, 4, seed=page_tokens)
-    chain, entries = space.chain(range(64)), 64 // page_tokens
+    prompt, entries = list(range(64)), 64 // page_tokens
     table = random.Random(page_tokens).sample(range(32), entries)
-    store_by(space, truth, ranks(layout, 1, pages=32, page_tokens=page_tokens), chain, table)
+    store_by(truth, ranks(layout, 1, pages=32, page_tokens=page_tokens), prompt, table)
+    chain = space.chain(prompt)
     for rank in ranks(layout, 4, pages=32, page_tokens=page_tokens, style="HND"):
         assert rank.load(space, "r", chain, table)[0] is None
         assert rank.differs(truth, table) == []
 
 
-def test_what_a_window_does_not_see_is_not_loaded(space_of: Spaces) -> None:
+def test_what_a_window_does_not_see_is_not_loaded(space_of: Spaces, store_by: Store) -> None:
     space, truth = space_of(WINDOW), Truth(WINDOW, BLOCKS, seed=5)
     chain = space.chain(PROMPT)
-    store_by(space, truth, ranks(WINDOW, 1, pages=8), chain, TABLE)
+    store_by(truth, ranks(WINDOW, 1, pages=8), PROMPT, TABLE)
     (rank,) = ranks(WINDOW, 1, pages=8)
     table = [-1, 5, 4]
     assert rank.load(space, "r", chain, table)[0] is None
@@ -116,30 +130,27 @@ def test_groups_go_together(space_of: Spaces) -> None:
 
 
 @pytest.mark.parametrize("seed", range(25))
-def test_any_shape(space_of: Spaces, seed: int) -> None:
+def test_any_shape(space_of: Spaces, store_by: Store, seed: int) -> None:
     pick = random.Random(seed)
     heads, layers = pick.choice([1, 2, 4, 6]), pick.choice([1, 2, 3, 4, 6])
     block_tokens = pick.choice([8, 16, 32])
+    kind = pick.choice(["full", "window", "latent"])
     group = kvd.Group(
-        pick.choice(["full", "window", "latent"]),  # type: ignore[arg-type]
+        kind,  # type: ignore[arg-type]
         layers,
         heads,
         pick.choice([16, 64, 80]),
-        pick.choice(["f32", "bf16", "f8_e4m3"]),  # type: ignore[arg-type]
+        pick.choice(["f32", "bf16", "f8_e4m3"]),
         vectors=pick.choice([1, 2]),
+        window_tokens=64 if kind == "window" else 0,
         head_ranges=heads,
         layer_ranges=pick.choice([at for at in range(1, layers + 1) if layers % at == 0]),
     )
-    window = {"window_tokens": 64} if group.kind == "window" else {}
-    if window:
-        group = kvd.Group(
-            "window", layers, heads, group.head_size, group.dtype, vectors=group.vectors,
-            head_ranges=heads, layer_ranges=group.layer_ranges, **window,
-        )  # fmt: skip
     layout = kvd.Layout([group], block_tokens)
     blocks = pick.choice([1, 2, 4])
     space, truth = space_of(layout), Truth(layout, blocks, seed)
-    chain = space.chain([pick.randrange(1 << 17) for _ in range(blocks * block_tokens)])
+    prompt = [pick.randrange(1 << 17) for _ in range(blocks * block_tokens)]
+    chain = space.chain(prompt)
 
     def placed() -> tuple[int, list[int]]:
         sizes = [block_tokens // 4, block_tokens // 2, block_tokens, blocks * block_tokens]
@@ -149,7 +160,7 @@ def test_any_shape(space_of: Spaces, seed: int) -> None:
     divisors = [at for at in range(1, heads + 1) if heads % at == 0]
     page_tokens, table = placed()
     writers = ranks(layout, pick.choice(divisors), pages=40, page_tokens=page_tokens)
-    store_by(space, truth, writers, chain, table)
+    store_by(truth, writers, prompt, table)
     page_tokens, table = placed()
     for rank in ranks(layout, pick.choice(divisors), pages=40, page_tokens=page_tokens, style="HND"):
         assert rank.load(space, "r", chain, table)[0] is None
@@ -170,7 +181,7 @@ def test_a_slice_or_a_table_that_makes_no_sense_is_refused(space_of: Spaces) -> 
         ({"page_tokens": 16, "pages": 8}, "stride"),
     ]:
         with pytest.raises(kvd.InvalidError, match=match):
-            kvd.Pages(LAYOUT, memory, **wrong)  # type: ignore[arg-type]
+            kvd.Pages(LAYOUT, memory, **wrong)
     with pytest.raises(kvd.InvalidError):
         rank.store(space, "w", chain, [1, 2, 99])
     with pytest.raises(kvd.InvalidError):

@@ -46,7 +46,9 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
 
     _cache_hit_source = CacheHitSource.HOST
 
-    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         transfer = vllm_config.kv_transfer_config
         settings = Settings.of(dict(transfer.kv_connector_extra_config))
@@ -117,7 +119,9 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         half = self._half()
         half.advance_stores()
         received, failed = half.received()
-        return KVConnectorTransferResults(finished_sending=half.sent(), finished_recving=received, failed_recving=failed)
+        return KVConnectorTransferResults(
+            finished_sending=half.sent(), finished_recving=received, failed_recving=failed
+        )
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Pages that were not loaded after all."""
@@ -134,11 +138,15 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         super().bind_kv_cache_manager(kv_cache_manager)
         self._other_half().bind(kv_cache_manager)
 
-    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
         """How much of a prompt can be loaded."""
         return self._other_half().matched(request, num_computed_tokens)
 
-    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
         """Its pages are there."""
         self._other_half().allocated(request, blocks, num_external_tokens)
 
@@ -185,7 +193,11 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def build_prom_metrics(
-        cls, vllm_config: VllmConfig, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
     ) -> KvdPromMetrics:
         """For /metrics."""
         return KvdPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

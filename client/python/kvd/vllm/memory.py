@@ -30,7 +30,9 @@ def layer_memory(tensor: torch.Tensor, group: GroupPages, layer: Any) -> tuple[L
         )
     if tensor.dim() != 4 or tensor.stride(-1) != 1:
         shape = f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
-        raise InvalidError("invalid", name, shape, "kvd reads [page, head, token, content] with contiguous content")
+        raise InvalidError(
+            "invalid", name, shape, "kvd reads [page, head, token, content] with contiguous content"
+        )
     pages, heads, tokens, content = tensor.shape
     size = tensor.element_size()
     if heads != group.heads or content != group.vectors * group.head_size:
@@ -55,7 +57,10 @@ def _vectors(tensor: torch.Tensor, group: GroupPages, layer: Any) -> list[tuple[
         return [(0, tensor.stride(2), 1)]
     if tensor.stride(2) != content:
         raise InvalidError(
-            "invalid", "kv_cache_layout", f"a token stride of {tensor.stride(2)}", f"kvd can ask the backend only where it is {content}"
+            "invalid",
+            "kv_cache_layout",
+            f"a token stride of {tensor.stride(2)}",
+            f"kvd can ask the backend only where it is {content}",
         )
     key = _order(layer, heads, tokens, group.head_size, tensor.dtype)
     found = []
@@ -117,7 +122,10 @@ def _written(
     landed = scratch[1, 0].reshape(-1).to(torch.float32).round().to(torch.int64)
     if int(landed.min()) < 1 or int(landed.max()) > DIGIT:
         raise InvalidError(
-            "invalid", "attention_backend", type(layer.impl).__name__, "it does not keep what it is given: kvd cannot tell its order"
+            "invalid",
+            "attention_backend",
+            type(layer.impl).__name__,
+            "it does not keep what it is given: kvd cannot tell its order",
         )
     return landed - 1
 
@@ -126,11 +134,17 @@ def _read(seen: dict[str, torch.Tensor], half: slice, tokens: int, head_size: in
     token, element = seen["token"][half].tolist(), seen["element"][half].tolist()
     landed = {(t, d): half.start + at for at, (t, d) in enumerate(zip(token, element, strict=True))}
     if len(landed) != tokens * head_size or (0, 0) not in landed:
-        raise InvalidError("invalid", "attention_backend", "K and V", "they are not apart in a page: kvd cannot tell their order")
+        raise InvalidError(
+            "invalid",
+            "attention_backend",
+            "K and V",
+            "they are not apart in a page: kvd cannot tell their order",
+        )
     start = landed[0, 0]
-    strides = (landed[1, 0] - start if tokens > 1 else head_size, landed[0, 1] - start if head_size > 1 else 1)
+    strides = (
+        landed[1, 0] - start if tokens > 1 else head_size,
+        landed[0, 1] - start if head_size > 1 else 1,
+    )
     order = Order((start, *strides))
     order.landed = landed
     return order
-
-

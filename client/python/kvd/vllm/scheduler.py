@@ -108,7 +108,9 @@ class SchedulerSide:
         self._manager = manager
 
     def _space(self) -> kvd.Space:
-        return self.client.space(self.engine.model, self.engine.revision, self.engine.layout, epoch=self.epoch)
+        return self.client.space(
+            self.engine.model, self.engine.revision, self.engine.layout, epoch=self.epoch
+        )
 
     def _key(self) -> bytes:
         return self._nonce + next(self._numbers).to_bytes(8, "little")
@@ -181,7 +183,9 @@ class SchedulerSide:
             chain = tracked.chain.prefix(limit // self.engine.block_tokens)
             if "prefill_node" in tracked.told:
                 wait_s = self.settings.claim_wait_ms / 1000
-                claim = kvd.Claim(tracked.told["request_key"], node=tracked.told["prefill_node"], wait_s=wait_s)
+                claim = kvd.Claim(
+                    tracked.told["request_key"], node=tracked.told["prefill_node"], wait_s=wait_s
+                )
                 patience_s += wait_s
                 chain = tracked.chain.with_tail() if limit == tracked.chain.tokens else chain
             key = self._key()
@@ -227,7 +231,11 @@ class SchedulerSide:
 
     def _in_batch(self, lookup: Lookup) -> bool:
         """Several cache groups, and a prompt that is there to its end, can only come from outside of the batch."""
-        if self.settings.load == "async" or len(self.engine.groups) > 1 or lookup.tokens % self.engine.granule_tokens:
+        if (
+            self.settings.load == "async"
+            or len(self.engine.groups) > 1
+            or lookup.tokens % self.engine.granule_tokens
+        ):
             return False
         assert lookup.found is not None
         return self.settings.load == "layerwise" or lookup.found.predicted_us <= self.settings.layerwise_us
@@ -267,7 +275,9 @@ class SchedulerSide:
         self._loads.append(job)
         self.stats["hit_tokens"] += external
         tracked.loading = True
-        tracked.stored = max(tracked.stored, lookup.tokens // self.engine.granule_tokens * self.engine.granule_tokens)
+        tracked.stored = max(
+            tracked.stored, lookup.tokens // self.engine.granule_tokens * self.engine.granule_tokens
+        )
         if lookup.wait:
             self._synchronous.append(tracked)
 
@@ -326,9 +336,19 @@ class SchedulerSide:
         hand_off = None
         if hands_off:
             hand_off = (tracked.told["request_key"].encode(), len(chain))
-        job = StoreJob(number, request.request_id, self._key(), self._ref(chain), tracked.stored // block, tables, hand_off)
+        job = StoreJob(
+            number,
+            request.request_id,
+            self._key(),
+            self._ref(chain),
+            tracked.stored // block,
+            tables,
+            hand_off,
+        )
         if self.engine.ranks > 1:
-            self._holds[number] = self.space.reserve_soon(job.key, chain, first=job.first, hand_off=hand_off_of(self.settings, hand_off))
+            self._holds[number] = self.space.reserve_soon(
+                job.key, chain, first=job.first, hand_off=hand_off_of(self.settings, hand_off)
+            )
         tracked.stored = end // granule * granule
         tracked.over = hands_off
         tracked.stores.add(number)
@@ -342,7 +362,10 @@ class SchedulerSide:
         ids = self._manager.get_block_ids(tracked.request.request_id)
         for pages, group in zip(ids, self.engine.groups, strict=True):
             table = pages[tracked.stored // group.page_tokens : -(-end // group.page_tokens)]
-            if null in table or len(table) < -(-end // group.page_tokens) - tracked.stored // group.page_tokens:
+            if (
+                null in table
+                or len(table) < -(-end // group.page_tokens) - tracked.stored // group.page_tokens
+            ):
                 return None
             tables.append(list(table))
         return tables
@@ -403,7 +426,13 @@ class SchedulerSide:
         told = None
         if tracked.told.get("do") == "prefill":
             tokens = request.num_prompt_tokens if tracked.over and tracked.stored else 0
-            told = {"kvd": {"do": "prefill", "request_key": tracked.told.get("request_key"), "prefilled_tokens": tokens}}
+            told = {
+                "kvd": {
+                    "do": "prefill",
+                    "request_key": tracked.told.get("request_key"),
+                    "prefilled_tokens": tokens,
+                }
+            }
         if tracked.stores:
             self.finishing[request.request_id] = tracked
         return bool(tracked.stores), told

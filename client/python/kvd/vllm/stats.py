@@ -49,13 +49,19 @@ class KvdPromMetrics(KVConnectorPromMetrics):
     """The counts, as `vllm:kvd_*_total`."""
 
     def __init__(
-        self, vllm_config: VllmConfig, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+        self,
+        vllm_config: VllmConfig,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._counters: dict[str, dict[int, Any]] = {}
         for name, text in COUNTERS.items():
             counter = self._counter_cls(name=f"vllm:kvd_{name}", documentation=text, labelnames=labelnames)
-            self._counters[name] = {at: counter.labels(*values) for at, values in per_engine_labelvalues.items()}
+            self._counters[name] = {
+                at: counter.labels(*values) for at, values in per_engine_labelvalues.items()
+            }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Adds what one engine has counted."""

@@ -66,7 +66,10 @@ class Engines:
             from vllm.lora.request import LoRARequest
 
             lora = LoRARequest(**adapter)
-        asked = [TokensPrompt(prompt_token_ids=prompt, **({"cache_salt": salt} if salt else {})) for prompt in prompts]
+        asked = [
+            TokensPrompt(prompt_token_ids=prompt, **({"cache_salt": salt} if salt else {}))
+            for prompt in prompts
+        ]
         batches = [asked] if together else [[one] for one in asked]
         answers, firsts = [], []
         for batch in batches:
