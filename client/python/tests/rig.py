@@ -1,6 +1,6 @@
 """What the package's tests stand on: a daemon of a test's own, waiting with a deadline, damaged memory.
 
-Owns the daemon's process. Invariants: nothing is built here, what is not there skips with a reason; every
+Owns the daemon's process. Invariants: nothing is built here, what is not there skips with a reason; each
 wait has a deadline and ends as soon as what it waits for is there. Leaves to others: what is stored and asked.
 """
 
@@ -138,7 +138,7 @@ class Daemon:
         return [json.loads(line) for line in said.stdout.splitlines()]
 
     def wait_checksummed(self, chain: kvd.Chain) -> None:
-        """Until the checksums of all of a chain's blocks stand in their headers: readers verify from then on."""
+        """Until the checksums of all of a chain's blocks stand in their headers: readers verify then."""
         blocks = [chain.id(block) for block in range(len(chain))]
         until("checksums", lambda: all(map(self._checksummed, blocks)))
 
