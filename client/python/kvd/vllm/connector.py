@@ -27,8 +27,11 @@ from kvd.vllm.stats import KvdPromMetrics, KvdStats
 from kvd.vllm.worker import WorkerSide
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
@@ -46,9 +49,7 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
 
     _cache_hit_source = CacheHitSource.HOST
 
-    def __init__(
-        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
-    ) -> None:
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         transfer = vllm_config.kv_transfer_config
         settings = Settings.of(dict(transfer.kv_connector_extra_config))
@@ -61,7 +62,9 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
                 logger.info("kvd: kv_load_failure_policy set to recompute")
                 transfer.kv_load_failure_policy = "recompute"
             engine = identity.of_engine(vllm_config, kv_cache_config, settings)
-            self._scheduler = SchedulerSide(settings, engine, f"vllm {engine.model}")
+            events = vllm_config.kv_events_config
+            tells_events = events is not None and events.enable_kv_cache_events
+            self._scheduler = SchedulerSide(settings, engine, f"vllm {engine.model}", tells_events)
         else:
             ranks = _ranks()
             engine = identity.of_engine(vllm_config, kv_cache_config, settings, ranks)
@@ -138,15 +141,11 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         super().bind_kv_cache_manager(kv_cache_manager)
         self._other_half().bind(kv_cache_manager)
 
-    def get_num_new_matched_tokens(
-        self, request: Request, num_computed_tokens: int
-    ) -> tuple[int | None, bool]:
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """How much of a prompt can be loaded."""
         return self._other_half().matched(request, num_computed_tokens)
 
-    def update_state_after_alloc(
-        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
-    ) -> None:
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """Its pages are there."""
         self._other_half().allocated(request, blocks, num_external_tokens)
 
@@ -171,6 +170,11 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         """As above, of several groups."""
         return self._other_half().finished(request)
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        """Which blocks were stored."""
+        events = self._other_half().events
+        return events.take() if events is not None else ()
 
     def reset_cache(self) -> bool | None:
         """Weights have changed, or somebody says so."""

@@ -60,9 +60,7 @@ class Identity:
     ranks: int
 
 
-def of_engine(
-    vllm: VllmConfig, cache: KVCacheConfig, settings: Settings, rank: tuple[int, int] = (0, 0)
-) -> Identity:
+def of_engine(vllm: VllmConfig, cache: KVCacheConfig, settings: Settings, rank: tuple[int, int] = (0, 0)) -> Identity:
     """The identity of an engine; `rank`: tensor and pipeline rank, for the part of the groups that is this rank's."""
     _refuse(vllm)
     pages = [group.kv_cache_spec.block_size for group in cache.kv_cache_groups]
@@ -78,8 +76,7 @@ def of_engine(
                 "give a divisor or a multiple of the page (--block-size)",
             )
     described = [
-        _group(vllm, at, group, len(cache.kv_cache_groups), rank)
-        for at, group in enumerate(cache.kv_cache_groups)
+        _group(vllm, at, group, len(cache.kv_cache_groups), rank) for at, group in enumerate(cache.kv_cache_groups)
     ]
     parallel = vllm.parallel_config
     return Identity(
@@ -113,9 +110,7 @@ def _refuse(vllm: VllmConfig) -> None:
             raise _refused(name, getattr(parallel, name), "kvd does not read context-parallel caches: use 1")
 
 
-def _group(
-    vllm: VllmConfig, at: int, group: Any, groups: int, rank: tuple[int, int]
-) -> tuple[Group, GroupPages]:
+def _group(vllm: VllmConfig, at: int, group: Any, groups: int, rank: tuple[int, int]) -> tuple[Group, GroupPages]:
     spec = getattr(group.kv_cache_spec, "first_spec", group.kv_cache_spec)
     kind, window = _kind(spec)
     _check_uniform(group.kv_cache_spec, spec)
@@ -126,9 +121,7 @@ def _group(
     replicas = max(tp // heads, 1)
     if here * tp != heads * replicas:
         raise _refused(
-            "num_kv_heads",
-            f"{here} on each of {tp} ranks, of {heads}",
-            "use a tensor parallel size that divides them",
+            "num_kv_heads", f"{here} on each of {tp} ranks, of {heads}", "use a tensor parallel size that divides them"
         )
     layers, first_layer = _layers(vllm, group.layer_names, groups)
     vectors = 1 if kind == "latent" else 2
@@ -165,26 +158,15 @@ def _kind(spec: Any) -> tuple[str, int]:
     if name == "SlidingWindowSpec":
         return "window", spec.sliding_window
     raise _refused(
-        "kv_cache_spec",
-        name,
-        "kvd stores full, sliding-window and MLA attention; run this model without the connector",
+        "kv_cache_spec", name, "kvd stores full, sliding-window and MLA attention; run this model without the connector"
     )
 
 
 def _check_uniform(whole: Any, first: Any) -> None:
-    if (
-        getattr(first, "head_size_v", first.head_size) != first.head_size
-        and type(first).__name__ != "MLAAttentionSpec"
-    ):
-        raise _refused(
-            "head_size_v", first.head_size_v, f"kvd stores keys and values of one size ({first.head_size})"
-        )
+    if getattr(first, "head_size_v", first.head_size) != first.head_size and type(first).__name__ != "MLAAttentionSpec":
+        raise _refused("head_size_v", first.head_size_v, f"kvd stores keys and values of one size ({first.head_size})")
     for name, spec in getattr(whole, "kv_cache_specs", {}).items():
-        if (spec.num_kv_heads, spec.head_size, spec.dtype) != (
-            first.num_kv_heads,
-            first.head_size,
-            first.dtype,
-        ):
+        if (spec.num_kv_heads, spec.head_size, spec.dtype) != (first.num_kv_heads, first.head_size, first.dtype):
             raise _refused("kv_cache_specs", name, "its layers differ in heads or sizes, and share one group")
 
 
@@ -194,9 +176,7 @@ def _layers(vllm: VllmConfig, names: list[str], groups: int) -> tuple[int, int]:
         return len(names), 0
     if groups > 1:
         raise _refused(
-            "pipeline_parallel_size",
-            vllm.parallel_config.pipeline_parallel_size,
-            "use 1 with several cache groups",
+            "pipeline_parallel_size", vllm.parallel_config.pipeline_parallel_size, "use 1 with several cache groups"
         )
     first = min(int(part) for name in names for part in name.split(".") if part.isdigit())
     return vllm.model_config.get_total_num_hidden_layers(), first
@@ -256,9 +236,7 @@ def _folder(model: str) -> str:
         return str(snapshot_download(model, local_files_only=True))
     except Exception as error:
         raise _refused(
-            "model",
-            model,
-            "its folder is not here: set kv_connector_extra_config.revision to a word for its weights",
+            "model", model, "its folder is not here: set kv_connector_extra_config.revision to a word for its weights"
         ) from error
 
 
@@ -295,9 +273,7 @@ class Adapters:
 
 def _stamp(folder: str) -> object:
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    return [
-        (entry.name, entry.stat().st_mtime_ns, entry.stat().st_size, entry.stat().st_ino) for entry in entries
-    ]
+    return [(entry.name, entry.stat().st_mtime_ns, entry.stat().st_size, entry.stat().st_ino) for entry in entries]
 
 
 def spans_of(request: Request) -> list[tuple[int, int, int, bytes]]:

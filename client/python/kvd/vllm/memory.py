@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-
 from kvd import InvalidError, LayerMemory
 
 if TYPE_CHECKING:
@@ -30,9 +29,7 @@ def layer_memory(tensor: torch.Tensor, group: GroupPages, layer: Any) -> tuple[L
         )
     if tensor.dim() != 4 or tensor.stride(-1) != 1:
         shape = f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
-        raise InvalidError(
-            "invalid", name, shape, "kvd reads [page, head, token, content] with contiguous content"
-        )
+        raise InvalidError("invalid", name, shape, "kvd reads [page, head, token, content] with contiguous content")
     pages, heads, tokens, content = tensor.shape
     size = tensor.element_size()
     if heads != group.heads or content != group.vectors * group.head_size:
@@ -66,7 +63,7 @@ def _vectors(tensor: torch.Tensor, group: GroupPages, layer: Any) -> list[tuple[
     found = []
     for vector, order in enumerate(key):
         start, token, element = order
-        if any(order_at(order, t, d) != at for (t, d), at in key[vector].landed.items()):
+        if any(order_at(order, t, d) != at for (t, d), at in order.landed.items()):
             raise InvalidError(
                 "invalid",
                 "attention_backend",
@@ -135,16 +132,10 @@ def _read(seen: dict[str, torch.Tensor], half: slice, tokens: int, head_size: in
     landed = {(t, d): half.start + at for at, (t, d) in enumerate(zip(token, element, strict=True))}
     if len(landed) != tokens * head_size or (0, 0) not in landed:
         raise InvalidError(
-            "invalid",
-            "attention_backend",
-            "K and V",
-            "they are not apart in a page: kvd cannot tell their order",
+            "invalid", "attention_backend", "K and V", "they are not apart in a page: kvd cannot tell their order"
         )
     start = landed[0, 0]
-    strides = (
-        landed[1, 0] - start if tokens > 1 else head_size,
-        landed[0, 1] - start if head_size > 1 else 1,
-    )
+    strides = (landed[1, 0] - start if tokens > 1 else head_size, landed[0, 1] - start if head_size > 1 else 1)
     order = Order((start, *strides))
     order.landed = landed
     return order

@@ -59,9 +59,7 @@ class KvdPromMetrics(KVConnectorPromMetrics):
         self._counters: dict[str, dict[int, Any]] = {}
         for name, text in COUNTERS.items():
             counter = self._counter_cls(name=f"vllm:kvd_{name}", documentation=text, labelnames=labelnames)
-            self._counters[name] = {
-                at: counter.labels(*values) for at, values in per_engine_labelvalues.items()
-            }
+            self._counters[name] = {at: counter.labels(*values) for at, values in per_engine_labelvalues.items()}
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Adds what one engine has counted."""

@@ -119,9 +119,7 @@ class WorkerSide:
                     heads=group.heads,
                 )
             )
-            self._places |= {
-                name: (at, group.first_layer + layer) for layer, name in enumerate(group.layer_names)
-            }
+            self._places |= {name: (at, group.first_layer + layer) for layer, name in enumerate(group.layer_names)}
             logger.info(
                 "kvd: group %d: %d layers, pages of %d tokens, parts %s",
                 at,
@@ -162,9 +160,7 @@ class WorkerSide:
         assert self._client is not None
         if epoch not in self._spaces:
             self._spaces = {
-                epoch: self._client.space(
-                    self.engine.model, self.engine.revision, self.engine.layout, epoch=epoch
-                )
+                epoch: self._client.space(self.engine.model, self.engine.revision, self.engine.layout, epoch=epoch)
             }
         return self._spaces[epoch]
 
@@ -233,9 +229,7 @@ class WorkerSide:
             if load.over or load.loading is None:
                 continue
             group, layer = self._places[name]
-            if not load.loading.wait_layer(
-                layer, group=group, timeout_s=max(load.until_s - time.monotonic(), 0.0)
-            ):
+            if not load.loading.wait_layer(layer, group=group, timeout_s=max(load.until_s - time.monotonic(), 0.0)):
                 load.loading.stop()
 
     def _finish_in_batch(self) -> None:
