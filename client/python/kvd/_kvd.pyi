@@ -58,9 +58,7 @@ _Block: TypeAlias = Buffer | Memory | _Tensor
 _Dtype: TypeAlias = Literal["bf16", "f16", "f32", "f8_e4m3", "f8_e5m2", "i8", "f4_e2m1"]
 _Kind: TypeAlias = Literal["full", "window", "state", "latent", "draft"]
 _Scale: TypeAlias = Literal["none", "per_tensor", "per_head", "per_token"]
-_Reason: TypeAlias = Literal[
-    "not_ready", "failed", "lease_ended", "other_block", "checksum", "absent", "away"
-]
+_Reason: TypeAlias = Literal["not_ready", "failed", "lease_ended", "other_block", "checksum", "absent", "away"]
 _Tier: TypeAlias = Literal["hbm", "dram", "nvme", "s3", "none"]
 _Source: TypeAlias = Literal["hbm", "dram", "nvme", "s3", "none", "remote"]
 _Reserved: TypeAlias = Literal["granted", "present", "busy", "no_space"]
@@ -218,18 +216,18 @@ class Group:
 
     def __new__(
         cls,
-        kind: _Kind,
+        kind: _Kind | str,
         layers: int,
         heads: int,
         head_size: int,
-        dtype: _Dtype = "bf16",
+        dtype: _Dtype | str = "bf16",
         *,
         vectors: int = 2,
         window_tokens: int = 0,
         state_bytes: int = 0,
         layer_ranges: int = 0,
         head_ranges: int = 0,
-        scale: _Scale = "none",
+        scale: _Scale | str = "none",
         scale_digest: bytes = ...,
     ) -> Self: ...
     @property
@@ -257,7 +255,7 @@ class Layout:
 
     def __new__(cls, groups: Sequence[Group], block_tokens: int) -> Self: ...
     @staticmethod
-    def full(layers: int, heads: int, head_size: int, dtype: _Dtype, block_tokens: int) -> Layout: ...
+    def full(layers: int, heads: int, head_size: int, dtype: _Dtype | str, block_tokens: int) -> Layout: ...
     @staticmethod
     def opaque(bytes: int, block_tokens: int = 1) -> Layout:
         """Bytes without further meaning; a multiple of 4096."""
@@ -475,9 +473,7 @@ class Space:
         claim: Claim | None = None,
         timeout_s: float | None = ...,
     ) -> Match: ...
-    def match_soon(
-        self, key: _Key, chain: Chain, *, skip: int = 0, claim: Claim | None = None
-    ) -> Pending[Match]: ...
+    def match_soon(self, key: _Key, chain: Chain, *, skip: int = 0, claim: Claim | None = None) -> Pending[Match]: ...
     def reserve(
         self,
         key: _Key,

@@ -35,8 +35,7 @@ class Truth:
         self.tokens = blocks * layout.block_tokens if tokens is None else tokens
         draw = np.random.default_rng(seed)
         shape = [
-            (one.layers, one.heads, one.vectors, blocks * layout.block_tokens, row_bytes(one))
-            for one in layout.groups
+            (one.layers, one.heads, one.vectors, blocks * layout.block_tokens, row_bytes(one)) for one in layout.groups
         ]
         self.values: list[Array] = [draw.integers(0, 256, size, np.uint8) for size in shape]
         for values in self.values:
@@ -126,9 +125,7 @@ class Rank:
                 expected = self._expected(truth, entry, layer)
                 self._view(layer)[page, :, : expected.shape[1]] = expected
 
-    def differs(
-        self, truth: Truth, table: Sequence[int], *, first: int = 0, end: int | None = None
-    ) -> list[Any]:
+    def differs(self, truth: Truth, table: Sequence[int], *, first: int = 0, end: int | None = None) -> list[Any]:
         """(entry, layer) of the table's entries that hold anything else, those of blocks `first..end`."""
         per_block = self.layout.block_tokens / self.page_tokens
         entries = range(int(first * per_block), int((truth.blocks if end is None else end) * per_block))
@@ -144,9 +141,7 @@ class Rank:
         """Whether nothing was ever written to a page."""
         return all(bool((self._view(layer)[page] == 0xEE).all()) for layer in range(len(self.memory)))
 
-    def store(
-        self, space: kvd.Space, key: str, chain: kvd.Chain, table: Sequence[int], **more: Any
-    ) -> kvd.Stored:
+    def store(self, space: kvd.Space, key: str, chain: kvd.Chain, table: Sequence[int], **more: Any) -> kvd.Stored:
         """Stores the chain out of the pages, to its end."""
         storing = space.store_from(key, chain, [self.described()], [list(table)], **more)
         assert storing.wait(DEADLINE_S)
@@ -154,9 +149,7 @@ class Rank:
         assert stored is not None
         return stored
 
-    def load(
-        self, space: kvd.Space, key: str, chain: kvd.Chain, table: Sequence[int], **more: Any
-    ) -> Outcome:
+    def load(self, space: kvd.Space, key: str, chain: kvd.Chain, table: Sequence[int], **more: Any) -> Outcome:
         """Loads what is stored of the chain into the pages, to its end."""
         with space.match(key, chain, **more) as found:
             loading = found.load_into([self.described()], [list(table)], first=0, end=found.blocks)

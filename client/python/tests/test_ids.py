@@ -49,7 +49,7 @@ def group_of(given: dict[str, Any]) -> kvd.Group:
         one["layers"],
         one["heads"],
         one["head_size"],
-        dtype,  # type: ignore[arg-type]
+        dtype,
         vectors=one["vectors"],
         layer_ranges=one["layer_ranges"],
         head_ranges=one["head_ranges"],
@@ -95,24 +95,18 @@ def expected_ids(given: dict[str, Any]) -> bytes:
             adapter, salt = (bytes.fromhex(given[name]) for name in ("adapter_hex", "salt_hex"))
             return format_ids.root(space, adapter, salt)
         case "block" | "tail":
-            extra = [
-                Extra(one["offset"], one["kind"], bytes.fromhex(one["bytes_hex"])) for one in given["extras"]
-            ]
+            extra = [Extra(one["offset"], one["kind"], bytes.fromhex(one["bytes_hex"])) for one in given["extras"]]
             return format_ids.block(space, parent, given["tokens"], extra, tail=given["kind"] == "tail")
         case "named":
             return format_ids.named(space, bytes.fromhex(given["key_hex"]))
         case _:
             found = given.get("spans", [])
-            spans = [
-                Span(s["position"], s["kind"], bytes.fromhex(s["digest_hex"]), s["tokens"]) for s in found
-            ]
+            spans = [Span(s["position"], s["kind"], bytes.fromhex(s["digest_hex"]), s["tokens"]) for s in found]
             return b"".join(format_ids.chain(space, parent, given["tokens"], given["block_tokens"], spans))
 
 
 @pytest.mark.parametrize(("given", "expected"), vectors("ids"))
-def test_the_second_reading_is_that_of_the_golden_vectors(
-    given: dict[str, Any], expected: dict[str, str]
-) -> None:
+def test_the_second_reading_is_that_of_the_golden_vectors(given: dict[str, Any], expected: dict[str, str]) -> None:
     assert expected_ids(given).hex() == expected.get("id_hex", expected.get("packed_hex"))
 
 
@@ -126,9 +120,7 @@ def test_any_prompt_is_called_as_the_format_says(client: kvd.Client, seed: int) 
     spans = []
     at = pick.randrange(20)
     while at < len(tokens):
-        spans.append(
-            Span(at, pick.choice([kvd.IMAGE, kvd.AUDIO, 200]), pick.randbytes(32), 1 + pick.randrange(30))
-        )
+        spans.append(Span(at, pick.choice([kvd.IMAGE, kvd.AUDIO, 200]), pick.randbytes(32), 1 + pick.randrange(30)))
         at = spans[-1].position + spans[-1].tokens + pick.randrange(40)
     chain = space.chain(adapter=adapter, salt=salt)
     given = 0
@@ -203,9 +195,9 @@ def test_layouts_that_make_no_sense_name_the_field() -> None:
     cases: list[tuple[Callable[[], object], str]] = [
         (lambda: kvd.Layout.full(0, 2, 64, "f16", 16), "layers"),
         (lambda: kvd.Layout.full(2, 2, 64, "f16", 0), "block_tokens"),
-        (lambda: kvd.Layout.full(2, 2, 64, "f12", 16), "dtype"),  # type: ignore[arg-type]
+        (lambda: kvd.Layout.full(2, 2, 64, "f12", 16), "dtype"),
         (lambda: kvd.Layout([kvd.Group("full", 4, 3, 64, head_ranges=2)], 16), "head_ranges"),
-        (lambda: kvd.Group("other", 4, 2, 64), "kind"),  # type: ignore[arg-type]
+        (lambda: kvd.Group("other", 4, 2, 64), "kind"),
         (lambda: kvd.Layout.opaque(4096, 3), "block_tokens"),
         (lambda: kvd.Layout([], 16), "groups"),
     ]

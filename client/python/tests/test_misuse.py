@@ -26,9 +26,7 @@ ALMOST: dict[str, dict[str, Any]] = {
     "kind": {"layout": kvd.Layout([kvd.Group("window", 2, 2, 64, "f16", window_tokens=32)], 16)},
     "scales": {"layout": kvd.Layout([kvd.Group("full", 2, 2, 64, "f16", scale="per_head")], 16)},
     "scale digest": {
-        "layout": kvd.Layout(
-            [kvd.Group("full", 2, 2, 64, "f16", scale="per_tensor", scale_digest=b"0" * 32)], 16
-        )
+        "layout": kvd.Layout([kvd.Group("full", 2, 2, 64, "f16", scale="per_tensor", scale_digest=b"0" * 32)], 16)
     },
 }
 

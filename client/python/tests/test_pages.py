@@ -136,7 +136,7 @@ def test_any_shape(space_of: Spaces, store_by: Store, seed: int) -> None:
     block_tokens = pick.choice([8, 16, 32])
     kind = pick.choice(["full", "window", "latent"])
     group = kvd.Group(
-        kind,  # type: ignore[arg-type]
+        kind,
         layers,
         heads,
         pick.choice([16, 64, 80]),
@@ -218,9 +218,7 @@ def test_stopped_they_leave_the_pages_alone(node: Daemon) -> None:
         reader = Rank(layout, 12)
         assert reader.load(space, "r", chain, table)[0] is None
         assert reader.differs(truth, table) == []
-        loading = space.match("r2", chain).load_into(
-            [(late := Rank(layout, 12)).described()], [table], first=0, end=12
-        )
+        loading = space.match("r2", chain).load_into([(late := Rank(layout, 12)).described()], [table], first=0, end=12)
         loading.stop()
         before = [memory.copy() for memory in late.memory]
         outcome = loading.outcome()

@@ -65,9 +65,7 @@ def test_what_a_worker_cannot_be_is_refused(node: Daemon, client: kvd.Client) ->
         assert error.value.field in wrong
 
 
-def test_a_registration_that_makes_no_sense_is_trouble_and_no_exception(
-    node: Daemon, client: kvd.Client
-) -> None:
+def test_a_registration_that_makes_no_sense_is_trouble_and_no_exception(node: Daemon, client: kvd.Client) -> None:
     with client.worker(node.grpc, **{**NEEDED, "name": ""}) as worker:
         assert "name" in until("why not", lambda: worker.trouble)
 
