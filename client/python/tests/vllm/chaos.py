@@ -178,7 +178,7 @@ class Kill:
     first_hit_s: float = 0.0
     """From the sockets of the next daemon to the first block loaded from it."""
     blocks_after: int = 0
-    """Loaded until the next kill."""
+    """Loaded from the next daemon, until that one's death."""
 
 
 class Killer(threading.Thread):
@@ -203,6 +203,7 @@ class Killer(threading.Thread):
             for number in range(self._count):
                 self._one(PHASES[number % len(PHASES)])
             self._back(self.counted["loaded_blocks"])
+            self.kills[-1].blocks_after = self.counted["loaded_blocks"] - self._at_start
         except BaseException as trouble:
             self.trouble = trouble
 
@@ -210,7 +211,6 @@ class Killer(threading.Thread):
         self._back(self.counted["loaded_blocks"])
         delay_s = self._dice.uniform(0, REACH_S[wanted])
         outage_s = self._dice.choice([0.0, self._dice.uniform(0, OUTAGE_S)])
-        loaded = self.counted["loaded_blocks"]
         self._fired.clear()
         if wanted == "any":
             self._fired.set()
@@ -221,7 +221,7 @@ class Killer(threading.Thread):
             _pass(delay_s)
             self._strike()
         if self.kills:
-            self.kills[-1].blocks_after += loaded - self._at_start
+            self.kills[-1].blocks_after = self.counted["loaded_blocks"] - self._at_start
         self._daemon.kill9()
         self.kills.append(Kill(wanted, self._seen, outage_s))
         _pass(outage_s)
@@ -366,7 +366,8 @@ def report(options: argparse.Namespace, killer: Killer, control: Flow, came: Flo
         "requests": came.requests, "differing": came.differing,
         "control_requests": control.requests, "control_differing": control.differing,
         "longest_s": round(came.longest_s, 2), "control_longest_s": round(control.longest_s, 2),
-        "counted": dict(killer.counted), "first_hit_s_max": round(max(kill.first_hit_s for kill in killer.kills), 2), **rest,
+        "counted": dict(killer.counted), "first_hit_s_max": round(max(kill.first_hit_s for kill in killer.kills), 2),
+        "blocks_after": [kill.blocks_after for kill in killer.kills], **rest,
     }  # fmt: skip
 
 
