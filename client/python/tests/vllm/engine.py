@@ -32,9 +32,7 @@ class Engines:
         began = time.monotonic()
         transfer = None
         if connector is not None:
-            settings = dict(
-                kv_connector="KvdConnector", kv_connector_module_path="kvd.vllm", kv_role="kv_both"
-            )
+            settings = dict(kv_connector="KvdConnector", kv_connector_module_path="kvd.vllm", kv_role="kv_both")
             settings |= connector if "kv_connector" in connector else {"kv_connector_extra_config": connector}
             transfer = KVTransferConfig(**settings)
         defaults = dict(
