@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine's core in this process, where its connector can be watched
@@ -77,6 +78,7 @@ class Flow:
     requests: int = 0
     differing: int = 0
     longest_s: float = 0.0
+    all_s: list[float] = field(default_factory=list)
 
 
 class Engine:
@@ -139,7 +141,9 @@ class Engine:
                 which, began = under_way.pop(name)
                 came.requests += 1
                 came.differing += answer != right[which]
-                came.longest_s = max(came.longest_s, time.monotonic() - began)
+                took_s = time.monotonic() - began
+                came.longest_s = max(came.longest_s, took_s)
+                came.all_s.append(took_s)
             for which, began in under_way.values():
                 assert time.monotonic() - began < REQUEST_DEADLINE_S, f"prompt {which} has no answer"
         return came
@@ -366,6 +370,7 @@ def report(options: argparse.Namespace, killer: Killer, control: Flow, came: Flo
         "requests": came.requests, "differing": came.differing,
         "control_requests": control.requests, "control_differing": control.differing,
         "longest_s": round(came.longest_s, 2), "control_longest_s": round(control.longest_s, 2),
+        "median_s": round(median(came.all_s), 2), "control_median_s": round(median(control.all_s), 2),
         "counted": dict(killer.counted), "first_hit_s_max": round(max(kill.first_hit_s for kill in killer.kills), 2),
         "blocks_after": [kill.blocks_after for kill in killer.kills], **rest,
     }  # fmt: skip
