@@ -23,6 +23,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.inputs import TokensPrompt
 
 QUIET_S = 20.0
+NEEDLE_BYTES = 512
 
 
 class Engines:
@@ -124,6 +125,18 @@ class Engines:
                 if "qkv_proj" in name:
                     parameter.mul_(factor)
         return {}
+
+    def stored(self, prompt: list[int]) -> dict[str, Any]:
+        """What kvd has of a prompt: the chain's root and ids, and how each block's bytes begin."""
+        half = self.core.scheduler.connector._other_half()
+        chain = half.space.chain(prompt)
+        slot = bytearray(half.engine.layout.slot_bytes(0))
+        heads = []
+        with half.space.match(half._key(), chain) as found:
+            for block in range(found.blocks):
+                assert found.read(block, slot) is True
+                heads.append(bytes(slot[:NEEDLE_BYTES]).hex())
+        return {"root": chain.root.hex(), "ids": chain.ids.hex(), "heads": heads}
 
     def counts(self) -> dict[str, Any]:
         """What the connector's halves have counted and hold."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rig import Daemon
+from rig import Daemon, until
 
 ANSWER_S = 120.0
 IMPORT_S = 300.0
@@ -107,6 +107,7 @@ class Engine:
         """When nothing is under way any more: its counts."""
         counts = self.do("quiet")
         assert counts["quiet"], counts
+        assert counts["free_blocks"] == counts["blocks"] - 1, "pages that nobody gives back (all but the null page)"
         return counts
 
     def forget(self) -> None:
@@ -153,6 +154,13 @@ def settings(node: Daemon, space: str, **more: Any) -> dict[str, Any]:
     return {"socket": str(node.socket), "model": space, **more}
 
 
-def leases(node: Daemon) -> list[dict[str, object]]:
-    """What the daemon says of itself."""
-    return node.kvctl("status")
+def counted(node: Daemon) -> dict[str, Any]:
+    """What the daemon has counted."""
+    (status,) = node.kvctl("status")
+    found: Any = status["counters"]
+    return dict(found)
+
+
+def assert_nothing_held(node: Daemon) -> None:
+    """No lease outlives the request that it was for."""
+    until("no leases", lambda: node.kvctl("status")[0]["leases"] == 0)
