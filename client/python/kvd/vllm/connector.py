@@ -27,8 +27,11 @@ from kvd.vllm.stats import KvdPromMetrics, KvdStats
 from kvd.vllm.worker import WorkerSide
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
@@ -59,7 +62,9 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
                 logger.info("kvd: kv_load_failure_policy set to recompute")
                 transfer.kv_load_failure_policy = "recompute"
             engine = identity.of_engine(vllm_config, kv_cache_config, settings)
-            self._scheduler = SchedulerSide(settings, engine, f"vllm {engine.model}")
+            events = vllm_config.kv_events_config
+            tells_events = events is not None and events.enable_kv_cache_events
+            self._scheduler = SchedulerSide(settings, engine, f"vllm {engine.model}", tells_events)
         else:
             ranks = _ranks()
             engine = identity.of_engine(vllm_config, kv_cache_config, settings, ranks)
@@ -117,7 +122,9 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         half = self._half()
         half.advance_stores()
         received, failed = half.received()
-        return KVConnectorTransferResults(finished_sending=half.sent(), finished_recving=received, failed_recving=failed)
+        return KVConnectorTransferResults(
+            finished_sending=half.sent(), finished_recving=received, failed_recving=failed
+        )
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Pages that were not loaded after all."""
@@ -164,6 +171,11 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         """As above, of several groups."""
         return self._other_half().finished(request)
 
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        """Which blocks were stored."""
+        events = self._other_half().events
+        return events.take() if events is not None else ()
+
     def reset_cache(self) -> bool | None:
         """Weights have changed, or somebody says so."""
         return self._other_half().reset()
@@ -185,7 +197,11 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def build_prom_metrics(
-        cls, vllm_config: VllmConfig, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
     ) -> KvdPromMetrics:
         """For /metrics."""
         return KvdPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

@@ -64,7 +64,9 @@ def of_engine(vllm: VllmConfig, cache: KVCacheConfig, settings: Settings, rank: 
     """The identity of an engine; `rank`: tensor and pipeline rank, for the part of the groups that is this rank's."""
     _refuse(vllm)
     pages = [group.kv_cache_spec.block_size for group in cache.kv_cache_groups]
-    block_tokens = settings.block_tokens or (BLOCK_TOKENS if all(_fits(page, BLOCK_TOKENS) for page in pages) else max(pages))
+    block_tokens = settings.block_tokens or (
+        BLOCK_TOKENS if all(_fits(page, BLOCK_TOKENS) for page in pages) else max(pages)
+    )
     for page in pages:
         if not _fits(page, block_tokens):
             raise InvalidError(
@@ -73,7 +75,9 @@ def of_engine(vllm: VllmConfig, cache: KVCacheConfig, settings: Settings, rank: 
                 f"{block_tokens}, where the engine's pages have {page} tokens",
                 "give a divisor or a multiple of the page (--block-size)",
             )
-    described = [_group(vllm, at, group, len(cache.kv_cache_groups), rank) for at, group in enumerate(cache.kv_cache_groups)]
+    described = [
+        _group(vllm, at, group, len(cache.kv_cache_groups), rank) for at, group in enumerate(cache.kv_cache_groups)
+    ]
     parallel = vllm.parallel_config
     return Identity(
         model=settings.model or _served_name(vllm),
@@ -98,15 +102,15 @@ def _refuse(vllm: VllmConfig) -> None:
     """What kvd cannot share without a doubt."""
     cache, parallel = vllm.cache_config, vllm.parallel_config
     if getattr(cache, "calculate_kv_scales", False):
-        raise _refused("calculate_kv_scales", True, "use scales of the checkpoint: computed ones differ from run to run")
+        raise _refused(
+            "calculate_kv_scales", True, "use scales of the checkpoint: computed ones differ from run to run"
+        )
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise _refused(name, getattr(parallel, name), "kvd does not read context-parallel caches: use 1")
 
 
-def _group(
-    vllm: VllmConfig, at: int, group: Any, groups: int, rank: tuple[int, int]
-) -> tuple[Group, GroupPages]:
+def _group(vllm: VllmConfig, at: int, group: Any, groups: int, rank: tuple[int, int]) -> tuple[Group, GroupPages]:
     spec = getattr(group.kv_cache_spec, "first_spec", group.kv_cache_spec)
     kind, window = _kind(spec)
     _check_uniform(group.kv_cache_spec, spec)
@@ -116,11 +120,20 @@ def _group(
     heads = 1 if kind == "latent" else max(vllm.model_config.get_total_num_kv_heads(), 1)
     replicas = max(tp // heads, 1)
     if here * tp != heads * replicas:
-        raise _refused("num_kv_heads", f"{here} on each of {tp} ranks, of {heads}", "use a tensor parallel size that divides them")
+        raise _refused(
+            "num_kv_heads", f"{here} on each of {tp} ranks, of {heads}", "use a tensor parallel size that divides them"
+        )
     layers, first_layer = _layers(vllm, group.layer_names, groups)
     vectors = 1 if kind == "latent" else 2
     described = Group(
-        kind, layers, heads, spec.head_size, _dtype(vllm, spec), vectors=vectors, window_tokens=window, scale=_scale(vllm)
+        kind,
+        layers,
+        heads,
+        spec.head_size,
+        _dtype(vllm, spec),
+        vectors=vectors,
+        window_tokens=window,
+        scale=_scale(vllm),
     )
     pages = GroupPages(
         layer_names=list(group.layer_names),
@@ -144,7 +157,9 @@ def _kind(spec: Any) -> tuple[str, int]:
         return "latent", 0
     if name == "SlidingWindowSpec":
         return "window", spec.sliding_window
-    raise _refused("kv_cache_spec", name, "kvd stores full, sliding-window and MLA attention; run this model without the connector")
+    raise _refused(
+        "kv_cache_spec", name, "kvd stores full, sliding-window and MLA attention; run this model without the connector"
+    )
 
 
 def _check_uniform(whole: Any, first: Any) -> None:
@@ -160,7 +175,9 @@ def _layers(vllm: VllmConfig, names: list[str], groups: int) -> tuple[int, int]:
     if vllm.parallel_config.pipeline_parallel_size == 1:
         return len(names), 0
     if groups > 1:
-        raise _refused("pipeline_parallel_size", vllm.parallel_config.pipeline_parallel_size, "use 1 with several cache groups")
+        raise _refused(
+            "pipeline_parallel_size", vllm.parallel_config.pipeline_parallel_size, "use 1 with several cache groups"
+        )
     first = min(int(part) for name in names for part in name.split(".") if part.isdigit())
     return vllm.model_config.get_total_num_hidden_layers(), first
 
@@ -169,9 +186,13 @@ def _dtype(vllm: VllmConfig, spec: Any) -> str:
     cache = str(vllm.cache_config.cache_dtype)
     names = {"fp8": "f8_e4m3", "fp8_e4m3": "f8_e4m3", "fp8_e5m2": "f8_e5m2"}
     plain = {"torch.bfloat16": "bf16", "torch.float16": "f16", "torch.float32": "f32"}
-    found = names.get(cache) or (plain.get(str(spec.dtype)) if cache in ("auto", "bfloat16", "float16", "float32") else None)
+    found = names.get(cache) or (
+        plain.get(str(spec.dtype)) if cache in ("auto", "bfloat16", "float16", "float32") else None
+    )
     if found is None:
-        raise _refused("kv_cache_dtype", cache, f"kvd knows auto, {', '.join(names)} over bfloat16, float16 and float32")
+        raise _refused(
+            "kv_cache_dtype", cache, f"kvd knows auto, {', '.join(names)} over bfloat16, float16 and float32"
+        )
     return found
 
 
@@ -188,7 +209,11 @@ def _served_name(vllm: VllmConfig) -> str:
 def _revision(vllm: VllmConfig) -> bytes:
     """The weights' digest, with what else decides about the numbers: how they are loaded, quantised, cut short, drafted."""
     model = vllm.model_config
-    words = [f"load_format={vllm.load_config.load_format}", f"quantization={model.quantization}", f"dtype={model.dtype}"]
+    words = [
+        f"load_format={vllm.load_config.load_format}",
+        f"quantization={model.quantization}",
+        f"dtype={model.dtype}",
+    ]
     if str(vllm.load_config.load_format) == "dummy":
         words.append(f"seed={model.seed}")
     words.append(f"hf_overrides={model.hf_overrides}")
@@ -210,7 +235,9 @@ def _folder(model: str) -> str:
 
         return str(snapshot_download(model, local_files_only=True))
     except Exception as error:
-        raise _refused("model", model, "its folder is not here: set kv_connector_extra_config.revision to a word for its weights") from error
+        raise _refused(
+            "model", model, "its folder is not here: set kv_connector_extra_config.revision to a word for its weights"
+        ) from error
 
 
 def fresh_epoch() -> int:

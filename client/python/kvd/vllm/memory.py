@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-
 from kvd import InvalidError, LayerMemory
 
 if TYPE_CHECKING:
@@ -55,13 +54,16 @@ def _vectors(tensor: torch.Tensor, group: GroupPages, layer: Any) -> list[tuple[
         return [(0, tensor.stride(2), 1)]
     if tensor.stride(2) != content:
         raise InvalidError(
-            "invalid", "kv_cache_layout", f"a token stride of {tensor.stride(2)}", f"kvd can ask the backend only where it is {content}"
+            "invalid",
+            "kv_cache_layout",
+            f"a token stride of {tensor.stride(2)}",
+            f"kvd can ask the backend only where it is {content}",
         )
     key = _order(layer, heads, tokens, group.head_size, tensor.dtype)
     found = []
     for vector, order in enumerate(key):
         start, token, element = order
-        if any(order_at(order, t, d) != at for (t, d), at in key[vector].landed.items()):
+        if any(order_at(order, t, d) != at for (t, d), at in order.landed.items()):
             raise InvalidError(
                 "invalid",
                 "attention_backend",
@@ -117,7 +119,10 @@ def _written(
     landed = scratch[1, 0].reshape(-1).to(torch.float32).round().to(torch.int64)
     if int(landed.min()) < 1 or int(landed.max()) > DIGIT:
         raise InvalidError(
-            "invalid", "attention_backend", type(layer.impl).__name__, "it does not keep what it is given: kvd cannot tell its order"
+            "invalid",
+            "attention_backend",
+            type(layer.impl).__name__,
+            "it does not keep what it is given: kvd cannot tell its order",
         )
     return landed - 1
 
@@ -126,11 +131,11 @@ def _read(seen: dict[str, torch.Tensor], half: slice, tokens: int, head_size: in
     token, element = seen["token"][half].tolist(), seen["element"][half].tolist()
     landed = {(t, d): half.start + at for at, (t, d) in enumerate(zip(token, element, strict=True))}
     if len(landed) != tokens * head_size or (0, 0) not in landed:
-        raise InvalidError("invalid", "attention_backend", "K and V", "they are not apart in a page: kvd cannot tell their order")
+        raise InvalidError(
+            "invalid", "attention_backend", "K and V", "they are not apart in a page: kvd cannot tell their order"
+        )
     start = landed[0, 0]
     strides = (landed[1, 0] - start if tokens > 1 else head_size, landed[0, 1] - start if head_size > 1 else 1)
     order = Order((start, *strides))
     order.landed = landed
     return order
-
-

@@ -11,12 +11,13 @@ import itertools
 import logging
 import secrets
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import kvd
 from kvd.vllm import identity
+from kvd.vllm.events import Events
 from kvd.vllm.meta import ChainRef, KvdMetadata, KvdWorkerMeta, LoadJob, StoreJob
+from kvd.vllm.requests import Lookup, Tracked
 from kvd.vllm.standing import Standing
 
 if TYPE_CHECKING:
@@ -35,53 +36,10 @@ LEASE_AGE_S = 10.0
 """A lookup older than this is asked again before it is used: leases end."""
 
 
-@dataclass
-class Lookup:
-    """A question to the node, and its answer."""
-
-    skip: int
-    pending: kvd.Pending[kvd.Match]
-    asked_s: float
-    until_s: float
-    key: bytes
-    chain: kvd.Chain
-    found: kvd.Match | None = None
-    computed: int = 0
-    """Tokens that the engine had of its own when the answer was given."""
-    tokens: int = 0
-    """Tokens from the beginning that will be there after the load."""
-    wait: bool = False
-
-    def drop(self) -> None:
-        """Gives the lease back."""
-        if self.found is not None:
-            self.found.release()
-        else:
-            self.pending.cancel()
-
-
-@dataclass
-class Tracked:
-    """What is known of a request."""
-
-    request: Request
-    chain: kvd.Chain | None = None
-    lookup: Lookup | None = None
-    loading: bool = False
-    failures: int = 0
-    stored: int = 0
-    """Tokens from the beginning that are stored, or being stored."""
-    stores: set[int] = field(default_factory=set)
-    over: bool = False
-    """Nothing more of it is stored."""
-    told: dict[str, Any] = field(default_factory=dict)
-    """The router's word about it."""
-
-
 class SchedulerSide:
     """One engine's."""
 
-    def __init__(self, settings: Settings, engine: identity.Identity, engine_name: str) -> None:
+    def __init__(self, settings: Settings, engine: identity.Identity, engine_name: str, tells_events: bool) -> None:
         self.settings, self.engine = settings, engine
         self.client = kvd.Client(
             settings.socket, tenant=settings.tenant, engine=engine_name, member="scheduler", wait_s=0
@@ -102,6 +60,7 @@ class SchedulerSide:
         self._left: set[str] = set()
         self._away = False
         self.standing = Standing(self.client, self.space, settings, engine)
+        self.events = Events(engine) if tells_events else None
 
     def bind(self, manager: KVCacheManager) -> None:
         """The engine's own account of its pages."""
@@ -326,13 +285,19 @@ class SchedulerSide:
         hand_off = None
         if hands_off:
             hand_off = (tracked.told["request_key"].encode(), len(chain))
-        job = StoreJob(number, request.request_id, self._key(), self._ref(chain), tracked.stored // block, tables, hand_off)
+        job = StoreJob(
+            number, request.request_id, self._key(), self._ref(chain), tracked.stored // block, tables, hand_off
+        )
         if self.engine.ranks > 1:
-            self._holds[number] = self.space.reserve_soon(job.key, chain, first=job.first, hand_off=hand_off_of(self.settings, hand_off))
+            self._holds[number] = self.space.reserve_soon(
+                job.key, chain, first=job.first, hand_off=hand_off_of(self.settings, hand_off)
+            )
         tracked.stored = end // granule * granule
         tracked.over = hands_off
         tracked.stores.add(number)
         self._ended[number] = (request.request_id, 0)
+        if self.events is not None:
+            self.events.begin(number, request, job.first * block, end)
         return [job]
 
     def _store_tables(self, tracked: Tracked, end: int) -> list[list[int]] | None:
@@ -367,8 +332,8 @@ class SchedulerSide:
                 self.requests[name].failures += 1
         meta = output.kv_connector_worker_meta
         if isinstance(meta, KvdWorkerMeta):
-            for number, (ranks, _) in meta.ended.items():
-                self._store_ended(number, ranks)
+            for number, (ranks, blocks) in meta.ended.items():
+                self._store_ended(number, ranks, blocks)
 
     def _failed(self, pages: set[int]) -> None:
         """Pages that were not loaded after all: nobody may find them by their hash, whatever becomes of their request."""
@@ -379,12 +344,14 @@ class SchedulerSide:
                 tracked.failures += 1
                 tracked.stored = 0
 
-    def _store_ended(self, number: int, ranks: int) -> None:
+    def _store_ended(self, number: int, ranks: int, blocks: int) -> None:
         name, before = self._ended[number]
         if before + ranks < self.engine.ranks:
             self._ended[number] = (name, before + ranks)
             return
         del self._ended[number]
+        if self.events is not None:
+            self.events.end(number, blocks > 0)
         hold = self._holds.pop(number, None)
         if hold is not None:
             hold.cancel()
@@ -403,7 +370,9 @@ class SchedulerSide:
         told = None
         if tracked.told.get("do") == "prefill":
             tokens = request.num_prompt_tokens if tracked.over and tracked.stored else 0
-            told = {"kvd": {"do": "prefill", "request_key": tracked.told.get("request_key"), "prefilled_tokens": tokens}}
+            told = {
+                "kvd": {"do": "prefill", "request_key": tracked.told.get("request_key"), "prefilled_tokens": tokens}
+            }
         if tracked.stores:
             self.finishing[request.request_id] = tracked
         return bool(tracked.stores), told

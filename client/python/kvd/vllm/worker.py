@@ -95,12 +95,16 @@ class WorkerSide:
             described = [layer_memory(caches[name], group, self._layers[name]) for name in group.layer_names]
             tokens, pages = {one[1] for one in described}, {one[2] for one in described}
             if len(tokens) != 1 or len(pages) != 1:
-                raise kvd.InvalidError("invalid", "kv_caches", f"pages of {tokens} tokens", "all layers of a group have the same")
+                raise kvd.InvalidError(
+                    "invalid", "kv_caches", f"pages of {tokens} tokens", "all layers of a group have the same"
+                )
             page_tokens, count = tokens.pop(), pages.pop()
             self._ratios.append(group.page_tokens // page_tokens)
             if group.page_tokens % page_tokens or count < num_blocks * self._ratios[-1]:
                 raise kvd.InvalidError(
-                    "invalid", "kv_caches", f"{count} pages of {page_tokens} tokens for {num_blocks} of {group.page_tokens}",
+                    "invalid",
+                    "kv_caches",
+                    f"{count} pages of {page_tokens} tokens for {num_blocks} of {group.page_tokens}",
                     "kvd expected the engine's pages, or an equal cut of them",
                 )
             self._pages.append(
@@ -116,7 +120,13 @@ class WorkerSide:
                 )
             )
             self._places |= {name: (at, group.first_layer + layer) for layer, name in enumerate(group.layer_names)}
-            logger.info("kvd: group %d: %d layers, pages of %d tokens, parts %s", at, len(described), page_tokens, self._pages[-1].parts)
+            logger.info(
+                "kvd: group %d: %d layers, pages of %d tokens, parts %s",
+                at,
+                len(described),
+                page_tokens,
+                self._pages[-1].parts,
+            )
 
     def _kernel_tables(self, tables: list[list[int]]) -> list[list[int]]:
         """Page tables in the kernels' pages, which may be cuts of the engine's."""
@@ -133,7 +143,12 @@ class WorkerSide:
             return False
         if self._client is None:
             self._client = kvd.Client(
-                self.settings.socket, tenant=self.settings.tenant, engine="vllm", member=self.member, join=token, wait_s=0
+                self.settings.socket,
+                tenant=self.settings.tenant,
+                engine="vllm",
+                member=self.member,
+                join=token,
+                wait_s=0,
             )
             self._client.wait_connected(self.settings.lookup_timeout_ms / 1000)
         elif token != self._token:
@@ -198,7 +213,12 @@ class WorkerSide:
             self._count("loaded_bytes", copied)
             self._count("loaded_blocks", (job.end if failed_from is None else failed_from) - job.first)
             if failed_from is not None:
-                logger.warning("kvd: %s: block %d cannot be had (%s): computed", job.request, failed_from, miss.reason if miss else "too late")
+                logger.warning(
+                    "kvd: %s: block %d cannot be had (%s): computed",
+                    job.request,
+                    failed_from,
+                    miss.reason if miss else "too late",
+                )
                 return load.fail(failed_from)
             load.end()
         return None

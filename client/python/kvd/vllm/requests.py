@@ -1,0 +1,57 @@
+"""What the scheduler's half knows of one request: its chain, its lookup, what of it is being stored.
+
+Owns nothing but these facts. Leaves to others: what follows from them (`scheduler`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import kvd
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+
+@dataclass
+class Lookup:
+    """A question to the node, and its answer."""
+
+    skip: int
+    pending: kvd.Pending[kvd.Match]
+    asked_s: float
+    until_s: float
+    key: bytes
+    chain: kvd.Chain
+    found: kvd.Match | None = None
+    computed: int = 0
+    """Tokens that the engine had of its own when the answer was given."""
+    tokens: int = 0
+    """Tokens from the beginning that will be there after the load."""
+    wait: bool = False
+
+    def drop(self) -> None:
+        """Gives the lease back."""
+        if self.found is not None:
+            self.found.release()
+        else:
+            self.pending.cancel()
+
+
+@dataclass
+class Tracked:
+    """What is known of a request."""
+
+    request: Request
+    chain: kvd.Chain | None = None
+    lookup: Lookup | None = None
+    loading: bool = False
+    failures: int = 0
+    stored: int = 0
+    """Tokens from the beginning that are stored, or being stored."""
+    stores: set[int] = field(default_factory=set)
+    over: bool = False
+    """Nothing more of it is stored."""
+    told: dict[str, Any] = field(default_factory=dict)
+    """The router's word about it."""
