@@ -7,10 +7,12 @@ included, so that whoever asks never waits for a line that does not come. Run by
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import sys
 import time
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine's core in this process
@@ -22,6 +24,10 @@ from vllm.config import KVTransferConfig
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.inputs import TokensPrompt
 
+import kvd
+from kvd.vllm.identity import Adapters
+from kvd.vllm.settings import Settings
+
 QUIET_S = 20.0
 NEEDLE_BYTES = 512
 
@@ -31,6 +37,8 @@ class Engines:
 
     def __init__(self) -> None:
         self.llm: LLM | None = None
+        self.adapters = Adapters()
+        self.begun = 0
 
     @property
     def core(self) -> Any:
@@ -54,7 +62,9 @@ class Engines:
         began = time.monotonic()
         transfer = None
         if connector is not None:
-            settings = dict(kv_connector="KvdConnector", kv_connector_module_path="kvd.vllm", kv_role="kv_both")
+            settings: dict[str, Any] = dict(
+                kv_connector="KvdConnector", kv_connector_module_path="kvd.vllm", kv_role="kv_both"
+            )
             settings |= connector if "kv_connector" in connector else {"kv_connector_extra_config": connector}
             transfer = KVTransferConfig(**settings)
         defaults = dict(
@@ -107,6 +117,26 @@ class Engines:
             answers += [_answer(output) for output in outputs]
         return {"answers": answers, "seconds": seconds}
 
+    def abandon(self, prompts: list[list[int]], steps: int, reset: bool = False) -> dict[str, Any]:
+        """Begins requests and aborts them after so many steps; `reset`: lets them run to their end, but behind an update of weights."""
+        assert self.llm is not None
+        engine = self.llm.llm_engine
+        self.begun += 1
+        names = [f"begun-{self.begun}-{at}" for at in range(len(prompts))]
+        sampling = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+        for name, prompt in zip(names, prompts, strict=True):
+            engine.add_request(name, TokensPrompt(prompt_token_ids=prompt), sampling)
+        for _ in range(steps):
+            engine.step()
+        if reset:
+            self.update_weights(1.5)
+            self.reset_all()
+        else:
+            engine.abort_request(names)
+        while engine.has_unfinished_requests():
+            engine.step()
+        return {}
+
     def reset_local(self) -> dict[str, Any]:
         """Forgets the engine's own prefix cache, not kvd's."""
         assert self.llm is not None
@@ -122,9 +152,23 @@ class Engines:
         model = self.core.model_executor.driver_worker.worker.get_model()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if "qkv_proj" in name:
+                if "input_layernorm" in name:  # others may be packed already
                     parameter.mul_(factor)
         return {}
+
+    def settings(self, extra: dict[str, Any]) -> dict[str, Any]:
+        """Reads an extra config; its refusal in pieces."""
+        try:
+            Settings.of(extra)
+        except kvd.InvalidError as refused:
+            return {"field": refused.field, "message": str(refused)}
+        return {}
+
+    def adapter_digest(self, folder: str | None, number: int = 1, load_inplace: bool = False) -> dict[str, Any]:
+        """As for a request with that adapter."""
+        adapter = SimpleNamespace(lora_int_id=number, lora_path=folder, lora_name="tuned", load_inplace=load_inplace)
+        digest = self.adapters.digest(SimpleNamespace(lora_request=adapter if folder else None))
+        return {"digest": None if digest is None else digest.hex()}
 
     def stored(self, prompt: list[int]) -> dict[str, Any]:
         """What kvd has of a prompt: the chain's root and ids, and how each block's bytes begin."""
@@ -137,6 +181,14 @@ class Engines:
                 assert found.read(block, slot) is True
                 heads.append(bytes(slot[:NEEDLE_BYTES]).hex())
         return {"root": chain.root.hex(), "ids": chain.ids.hex(), "heads": heads}
+
+    def pages(self, end: int) -> dict[str, Any]:
+        """What lies in the first pages after the null page, in all layers: those of a new engine's first prompt."""
+        layers = self.core.model_executor.driver_worker.worker.model_runner.kv_caches
+        whole = hashlib.sha256()
+        for layer in layers:
+            whole.update(layer[1 : 1 + end].contiguous().view(torch.uint8).numpy().tobytes())
+        return {"digest": whole.hexdigest()}
 
     def counts(self) -> dict[str, Any]:
         """What the connector's halves have counted and hold."""

@@ -44,9 +44,7 @@ def _windows() -> PretrainedConfig:
     from transformers import Gemma3TextConfig
 
     kinds = ["sliding_attention", "full_attention"] * 2
-    return Gemma3TextConfig(
-        **_common(), sliding_window=WINDOW, layer_types=kinds, query_pre_attn_scalar=64
-    )
+    return Gemma3TextConfig(**_common(), sliding_window=WINDOW, layer_types=kinds, query_pre_attn_scalar=64)
 
 
 def _latent() -> PretrainedConfig:

@@ -10,8 +10,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from rig import Daemon, until
-from rig_vllm import Engine, assert_same, cached, prompt, settings
+from rig import MIB, Daemon, until
+from rig_vllm import Engine, assert_nothing_held, assert_same, cached, counted, prompt, settings
 
 PROMPTS = [prompt(("absent", at), 200) for at in range(4)]
 HIT = 192
@@ -64,3 +64,27 @@ def test_a_node_that_comes_later_and_hangs(
     later.restart()
     assert_same(alone, _hits_again(engine))
     engine.settle()
+    engine.do("stop")
+    until("no sessions", lambda: later.kvctl("status")[0]["sessions"] == 0)
+    assert later.kvctl("status")[0]["leases"] == 0
+
+
+@pytest.mark.parametrize("nvme", [0, 64 * MIB])
+def test_a_node_too_small(engine: Engine, tmp_path: Path, model: Callable[..., str], space: str, nvme: int) -> None:
+    """Blocks come and go, to NVMe and back if there is one."""
+    prompts = [prompt(("small", at), 64 * 10 + 7) for at in range(20)]
+    with Daemon(tmp_path, dram=16 * MIB, segment=4 * MIB, nvme=nvme) as small:
+        engine.do("start", model=model(), connector=settings(small, space))
+        cold = engine.generate(prompts)
+        for _ in range(2):
+            engine.forget()
+            warm = engine.generate(prompts, together=True)
+            assert_same(cold, warm)
+        known = cached(warm)
+        counts, daemon = engine.settle(), counted(small)
+        if nvme:
+            assert daemon["hit_blocks_nvme"] > 0, daemon
+            assert sum(known) > 64 * 10 * 10, known
+        assert daemon["evicted_dram_blocks"] > 0
+        assert counts.get("failed_blocks", 0) == 0
+        assert_nothing_held(small)

@@ -10,7 +10,10 @@ from rig import Daemon
 from rig_vllm import Engine, assert_nothing_held, assert_same, cached, prompt, settings
 
 CHUNKED: dict[str, Any] = {"max_num_batched_tokens": 128, "enable_chunked_prefill": True}
-SHARED = [prompt("shared", 64 * 6)[: 64 * blocks] + prompt(("own", at), 71) for at, blocks in enumerate((6, 6, 4, 4, 2, 0, 0, 0))]
+SHARED = [
+    prompt("shared", 64 * 6)[: 64 * blocks] + prompt(("own", at), 71)
+    for at, blocks in enumerate((6, 6, 4, 4, 2, 0, 0, 0))
+]
 
 
 @pytest.mark.parametrize("load", ["layerwise", "async", "auto"])
@@ -77,12 +80,27 @@ def test_generated_tokens_are_a_turn_later_a_hit(
     assert_nothing_held(node)
 
 
-def test_only_prompts_or_nothing_is_stored(
-    engine: Engine, node: Daemon, model: Callable[..., str], space: str
-) -> None:
+def test_only_prompts_or_nothing_is_stored(engine: Engine, node: Daemon, model: Callable[..., str], space: str) -> None:
     for store, hits in (("prompt", 64), ("none", 0)):
         engine.do("start", model=model(), connector=settings(node, f"{space} {store}", store=store))
         first = prompt("kept", 100)
         (answer,) = engine.generate([first], tokens=100)
         engine.forget()
         assert cached(engine.generate([first + answer["ids"]])) == [hits]
+
+
+@pytest.mark.parametrize("load", ["layerwise", "async"])
+def test_abandoned_requests_leave_nothing(
+    engine: Engine, node: Daemon, model: Callable[..., str], space: str, load: str
+) -> None:
+    engine.do("start", model=model(), connector=settings(node, space, load=load), **CHUNKED)
+    known = [prompt(("abandoned", at), 700) for at in range(3)]
+    answers = engine.generate(known)
+    engine.forget()
+    for steps in range(8):
+        engine.do("abandon", prompts=[*known, prompt(("new", steps), 500)], steps=steps)
+        engine.forget()
+        assert_nothing_held(node)
+    warm = engine.generate(known)
+    assert_same(answers, warm)
+    assert engine.settle().get("failed_blocks", 0) == 0

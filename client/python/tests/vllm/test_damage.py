@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import kvd
 import pytest
 from rig import Daemon
 from rig_vllm import Engine, assert_nothing_held, assert_same, cached, counted, prompt, settings
+
+import kvd
 
 BLOCKS, BAD = 10, 4
 
