@@ -85,6 +85,6 @@ def test_a_node_too_small(engine: Engine, tmp_path: Path, model: Callable[..., s
         if nvme:
             assert daemon["hit_blocks_nvme"] > 0, daemon
             assert sum(known) > 64 * 10 * 10, known
-        assert daemon["evicted_dram_blocks"] > 0
+        assert daemon["evicted_dram_blocks"] + daemon["dropped_blocks"] > 0
         assert counts.get("failed_blocks", 0) == 0
         assert_nothing_held(small)
