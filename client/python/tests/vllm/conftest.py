@@ -10,6 +10,13 @@ from rig import MIB, Daemon
 from rig_vllm import Engine, need_vllm
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is in this folder needs the real engine."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker("vllm")
+
+
 @pytest.fixture(scope="session")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon that nobody kills."""
