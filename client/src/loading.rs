@@ -139,16 +139,16 @@ impl Job {
         let mut end = blocks.end;
         for range in 0..ranges {
             for (group, (pages, table)) in self.groups.iter().enumerate() {
-                for block in blocks.start..end {
-                    let at = (block - blocks.start) as usize;
-                    let done = self.opened(&mut open[group], at, block, group, runtime).and_then(|()| {
-                        self.load_range(&open[group][at], pages, table, &layout.groups()[group], range)
-                    });
-                    if let Err(stop) = done {
-                        end = block;
-                        self.failed(block, stop);
-                        break;
-                    }
+                let failed = (blocks.start..end).find_map(|block| {
+                    let (at, open) = ((block - blocks.start) as usize, &mut open[group]);
+                    let opened = self.opened(open, at, block, group, runtime);
+                    let group = &layout.groups()[group];
+                    let loaded = opened.and_then(|()| self.load_range(&open[at], pages, table, group, range));
+                    loaded.err().map(|stop| (block, stop))
+                });
+                if let Some((block, stop)) = failed {
+                    end = block;
+                    self.failed(block, stop);
                 }
             }
             self.shared.lock().ranges_done = range + 1;

@@ -172,6 +172,9 @@ where
     }
 }
 
+/// The first block that is not there, why, and bytes copied.
+type Outcome = (Option<u32>, Option<Miss>, u64);
+
 /// Blocks on their way into pages.
 #[pyclass(frozen, module = "kvd")]
 pub(crate) struct Loading {
@@ -207,7 +210,7 @@ impl Loading {
     }
 
     /// How it ended: (first block that is not there or `None`, why, bytes copied); raises if it made no sense. `None`: it goes on.
-    fn outcome(&self, py: Python<'_>) -> PyResult<Option<(Option<u32>, Option<Miss>, u64)>> {
+    fn outcome(&self, py: Python<'_>) -> PyResult<Option<Outcome>> {
         let Some(loaded) = py.detach(|| self.loading.wait(Duration::ZERO)) else { return Ok(None) };
         if let Some(refused) = loaded.refused {
             return Err(raise(refused));
@@ -296,7 +299,8 @@ pub(crate) fn store_from(
 ) -> PyResult<Storing> {
     let groups = paged(space.handle().layout(), &pages, tables)?;
     let first_token = u64::from(first) * u64::from(space.handle().layout().block_tokens());
-    if let Some(amid) = pages.iter().find(|pages| !first_token.is_multiple_of(pages.shape.page_tokens.into())) {
+    if let Some(amid) = pages.iter().find(|pages| !first_token.is_multiple_of(pages.shape.page_tokens.into()))
+    {
         let message = format!("{first}: its first token is amid a page of {} tokens", amid.shape.page_tokens);
         return Err(invalid("first", message, "begin where a page begins"));
     }

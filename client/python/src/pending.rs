@@ -164,7 +164,7 @@ impl Pending {
         callback.call1((slf,)).map(|_| ())
     }
 
-    fn __await__<'py>(slf: Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+    fn __await__(slf: Bound<'_, Self>) -> PyResult<Bound<'_, PyAny>> {
         let settle = slf.py().import("kvd._aio")?.getattr("settle")?;
         settle.call1((slf,))?.call_method0("__await__")
     }

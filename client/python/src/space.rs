@@ -112,17 +112,17 @@ impl Space {
         let bytes = self.one_group()?;
         buffers.try_iter()?.map(|buffer| Held::of(&buffer?, bytes, writable)).collect()
     }
+}
 
-    fn named_only(&self, chain: &Chain) -> PyResult<()> {
-        if chain.is_apart() {
-            return Ok(());
-        }
-        Err(invalid(
-            "chain",
-            "a prompt's, whose blocks are of use only in order",
-            "use load(), store(), exists()",
-        ))
+fn named_only(chain: &Chain) -> PyResult<()> {
+    if chain.is_apart() {
+        return Ok(());
     }
+    Err(invalid(
+        "chain",
+        "a prompt's, whose blocks are of use only in order",
+        "use load(), store(), exists()",
+    ))
 }
 
 #[pymethods]
@@ -348,7 +348,7 @@ impl Space {
 
     /// As `exists_each`.
     fn exists_each_soon(&self, chain: &Chain) -> PyResult<Pending> {
-        self.named_only(chain)?;
+        named_only(chain)?;
         let (handle, asked) = (self.handle.clone(), chain.from(0)?);
         let work = async move {
             Ok(exist_each(&handle, &asked).await.unwrap_or_else(|_| vec![false; asked.ids().len()]))
@@ -364,7 +364,7 @@ impl Space {
 
     /// As `load_each`.
     fn load_each_soon(&self, chain: &Chain, into: &Bound<'_, PyAny>) -> PyResult<Pending> {
-        self.named_only(chain)?;
+        named_only(chain)?;
         let held = self.held(into, true)?;
         let (handle, asked) = (self.handle.clone(), chain.prefix(held.len()).from(0)?);
         let work = async move { Ok(load_each(handle, asked, held).await) };
@@ -398,7 +398,7 @@ impl Space {
     /// As `store_each`.
     #[pyo3(signature = (chain, blocks, *, wait_s=0.0))]
     fn store_each_soon(&self, chain: &Chain, blocks: &Bound<'_, PyAny>, wait_s: f64) -> PyResult<Pending> {
-        self.named_only(chain)?;
+        named_only(chain)?;
         let held = self.held(blocks, false)?;
         let count = held.len();
         let reserving = self.reserving(Vec::new(), &chain.prefix(count), 0, wait_s, None)?;

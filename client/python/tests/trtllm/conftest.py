@@ -1,0 +1,24 @@
+"""Fixtures: a daemon for each test, and a stand-in for TensorRT-LLM where it is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_HERE = Path(__file__).parent
+sys.path[:0] = [str(_HERE), str(_HERE.parent / "torch")]
+if importlib.util.find_spec("tensorrt_llm") is None:
+    sys.path.insert(0, str(_HERE / "stub"))
+
+from node import Daemon  # noqa: E402
+
+
+@pytest.fixture
+def daemon() -> Iterator[Daemon]:
+    one = Daemon()
+    yield one
+    one.end()

@@ -1,0 +1,3 @@
+"""Stands in for TensorRT-LLM where it is not installed: the names that a connector meets, and nothing behind
+them.
+"""
