@@ -306,7 +306,11 @@ class SchedulerSide:
         )
         if self.engine.ranks > 1:
             self._holds[number] = self.space.reserve_soon(
-                job.key, chain, first=job.first, hand_off=hand_off_of(self.settings, hand_off)
+                job.key,
+                chain,
+                first=job.first,
+                wait_s=self.settings.store_wait_s(hand_off is not None),
+                hand_off=hand_off_of(self.settings, hand_off),
             )
         tracked.stored = end // granule * granule
         tracked.over = tracked.handed_off = hands_off

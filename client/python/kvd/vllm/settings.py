@@ -83,6 +83,10 @@ class Settings:
         _check_worker(settings.worker)
         return settings
 
+    def store_wait_s(self, handed_off: bool) -> float:
+        """What is handed off waits for space as long as its claimer waits for it: with one block missing all would be computed again."""
+        return max(self.store_wait_ms, self.claim_wait_ms if handed_off else 0) / 1000
+
 
 def _check_worker(worker: dict[str, Any]) -> None:
     for name, value in worker.items():
