@@ -9,6 +9,7 @@
     reason = "Python's arguments are keywords, and its special methods take self"
 )]
 
+mod blocks;
 mod buffer;
 mod chain;
 mod client;

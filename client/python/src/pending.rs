@@ -46,11 +46,48 @@ impl Shared {
     }
 }
 
+/// Who copies from and to the caller's memory, so that giving up can wait for them (a copy on its thread is not aborted with its task).
+#[derive(Default)]
+pub(crate) struct Copies {
+    state: Mutex<(bool, usize)>,
+    changed: Condvar,
+}
+
+/// One copy under way.
+pub(crate) struct Copying<'a>(&'a Copies);
+
+impl Copies {
+    /// Begins a copy; `None`: it was given up, the memory is the caller's again.
+    pub(crate) fn begin(&self) -> Option<Copying<'_>> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.0 {
+            return None;
+        }
+        state.1 += 1;
+        Some(Copying(self))
+    }
+
+    /// No copy begins any more; returns when none is under way.
+    fn stop(&self) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.0 = true;
+        drop(self.changed.wait_while(state, |(_, under_way)| *under_way > 0));
+    }
+}
+
+impl Drop for Copying<'_> {
+    fn drop(&mut self) {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner).1 -= 1;
+        self.0.changed.notify_all();
+    }
+}
+
 /// A result to come.
 #[pyclass(frozen, module = "kvd")]
 pub(crate) struct Pending {
     shared: Arc<Shared>,
     task: AbortHandle,
+    copies: Arc<Copies>,
 }
 
 impl Pending {
@@ -67,7 +104,16 @@ impl Pending {
             let waiting = told.settle(Box::new(move |py| make(py, outcome.map_err(raise)?)));
             call(waiting);
         });
-        Ok(Self { shared, task: task.abort_handle() })
+        Ok(Self { shared, task: task.abort_handle(), copies: Arc::default() })
+    }
+
+    /// As `spawn`, of work that copies from or to the caller's memory by these.
+    pub(crate) fn copying<T: Send + 'static>(
+        copies: Arc<Copies>,
+        work: impl Future<Output = Result<T, Error>> + Send + 'static,
+        make: impl FnOnce(Python<'_>, T) -> PyResult<Py<PyAny>> + Send + 'static,
+    ) -> PyResult<Self> {
+        Ok(Self { copies, ..Self::spawn(work, make)? })
     }
 
     /// Waits, without the interpreter's lock.
@@ -120,7 +166,7 @@ impl Pending {
     pub(crate) fn wait_or_cancel(&self, py: Python<'_>, timeout: Option<Duration>) -> PyResult<Py<PyAny>> {
         let result = self.wait(py, timeout);
         if result.is_err() && !self.is_done() {
-            self.cancel();
+            self.cancel(py);
         }
         result
     }
@@ -143,9 +189,10 @@ impl Pending {
         self.wait(py, seconds("timeout_s", timeout_s)?)
     }
 
-    /// Gives it up; what it would have held is given back.
-    fn cancel(&self) {
+    /// Gives it up; what it would have held is given back, and nobody touches the memory that it was given any more.
+    fn cancel(&self, py: Python<'_>) {
         self.task.abort();
+        py.detach(|| self.copies.stop());
         call(self.shared.settle(Box::new(|_| Err(cancelled()))));
     }
 

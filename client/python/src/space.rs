@@ -1,17 +1,19 @@
 //! A registered space, as Python asks it: match, reserve, store, load.
 
+use crate::blocks::{exist_each, filled, load_each, loaded, store_each};
 use crate::buffer::Held;
 use crate::chain::Chain;
 use crate::client::{Claim, HandOff, Text, now};
-use crate::error::{Miss, invalid, miss_of, raise};
+use crate::error::{Miss, invalid, raise};
 use crate::lease::{PyFill, PyMatch, number, tier_name};
 use crate::pages::{Pages, Storing, store_from};
-use crate::pending::{Pending, seconds};
-use kvd_client::{MissReason, Read, ReserveState, SpaceHandle};
+use crate::pending::{Copies, Pending, seconds};
+use kvd_client::{ReserveState, SpaceHandle};
 use kvd_proto::limits::REQUEST_KEY_BYTES_MAX;
 use kvd_proto::{Error, IdScheme, Prompt, block_id};
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyBytes, PyList};
+use std::sync::Arc;
 
 /// A state of reserved blocks, by name.
 pub(crate) fn state_name(state: ReserveState) -> &'static str {
@@ -273,11 +275,13 @@ impl Space {
             return Err(invalid("blocks", message, "give one buffer a block of the chain"));
         }
         let work = self.reserving(Self::key(key)?, &chain, first, wait_s, None)?;
+        let copies = Arc::new(Copies::default());
+        let guard = copies.clone();
         let work = async move {
-            let (fill, stored) = filled(work.await?, held).await;
+            let (fill, stored) = filled(work.await?, held, guard).await;
             Ok(Stored { stored: fill.commit().await?, ..stored })
         };
-        Pending::spawn(work, |py, stored| Ok(Py::new(py, stored)?.into_any()))
+        Pending::copying(copies, work, |py, stored| Ok(Py::new(py, stored)?.into_any()))
     }
 
     /// Stores the chain's blocks from `first` on: one buffer a block, each exactly a slot. Nobody may change them meanwhile.
@@ -301,8 +305,10 @@ impl Space {
         let held = self.held(into, true)?;
         let (handle, asked) = (self.handle.clone(), chain.prefix(first as usize + held.len()).from(0)?);
         let key = Self::key(key)?;
-        let work = async move { Ok(loaded(handle, key, asked, first, held).await) };
-        Pending::spawn(work, |py, (blocks, miss, held)| {
+        let copies = Arc::new(Copies::default());
+        let guard = copies.clone();
+        let work = async move { Ok(loaded(handle, key, asked, first, held, guard).await) };
+        Pending::copying(copies, work, |py, (blocks, miss, held)| {
             held.iter().take(blocks as usize).try_for_each(|held| held.finish(py))?;
             let miss = miss.map(|miss| Py::new(py, miss)).transpose()?;
             Ok(Py::new(py, Loaded { blocks, miss })?.into_any())
@@ -367,8 +373,10 @@ impl Space {
         named_only(chain)?;
         let held = self.held(into, true)?;
         let (handle, asked) = (self.handle.clone(), chain.prefix(held.len()).from(0)?);
-        let work = async move { Ok(load_each(handle, asked, held).await) };
-        Pending::spawn(work, |py, read| {
+        let copies = Arc::new(Copies::default());
+        let guard = copies.clone();
+        let work = async move { Ok(load_each(handle, asked, held, guard).await) };
+        Pending::copying(copies, work, |py, read| {
             let list = PyList::empty(py);
             for (held, miss) in read {
                 match miss {
@@ -402,11 +410,13 @@ impl Space {
         let held = self.held(blocks, false)?;
         let count = held.len();
         let reserving = self.reserving(Vec::new(), &chain.prefix(count), 0, wait_s, None)?;
+        let copies = Arc::new(Copies::default());
+        let guard = copies.clone();
         let work = async move {
-            let stored = store_each(reserving, held).await;
+            let stored = store_each(reserving, held, guard).await;
             Ok(stored.unwrap_or_else(|_| vec![false; count]))
         };
-        Pending::spawn(work, |py, stored| Ok(PyList::new(py, stored)?.into_any().unbind()))
+        Pending::copying(copies, work, |py, stored| Ok(PyList::new(py, stored)?.into_any().unbind()))
     }
 
     /// Stores each key's block: whether it is stored now, by us or before. A node that is away: none is.
@@ -444,118 +454,4 @@ impl Space {
             }
         })
     }
-}
-
-/// Copies what was granted into its slots, on a thread for that.
-async fn filled(fill: kvd_client::Fill, held: Vec<Held>) -> (kvd_client::Fill, Stored) {
-    let copied = tokio::task::spawn_blocking(move || {
-        for block in fill.granted() {
-            fill.write(block, 0, held[block as usize].bytes());
-        }
-        let stored = Stored::from(kvd_client::Stored::of(&fill, held.len() as u32));
-        (fill, stored)
-    });
-    copied.await.expect("copying into a granted slot does not panic")
-}
-
-/// Reads block after block until one cannot be had. Returns how many could, and why not more.
-async fn loaded(
-    handle: SpaceHandle,
-    key: Vec<u8>,
-    chain: kvd_proto::Chain,
-    first: u32,
-    held: Vec<Held>,
-) -> (u32, Option<Miss>, Vec<Held>) {
-    let found = match handle.match_prefix(&key, &chain, first).await {
-        Ok(found) => found,
-        Err(error) => return (0, Some(miss_of(&error).unwrap_or(Miss::AWAY)), held),
-    };
-    let until = found.blocks().min(first + held.len() as u32);
-    let (read, held) =
-        read_blocks(found, (first..until).map(|block| (block, (block - first) as usize)).collect(), held)
-            .await;
-    let blocks = read.iter().take_while(|read| **read == Read::Whole).count() as u32;
-    let miss = read.get(blocks as usize).map(|read| match read {
-        Read::Miss(reason) => Miss::from(*reason),
-        Read::Whole => unreachable!("counted above"),
-    });
-    let absent = (blocks < held.len() as u32).then_some(Miss::ABSENT);
-    (blocks, miss.or(absent), held)
-}
-
-/// Reads the given (block, buffer) pairs in order; nothing is read after a block that never arrives.
-async fn read_blocks(
-    found: kvd_client::Match,
-    wanted: Vec<(u32, usize)>,
-    held: Vec<Held>,
-) -> (Vec<Read>, Vec<Held>) {
-    let waiting = tokio::runtime::Handle::current();
-    let copied = tokio::task::spawn_blocking(move || {
-        let mut read = Vec::with_capacity(wanted.len());
-        for (block, buffer) in wanted {
-            if !waiting.block_on(found.wait_ready(block)) {
-                read.push(Read::Miss(MissReason::Failed));
-                break;
-            }
-            read.push(found.read(block, 0, held[buffer].bytes_mut()));
-        }
-        (read, held)
-    });
-    copied.await.expect("copying out of a leased slot does not panic")
-}
-
-/// From gap to gap: each question answers a run of what is stored.
-async fn exist_each(handle: &SpaceHandle, chain: &kvd_proto::Chain) -> Result<Vec<bool>, Error> {
-    let mut there = Vec::with_capacity(chain.ids().len());
-    while there.len() < chain.ids().len() {
-        let rest = kvd_proto::Chain::from_ids("chain", chain.ids()[there.len()..].to_vec())?;
-        there.extend(handle.exists(&rest).await?.iter().map(|_| true));
-        if there.len() < chain.ids().len() {
-            there.push(false);
-        }
-    }
-    Ok(there)
-}
-
-/// From gap to gap as well; a miss in one run says nothing of the others.
-async fn load_each(
-    handle: SpaceHandle,
-    chain: kvd_proto::Chain,
-    held: Vec<Held>,
-) -> Vec<(Held, Option<Miss>)> {
-    let mut misses: Vec<Option<Miss>> = vec![Some(Miss::ABSENT); held.len()];
-    let (mut held, mut at) = (held, 0);
-    while at < misses.len() {
-        let Ok(rest) = kvd_proto::Chain::from_ids("chain", chain.ids()[at..].to_vec()) else { break };
-        let found = match handle.match_prefix(b"", &rest, 0).await {
-            Ok(found) => found,
-            Err(error) => {
-                misses[at..].fill(Some(miss_of(&error).unwrap_or(Miss::AWAY)));
-                break;
-            }
-        };
-        let blocks = found.blocks();
-        let wanted = (0..blocks).map(|block| (block, at + block as usize)).collect();
-        let read;
-        (read, held) = read_blocks(found, wanted, held).await;
-        let miss = |read: &Read| match read {
-            Read::Whole => None,
-            Read::Miss(reason) => Some(Miss::from(*reason)),
-        };
-        read.iter().enumerate().for_each(|(block, read)| misses[at + block] = miss(read));
-        at += read.len().max(1) + usize::from(read.len() == blocks as usize && blocks > 0);
-    }
-    held.into_iter().zip(misses).collect()
-}
-
-async fn store_each(
-    reserving: impl Future<Output = Result<kvd_client::Fill, Error>> + Send,
-    held: Vec<Held>,
-) -> Result<Vec<bool>, Error> {
-    let blocks = held.len() as u32;
-    let (fill, _) = filled(reserving.await?, held).await;
-    let stands = |block| matches!(fill.state(block), ReserveState::Granted | ReserveState::Present);
-    let stored = (0..blocks).map(stands).collect();
-    fill.commit().await?;
-    Ok(stored)
 }

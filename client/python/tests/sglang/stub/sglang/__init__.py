@@ -1,0 +1,1 @@
+"""Stands in for SGLang in the fast tests: names and signatures only."""
