@@ -316,7 +316,7 @@ class WorkerSide:
                 self._pages,
                 self._kernel_tables(job.tables),
                 first=job.first,
-                wait_s=self.settings.store_wait_ms / 1000,
+                wait_s=self.settings.store_wait_s(hand_off is not None),
                 hand_off=hand_off,
             )
             store = Store(job, storing, time.monotonic() + STORE_TIMEOUT_S)
