@@ -130,9 +130,7 @@ class Config:
         """Whether every tensor-parallel rank has the same bytes in this pool."""
         return self.ranks.is_mla and pool not in SHARDED_POOLS
 
-    def identity(
-        self, pool: str, *, form: str, layout: str, dtype: str, sizes: Sequence[int], tokens: int
-    ) -> str:
+    def identity(self, pool: str, *, form: str, layout: str, dtype: str, sizes: Sequence[int], tokens: int) -> str:
         """The revision of a pool's space: pages are opaque to the node, so whatever gives them meaning is in
         it."""
         meaning = {
@@ -174,6 +172,4 @@ def _digest(model: str) -> str:
     if model and Path(model).is_dir():
         digest: bytes = kvd.revision_of_model(model)
         return digest.hex()
-    raise invalid(
-        "revision", "", f"{model!r} is no local folder to take a digest of: give {OUR_KEYS['revision'].what}"
-    )
+    raise invalid("revision", "", f"{model!r} is no local folder to take a digest of: give {OUR_KEYS['revision'].what}")

@@ -124,8 +124,9 @@ def _full(pool: torch.Tensor, config: Any, settings: Settings) -> kvd.Group:
     # The scales are in the checkpoint, which the revision stands for.
     revision = settings.revision
     digest = hashlib.blake2b(revision.encode() if isinstance(revision, str) else revision, digest_size=32)
-    scaled = {"scale": "per_tensor", "scale_digest": digest.digest()}
-    return kvd.Group("full", one.layers, one.heads, one.head_size, dtype, **scaled)
+    return kvd.Group(
+        "full", one.layers, one.heads, one.head_size, dtype, scale="per_tensor", scale_digest=digest.digest()
+    )
 
 
 def _latent(pool: torch.Tensor, config: Any, page_tokens: int) -> kvd.Group:

@@ -67,7 +67,7 @@ class SchedulerSide:
         self._synchronous: list[Tracked] = []
         self._left: set[str] = set()
         self._away = False
-        self.standing = Standing(self.space, settings, registration)
+        self.standing = Standing(self.client, self.space, settings, registration)
         self.events = Events(engine) if tells_events else None
 
     def bind(self, manager: KVCacheManager) -> None:

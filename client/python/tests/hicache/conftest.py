@@ -26,7 +26,7 @@ REAL = _has_sglang()
 if not REAL:
     sys.path.insert(0, str(HERE / "stub"))
 
-from rig import MIB, Daemon  # noqa: E402
+from rig import MIB, Daemon
 
 
 def pytest_configure(config: pytest.Config) -> None:

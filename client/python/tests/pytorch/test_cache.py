@@ -17,10 +17,10 @@ torch = pytest.importorskip("torch", reason="SKIPPED: torch is not installed")
 pytest.importorskip("transformers", reason="SKIPPED: transformers is not installed")
 pytest.importorskip("kvd", reason="SKIPPED: kvd is not built; run maturin develop")
 
-import tiny  # noqa: E402
-from rig import Daemon, until  # noqa: E402
+import tiny
+from rig import Daemon, until
 
-import kvd.torch  # noqa: E402
+import kvd.torch
 
 _WHOLE = tiny.PROMPT_TOKENS // tiny.BLOCK_TOKENS * tiny.BLOCK_TOKENS
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(_HERE))
 if importlib.util.find_spec("tensorrt_llm") is None:
     sys.path.insert(0, str(_HERE / "stub"))
 
-from rig import Daemon  # noqa: E402
+from rig import Daemon
 
 
 @pytest.fixture

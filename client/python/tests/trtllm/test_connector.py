@@ -10,11 +10,11 @@ import pytest
 torch = pytest.importorskip("torch", reason="SKIPPED: torch is not installed")
 kvd = pytest.importorskip("kvd", reason="SKIPPED: kvd is not built; run maturin develop")
 
-import engine  # noqa: E402
-from rig import Daemon, until  # noqa: E402
+import engine
+from rig import Daemon, until
 
-from kvd.trtllm import KvdWorker, Settings, configured  # noqa: E402
-from kvd.trtllm.settings import layout_for  # noqa: E402
+from kvd.trtllm import KvdWorker, Settings, configured
+from kvd.trtllm.settings import layout_for
 
 
 def connected(daemon: Daemon, **other: Any) -> engine.Engine:
