@@ -28,9 +28,9 @@ os.environ.setdefault(
 )  # the engine's core in this process, where its connector can be watched
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import sized  # noqa: E402
-from killer import Killer, let_pass  # noqa: E402
-from rig import MIB, Daemon  # noqa: E402
+import sized
+from killer import Killer, let_pass
+from rig import MIB, Daemon
 from vllm import LLM, SamplingParams
 from vllm.config import KVTransferConfig
 from vllm.distributed import cleanup_dist_env_and_memory
