@@ -22,8 +22,8 @@ from typing import IO, Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import sized
-from rig import MIB, Daemon
+import sized  # noqa: E402
+from rig import MIB, Daemon  # noqa: E402
 
 PAGE = 32
 PAGES = (4, 20, 60)
@@ -33,6 +33,7 @@ DRAM, SEGMENT = 2048 * MIB, 64 * MIB
 ENV = {
     "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }  # fmt: skip
 
 
@@ -45,7 +46,7 @@ class Engine:
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=os.environ | ENV)
         self._hears()
-        options = {"num_gpu_blocks_override": PAGES_MAX, "skip_tokenizer_init": True}
+        options = {"num_gpu_blocks_override": PAGES_MAX, "skip_tokenizer_init": True, "disable_log_stats": False}
         self.do("start", model=model, connector=connector, **options)
 
     def _hears(self) -> dict[str, Any]:
@@ -83,7 +84,8 @@ def engines_of(model: str, folder: Path, log: IO[bytes]) -> list[Engine]:
     """All that are compared. OffloadingConnector is not: it asserts that the cache lies in a GPU."""
     kvd = {"socket": str(folder / "kvd.sock"), "block_tokens": 64}
     files = {
-        "kv_connector": "ExampleConnector", "kv_connector_module_path": None, "kv_connector_extra_config": {"shared_storage_path": str(folder / "files")},
+        "kv_connector": "ExampleConnector", "kv_connector_module_path": None,
+        "kv_connector_extra_config": {"shared_storage_path": str(folder / "files")},
     }  # fmt: skip
     return [
         Engine("vllm", model, None, log),
@@ -143,7 +145,7 @@ def line_of(
     return {
         "model": model, "pages": pages, "tokens": pages * PAGE + 7, "what": what, "median_ms": round(median, 2),
         "min_ms": round(min(spent), 2), "max_ms": round(max(spent), 2), "rounds": len(spent), "of_cold": round(median / cold, 3),
-        "tokens_had": sorted(notes.get(what, [])), "tokens_differ": what.split(":", maxsplit=1)[0] in notes["answers differ"],
+        "tokens_had": sorted(notes.get(what, [])), "tokens_differ": what.partition(":")[0] in notes["answers differ"],
     }  # fmt: skip
 
 

@@ -1,9 +1,8 @@
 """One vLLM that is never restarted, and a kvd that is killed under it again and again: `python chaos.py --kills 50 --seed 7`.
 
-Owns: when the daemon dies (a hook at every phase of the connector, then a seeded delay), what was under way at that moment, and what every
-request's answer is compared with: an engine without kvd that answered the same prompts before. Invariants: the same seed draws the same
-prompts, phases, delays and outages; a kill counts for a phase only if the connector was seen in it right before the signal; the next
-kill waits until blocks were loaded again. Leaves to others: the daemon's process (`rig`), the model (`sized`).
+Owns: the requests, and what every answer is compared with: an engine without kvd that answered the same prompts before. Invariants: the
+same seed draws the same prompts; no request is left without an answer. Leaves to others: when the daemon dies (`killer`), its
+process (`rig`), the model (`sized`).
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import os
 import random
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -31,20 +29,14 @@ os.environ.setdefault(
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sized
-from rig import MIB, Daemon, until
+from killer import Killer, let_pass
+from rig import MIB, Daemon
 from vllm import LLM, SamplingParams
 from vllm.config import KVTransferConfig
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.inputs import TokensPrompt
 
-from kvd.vllm.scheduler import SchedulerSide
-from kvd.vllm.worker import Load, WorkerSide
-
-PHASES = ("before lookup", "lookup", "load", "store", "any")
-REACH_S = {"before lookup": 0.0, "lookup": 0.0, "load": 0.006, "store": 0.004, "any": 1.0}
-"""How long after a phase began the signal may come at most; 0: at once, in the engine's own thread."""
-OUTAGE_S = 2.0
 PAGE = 128
 """Tokens; also what is computed of a request in one step: see `Engine`."""
 PAGES = 48
@@ -55,7 +47,6 @@ WIDTH = 3
 ANSWER_TOKENS = 6
 REQUEST_DEADLINE_S = 120.0
 STEP_DEADLINE_S = 100.0
-PHASE_DEADLINE_S = 60.0
 DRAM, SEGMENT, NVME = 160 * MIB, 16 * MIB, 1024 * MIB
 
 
@@ -98,7 +89,7 @@ class Engine:
             max_num_seqs=WIDTH + 1, max_num_batched_tokens=2048, long_prefill_token_threshold=PAGE, dtype="bfloat16", seed=0, block_size=PAGE,
             distributed_executor_backend="uni", prefix_caching_hash_algo="sha256_cbor", num_gpu_blocks_override=PAGES,
         )  # fmt: skip
-        self._number = 0
+        self._number, self.longest_step_s = 0, 0.0
         _same_pieces(self.core.scheduler)
 
     @property
@@ -118,7 +109,9 @@ class Engine:
     def step(self) -> Iterable[tuple[str, Answer]]:
         """What has ended with this step; one that does not return ends the process, with all its stacks."""
         faulthandler.dump_traceback_later(STEP_DEADLINE_S, exit=True)
+        began = time.monotonic()
         outputs = self.llm.llm_engine.step()
+        self.longest_step_s = max(self.longest_step_s, time.monotonic() - began)
         faulthandler.cancel_dump_traceback_later()
         for output in outputs:
             if output.finished:
@@ -179,164 +172,6 @@ def _same_pieces(scheduler: Any) -> None:
 
 
 @dataclass
-class Kill:
-    """One death of the daemon."""
-
-    wanted: str
-    seen: list[str]
-    outage_s: float
-    first_hit_s: float = 0.0
-    """From the sockets of the next daemon to the first block loaded from it."""
-    blocks_after: int = 0
-    """Loaded from the next daemon, until that one's death."""
-
-
-class Killer(threading.Thread):
-    """Kills and restarts; hooks in the connector's classes say what is about to happen."""
-
-    def __init__(self, daemon: Daemon, kills: int, seed: int) -> None:
-        super().__init__(daemon=True)
-        self._daemon, self._count, self._dice = daemon, kills, random.Random(seed)
-        self._armed, self._lock = "", threading.Lock()
-        self._fired = threading.Event()
-        self._scheduler: SchedulerSide | None = None
-        self._worker: WorkerSide | None = None
-        self._seen: list[str] = []
-        self.kills: list[Kill] = []
-        self.counted: Counter[str] = Counter()
-        self.trouble: BaseException | None = None
-        _hook(self)
-
-    def run(self) -> None:
-        """All kills, one after the other."""
-        try:
-            for number in range(self._count):
-                self._one(PHASES[number % len(PHASES)])
-            self._back(self.counted["loaded_blocks"])
-            self.kills[-1].blocks_after = self.counted["loaded_blocks"] - self._at_start
-        except BaseException as trouble:
-            self.trouble = trouble
-
-    def _one(self, wanted: str) -> None:
-        self._back(self.counted["loaded_blocks"])
-        delay_s = self._dice.uniform(0, REACH_S[wanted])
-        outage_s = self._dice.choice([0.0, self._dice.uniform(0, OUTAGE_S)])
-        self._fired.clear()
-        if wanted == "any":
-            self._fired.set()
-        else:
-            self._armed = wanted
-        assert self._fired.wait(PHASE_DEADLINE_S), f"the connector came to no {wanted}"
-        if REACH_S[wanted]:
-            _pass(delay_s)
-            self._strike()
-        if self.kills:
-            self.kills[-1].blocks_after = self.counted["loaded_blocks"] - self._at_start
-        self._daemon.kill9()
-        self.kills.append(Kill(wanted, self._seen, outage_s))
-        _pass(outage_s)
-        self._daemon.start()
-
-    def _back(self, before: int) -> None:
-        """Until blocks are loaded from the daemon of now."""
-        self._at_start, began = before, time.monotonic()
-        until("blocks loaded again", lambda: self.counted["loaded_blocks"] > before, PHASE_DEADLINE_S)
-        if self.kills:
-            self.kills[-1].first_hit_s = time.monotonic() - began
-
-    def reaches(self, phase: str) -> None:
-        """The connector's word, in the engine's thread."""
-        with self._lock:
-            if self._armed != phase:
-                return
-            self._armed = ""
-        if not REACH_S[phase]:
-            self._strike()
-        self._fired.set()
-
-    def _strike(self) -> None:
-        self._seen = self.under_way()
-        os.kill(self._daemon.pid, 9)
-
-    def watches(self, half: SchedulerSide | WorkerSide) -> None:
-        """One of the connector's halves was made."""
-        if isinstance(half, SchedulerSide):
-            self._scheduler = half
-        else:
-            self._worker = half
-
-    def under_way(self) -> list[str]:
-        """What the connector is doing."""
-        assert self._scheduler is not None and self._worker is not None
-        seen = []
-        lookups = [tracked.lookup for tracked in list(self._scheduler.requests.values())]
-        if any(one is not None and one.found is None and not one.pending.done() for one in lookups):
-            seen.append("lookup")
-        loadings = [load.loading for load in [*self._worker._loads, *self._worker._in_batch]]
-        if any(one is not None and not one.done() for one in loadings):
-            seen.append("load")
-        if any(not store.storing.done() for store in list(self._worker._stores)):
-            seen.append("store")
-        return seen
-
-
-def _pass(seconds: float) -> None:
-    """The scenario's own time goes by: nothing is waited for."""
-    threading.Event().wait(seconds)
-
-
-def _hook(killer: Killer) -> None:
-    """The connector's methods, each telling the killer."""
-
-    def wrap(owner: type, name: str, after: Callable[..., None], before: Callable[..., None] | None = None) -> None:
-        inner = getattr(owner, name)
-
-        def method(self: Any, *given: Any, **named: Any) -> Any:
-            if before is not None:
-                before(self, *given)
-            answer = inner(self, *given, **named)
-            after(self, *given)
-            return answer
-
-        setattr(owner, name, method)
-
-    def asks(half: SchedulerSide, tracked: Any, *_: Any) -> None:
-        if tracked.lookup is None and half.client.connected:
-            killer.reaches("before lookup")
-
-    def asked(_: SchedulerSide, tracked: Any, *__: Any) -> None:
-        if tracked.lookup is not None and tracked.lookup.found is None and not tracked.lookup.pending.done():
-            killer.reaches("lookup")
-
-    def advanced(half: WorkerSide, load: Any, *_: Any) -> None:
-        if not load.over and load.loading is not None and not load.loading.done():
-            killer.reaches("load")
-
-    def stores(half: WorkerSide, *_: Any) -> None:
-        if half._stores:
-            killer.reaches("store")
-
-    def counts(_: WorkerSide, name: str, by: int) -> None:
-        killer.counted[name] += by
-
-    def failed(load: Load, *_: Any) -> None:
-        killer.counted["loads failed in the batch" if load.job.wait else "loads failed outside of it"] += 1
-
-    def starts(_: WorkerSide, meta: Any) -> None:
-        for load in meta.loads:
-            killer.counted["loads in the batch" if load.wait else "loads outside of it"] += 1
-
-    wrap(SchedulerSide, "_lookup", asked, asks)
-    wrap(SchedulerSide, "__init__", lambda half, *_: killer.watches(half))
-    wrap(WorkerSide, "__init__", lambda half, *_: killer.watches(half))
-    wrap(WorkerSide, "_advance", advanced)
-    wrap(WorkerSide, "start_stores", stores)
-    wrap(WorkerSide, "start_loads", starts)
-    wrap(WorkerSide, "_count", counts)
-    wrap(Load, "fail", failed)
-
-
-@dataclass
 class Held:
     """What a process may hold more of, the longer it runs."""
 
@@ -370,8 +205,9 @@ def report(
     options: argparse.Namespace, killer: Killer, control: Flow, came: Flow, rest: dict[str, Any]
 ) -> dict[str, Any]:
     """All of it, as an object."""
-    landed = Counter(phase for kill in killer.kills for phase in kill.seen or ["between"])
-    landed["before lookup"] = sum(kill.wanted == "before lookup" for kill in killer.kills)
+    landed: Counter[str] = Counter()
+    for kill in killer.kills:
+        landed.update([*kill.seen, "before lookup"] if kill.wanted == "before lookup" else kill.seen or ["between"])
     return {
         "seed": options.seed, "load": options.load, "kills": len(killer.kills), "wanted": dict(Counter(kill.wanted for kill in killer.kills)),
         "landed": dict(landed), "outages_s": round(sum(kill.outage_s for kill in killer.kills), 1),
@@ -392,6 +228,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     engine = Engine(model, None)
     right = [engine.answer(prompt) for prompt in prompts]
     control = engine.flow(prompts, right, random.Random(options.seed), lambda requests: requests >= 3 * len(prompts))
+    control_step_s = engine.longest_step_s
     engine.close()
     with Daemon(folder, dram=DRAM, segment=SEGMENT, nvme=NVME) as daemon:
         killer = Killer(daemon, options.kills, options.seed)
@@ -411,6 +248,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "held_before": asdict(before),
             "held_after": asdict(Held()),
         }
+        rest |= {"longest_step_s": round(engine.longest_step_s, 2), "control_longest_step_s": round(control_step_s, 2)}
         rest["leases"] = until_none(lambda: leases(daemon))
         engine.close()
     return report(options, killer, control, came, rest)
@@ -420,7 +258,7 @@ def until_none(count: Callable[[], int]) -> int:
     """A count that is 0 soon, or what it stays at."""
     deadline = time.monotonic() + 10
     while (now := count()) and time.monotonic() < deadline:
-        _pass(0.05)
+        let_pass(0.05)
     return now
 
 

@@ -18,6 +18,8 @@ import pytest
 
 KILLS, SEED = 6, 1
 DEADLINE_S = 300
+STALL_S = 3.0
+"""Well below `load_timeout_ms`, well above what a busy machine adds to one step."""
 ENV = {
     "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING",
@@ -56,6 +58,8 @@ def test_the_engine_outlives_its_daemons(tmp_path: Path) -> None:
     )
     assert came["differing"] == 0, f"{came['differing']} of {came['requests']} answers are wrong"
     assert not any(came["left"].values()), f"still held with no request left: {came['left']}"
+    stall_s = came["longest_step_s"] - came["control_longest_step_s"]
+    assert stall_s < STALL_S, f"the engine stood still for {stall_s} s: it waited for a daemon that was dead"
     assert came["leases"] == 0, f"{came['leases']} leases that nobody uses"
     assert came["blocks_before"] > 0
     assert all(blocks > 0 for blocks in came["blocks_after"]), "a daemon came back, and hits did not"
