@@ -62,7 +62,25 @@ const BANS: &[Ban] = &[
         applies: |file| file.is("rs") && file.path.contains("/tests/"),
         why: "a sleep is no synchronisation: wait for the event, with a deadline",
     },
+    Ban {
+        texts: &[concat!("time.", "sleep"), concat!("import ", "sleep")],
+        applies: |file| is_python(file) && !PYTHON_POLLS.contains(&file.path.as_str()),
+        why: "a sleep is no synchronisation: poll with a deadline, as tests/rig.py does",
+    },
+    Ban {
+        texts: &[concat!("os.env", "iron"), concat!("os.get", "env")],
+        applies: |file| is_python(file) && !file.path.contains("/tests/"),
+        why: "settings are arguments, or the engine's own configuration: nothing hides in the environment",
+    },
+    Ban {
+        texts: &[concat!("hash", "lib"), concat!("bla", "ke3")],
+        applies: |file| is_python(file) && !file.path.contains("/tests/"),
+        why: "ids and revisions are hashed in Rust, in one place (law 6)",
+    },
 ];
+
+/// Where the package's tests poll, with a deadline.
+const PYTHON_POLLS: &[&str] = &["client/python/tests/rig.py"];
 
 /// Code that decides. Measuring and doing are elsewhere.
 const DECIDING: &[&str] = &[
@@ -96,6 +114,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("proto", &[]),
     ("tiers", &["kvd-proto"]),
     ("client", &["kvd-proto"]),
+    ("client/python", &["kvd-proto", "kvd-client"]),
     ("kvd", &["kvd-proto", "kvd-tiers", "kvd-client"]),
     ("router", &["kvd-proto", "kvd-client"]),
     ("planner", &["kvd-proto", "kvd-client"]),
@@ -109,6 +128,9 @@ const UNNAMED_DEPENDENCIES: &[(&str, &str, &str)] =
 const FILE_LINES_MAX: usize = 600;
 /// Longer files, and how long they may be.
 const LONG_FILES: &[(&str, usize)] = &[("kvd/src/node/tests/harness.rs", 720)];
+
+/// Python says more in a line.
+const PYTHON_FILE_LINES_MAX: usize = 400;
 
 const FUNCTION_LINES_MAX: usize = 70;
 /// Longer functions, and how long they may be.
@@ -124,6 +146,10 @@ impl File {
     fn is(&self, extension: &str) -> bool {
         Path::new(&self.path).extension().is_some_and(|found| found == extension)
     }
+}
+
+fn is_python(file: &File) -> bool {
+    file.is("py")
 }
 
 fn root() -> PathBuf {
@@ -226,7 +252,7 @@ fn every_file_opens_with_what_it_is() {
         let head: &[&str] = match Path::new(&file.path).extension().and_then(|extension| extension.to_str()) {
             Some("rs") => &["//!"],
             Some("proto") => &["//"],
-            Some("py") => &["\"\"\"", "#"],
+            Some("py" | "pyi") => &["\"\"\""],
             // a crate's manifest opens with its name, and must describe itself
             Some("toml") if file.path.ends_with("/Cargo.toml") => {
                 if !file.text.contains("\ndescription = ") {
@@ -353,6 +379,49 @@ fn files_stay_short() {
     none(&broken);
 }
 
+#[test]
+fn python_files_stay_short_too() {
+    let mut broken = Vec::new();
+    for file in files().iter().filter(|file| is_python(file)) {
+        let lines = file.text.lines().count();
+        if lines > PYTHON_FILE_LINES_MAX {
+            broken.push(format!(
+                "{}: {lines} lines, at most {PYTHON_FILE_LINES_MAX}: split it, by noun",
+                file.path
+            ));
+        }
+        for (name, lines) in python_functions(&file.text) {
+            if lines > FUNCTION_LINES_MAX {
+                broken.push(format!("{}: {name} has {lines} lines, at most {FUNCTION_LINES_MAX}", file.path));
+            }
+        }
+    }
+    none(&broken);
+}
+
+/// (name, lines) of each function: it ends before the next line that is indented no more than its name.
+fn python_functions(text: &str) -> Vec<(String, usize)> {
+    let lines: Vec<&str> = text.lines().collect();
+    let indent = |line: &str| line.len() - line.trim_start().len();
+    let measured = lines.iter().enumerate().filter_map(|(at, line)| {
+        let definition = line.trim_start();
+        let definition = definition.strip_prefix("async ").unwrap_or(definition).strip_prefix("def ")?;
+        let name = definition.split(['(', '[']).next().unwrap_or_default().to_owned();
+        let ends = |next: &&str| {
+            // the end of the arguments, on a line of its own, is still the function's
+            !next.trim().is_empty() && indent(next) <= indent(line) && !next.trim_start().starts_with(')')
+        };
+        let body = lines[at + 1..].iter().take_while(|next| !ends(next));
+        let length = 1 + body
+            .collect::<Vec<_>>()
+            .iter()
+            .rposition(|line| !line.trim().is_empty())
+            .map_or(0, |at| at + 1);
+        Some((name, length))
+    });
+    measured.collect()
+}
+
 /// (name, lines) of each function with a body of its own lines: rustfmt puts its end at the indent of its beginning.
 fn functions(text: &str) -> Vec<(String, usize)> {
     let lines: Vec<&str> = text.lines().collect();
@@ -407,6 +476,16 @@ fn functions_fit_a_screen() {
         broken.push(format!("{}: {} is short enough: take it off LONG_FUNCTIONS", entry.0, entry.1));
     }
     none(&broken);
+}
+
+#[test]
+fn the_measure_of_python_functions_measures() {
+    let text = "class X:\n    async def one(\n        self,\n    ) -> int:\n        if True:\n\n            return 1\n\n\n\
+                    def two() -> int: ...\n\n\ndef three[T](x: T) -> T:\n    return x\n";
+    assert_eq!(
+        python_functions(text),
+        [("one".to_owned(), 6), ("two".to_owned(), 1), ("three".to_owned(), 2)]
+    );
 }
 
 #[test]

@@ -1,9 +1,11 @@
 """kvd: a block store for the KV caches of LLM inference.
 
-A `Client` is this process' session with the node's daemon. A `Space` says what a model's blocks mean and makes chains of block ids
-out of prompts; blocks are stored and loaded by chain. Errors are exceptions with fields; a miss is a value.
+A `Client` is this process' session with the node's daemon. A `Space` says what a model's blocks mean and
+makes chains of block ids out of prompts; blocks are stored and loaded by chain. Errors are exceptions with
+fields; a miss is a value.
 
-Connectors for engines are in `kvd.vllm`, `kvd.sglang`, `kvd.trtllm`, `kvd.mooncake` and `kvd.torch`; none is imported from here.
+Connectors for engines are in `kvd.vllm`, `kvd.sglang`, `kvd.trtllm`, `kvd.mooncake` and `kvd.torch`; none is
+imported from here.
 """
 
 from kvd._errors import InvalidError, KvdError, LimitError, TimedOutError, UnavailableError

@@ -1,4 +1,5 @@
-"""How asyncio waits for a `Pending`: one future of the running loop, set from whichever thread finishes the work."""
+"""How asyncio waits for a `Pending`: one future of the running loop, set from whichever thread finishes the
+work."""
 
 from __future__ import annotations
 

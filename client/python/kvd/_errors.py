@@ -1,4 +1,5 @@
-"""What can go wrong in the world, as exceptions with fields. A miss is none of them: it is a value (`kvd.Miss`)."""
+"""What can go wrong in the world, as exceptions with fields. A miss is none of them: it is a value
+(`kvd.Miss`)."""
 
 from __future__ import annotations
 
