@@ -227,7 +227,7 @@ class WorkerSide:
                     "kvd: %s: block %d cannot be had (%s): computed",
                     job.request,
                     failed_from,
-                    miss.reason if miss else "too late",
+                    miss.reason if miss is not None else "too late",
                 )
                 return load.fail(failed_from)
             load.end()

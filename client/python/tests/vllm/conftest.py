@@ -10,6 +10,11 @@ from rig import MIB, Daemon
 from rig_vllm import Engine, need_vllm
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Names the mark."""
+    config.addinivalue_line("markers", "vllm: needs the real engine, which run.sh installs")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What is in this folder needs the real engine."""
     for item in items:

@@ -224,9 +224,10 @@ class Engines:
 
     def quiet(self, timeout_s: float = QUIET_S) -> dict[str, Any]:
         """Steps the engine until no load or store is under way."""
+        assert self.llm is not None
         until = time.monotonic() + timeout_s
         while any(self.counts()["held"].values()):
-            self.core.step_fn()
+            self.llm.llm_engine.step()  # the core's own step would leave its counts unheard
             if time.monotonic() > until:
                 return {"quiet": False, **self.counts()}
         return {"quiet": True, **self.counts()}

@@ -33,6 +33,7 @@ _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
+_PATIENCE = {"lookup_timeout_ms": 10_000, "load_timeout_ms": 30_000}
 Answers = list[dict[str, Any]]
 
 
@@ -150,8 +151,8 @@ def cached(answers: Answers) -> list[int]:
 
 
 def settings(node: Daemon, space: str, **more: Any) -> dict[str, Any]:
-    """The connector's, for a space that no other test has."""
-    return {"socket": str(node.socket), "model": space, **more}
+    """The connector's, for a space that no other test has; it waits as long as a slow machine needs."""
+    return {"socket": str(node.socket), "model": space, **_PATIENCE, **more}
 
 
 def counted(node: Daemon) -> dict[str, Any]:

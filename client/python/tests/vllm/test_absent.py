@@ -42,7 +42,7 @@ def _hits_again(engine: Engine) -> list[dict[str, object]]:
 def test_a_node_that_comes_later_and_hangs(
     engine: Engine, later: Daemon, model: Callable[..., str], space: str
 ) -> None:
-    engine.do("start", model=model(), connector=settings(later, space, load_timeout_ms=1000))
+    engine.do("start", model=model(), connector=settings(later, space, lookup_timeout_ms=300, load_timeout_ms=1000))
     since = engine.log.stat().st_size
     alone = engine.generate(PROMPTS)
     engine.do("reset_local")

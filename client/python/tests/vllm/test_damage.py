@@ -32,12 +32,13 @@ def test_a_flipped_bit_is_computed_anew(
     cold = engine.generate(asked)
     engine.forget()
     _damage(node, engine.do("stored", prompt=asked[0]))
-    before = counted(node)["checksum_errors"]
+    before, since = counted(node)["checksum_errors"], engine.log.stat().st_size
     warm = engine.generate(asked)
     assert_same(cold, warm)
     counts = engine.settle()
     assert counts["failed_blocks"] >= BLOCKS - BAD
     assert counted(node)["checksum_errors"] > before
+    assert f"block {BAD} cannot be had (checksum)" in engine.said(since)
     engine.forget()
     healed = engine.generate(asked)
     assert_same(cold, healed)

@@ -40,7 +40,6 @@ def test_other_weights_numbers_and_blocks_miss(
         {"kv_cache_dtype": "fp8"},
         {"connector": settings(node, space, block_tokens=32)},
         {"connector": settings(node, space, tenant="another")},
-        {"connector": settings(node, space, revision="as the operator says")},
         {"hf_overrides": {"rms_norm_eps": 1e-3}},
     ):
         start(**options)
