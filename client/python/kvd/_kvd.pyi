@@ -74,6 +74,9 @@ def revision_of_model(folder: _Path, *, words: Sequence[_Key] = ...) -> bytes:
     `words`: what else belongs to the identity, in order. Raises `InvalidError` for a folder that is no
     model's, `LimitError` for one without bounds."""
 
+def revision_of_words(words: Sequence[str | bytes]) -> bytes:
+    """A revision of words alone."""
+
 def revision_of_adapter(folder: _Path) -> bytes:
     """32 bytes: the digest of the adapter in a folder, for `Space.chain(adapter=...)`."""
 
