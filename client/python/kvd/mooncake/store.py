@@ -43,7 +43,7 @@ class MooncakeDistributedStore:
 
     # ---- session -------------------------------------------------------------------------------------------
 
-    def setup(  # noqa: PLR0917 -- the API's order
+    def setup(
         self,
         local_hostname: str,
         metadata_server: str,
