@@ -83,10 +83,11 @@ impl Answer {
         kind.is_some_and(|kind| kind.starts_with("text/event-stream"))
     }
 
-    /// Reads it to its end; a prefill's answer is read for nothing but its being whole.
-    pub async fn drain(self) -> Result<(), Broken> {
+    /// All of a prefill's answer.
+    pub async fn whole(self) -> Result<Vec<u8>, Broken> {
         let gone = |error: Box<dyn std::error::Error + Send + Sync>| Broken::Gone(error.to_string());
-        Limited::new(self.rest, PREFILL_BYTES_MAX).collect().await.map(drop).map_err(gone)
+        let rest = Limited::new(self.rest, PREFILL_BYTES_MAX).collect().await.map_err(gone)?;
+        Ok([self.first, rest.to_bytes()].concat())
     }
 }
 

@@ -82,6 +82,12 @@ impl Went {
     }
 }
 
+/// Whether a prefill's answer is not one that says that nothing was left: then nobody has to wait for it.
+fn left_something(body: &[u8]) -> bool {
+    let body: Option<Value> = serde_json::from_slice(body).ok();
+    body.is_some_and(|body| body["kv_transfer_params"]["kvd"]["prefilled_tokens"] != 0)
+}
+
 /// One request on its way.
 struct Way<'a> {
     door: &'a Door,
@@ -153,6 +159,7 @@ impl Way<'_> {
             ("max_tokens", json!(1)),
             ("max_completion_tokens", Value::Null),
             ("min_tokens", Value::Null),
+            ("n", Value::Null),
             ("stream", json!(false)),
             ("stream_options", Value::Null),
         ];
@@ -161,8 +168,8 @@ impl Way<'_> {
             return Some(false);
         };
         let good = answer.status.is_success();
-        let whole = tokio::time::timeout(within, answer.drain()).await;
-        Some(good && matches!(whole, Ok(Ok(()))))
+        let whole = tokio::time::timeout(within, answer.whole()).await;
+        Some(good && whole.is_ok_and(|body| body.is_ok_and(|body| left_something(&body))))
     }
 
     fn body(&self, place: usize, word: Value, changes: &[(&str, Value)]) -> Vec<u8> {
@@ -230,5 +237,18 @@ impl Way<'_> {
 
     fn tried(&self, result: &str) {
         self.door.accounts.metrics.tries.with_label_values(&[result]).inc();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::left_something;
+
+    #[test]
+    fn a_prefill_that_says_it_left_nothing_is_believed() {
+        assert!(left_something(br#"{"kv_transfer_params": {"kvd": {"prefilled_tokens": 7}}}"#));
+        assert!(left_something(br#"{"kv_transfer_params": null}"#), "an engine that says nothing may have");
+        assert!(!left_something(br#"{"kv_transfer_params": {"kvd": {"prefilled_tokens": 0}}}"#));
+        assert!(!left_something(b"no JSON"));
     }
 }

@@ -23,6 +23,7 @@ from kvd.vllm import identity
 from kvd.vllm.meta import KvdMetadata
 from kvd.vllm.scheduler import SchedulerSide
 from kvd.vllm.settings import Settings
+from kvd.vllm.standing import registration_of
 from kvd.vllm.stats import KvdPromMetrics, KvdStats
 from kvd.vllm.worker import WorkerSide
 
@@ -64,7 +65,9 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
             engine = identity.of_engine(vllm_config, kv_cache_config, settings)
             events = vllm_config.kv_events_config
             tells_events = events is not None and events.enable_kv_cache_events
-            self._scheduler = SchedulerSide(settings, engine, f"vllm {engine.model}", tells_events)
+            self._scheduler = SchedulerSide(
+                settings, engine, f"vllm {engine.model}", tells_events, registration_of(vllm_config, kv_cache_config)
+            )
         else:
             ranks = _ranks()
             engine = identity.of_engine(vllm_config, kv_cache_config, settings, ranks)
@@ -140,6 +143,10 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
         """The engine's account of its pages."""
         super().bind_kv_cache_manager(kv_cache_manager)
         self._other_half().bind(kv_cache_manager)
+
+    def on_new_request(self, request: Request) -> None:
+        """It has arrived, and may wait long before it is asked about."""
+        self._other_half().standing.began(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """How much of a prompt can be loaded."""

@@ -80,7 +80,7 @@ def of_engine(vllm: VllmConfig, cache: KVCacheConfig, settings: Settings, rank: 
     ]
     parallel = vllm.parallel_config
     return Identity(
-        model=settings.model or _served_name(vllm),
+        model=settings.model or served_name(vllm),
         revision=settings.revision.encode() or _revision(vllm),
         layout=Layout([group for group, _ in described], block_tokens),
         groups=[pages for _, pages in described],
@@ -201,7 +201,8 @@ def _scale(vllm: VllmConfig) -> str:
     return "per_tensor" if str(vllm.cache_config.cache_dtype).startswith("fp8") else "none"
 
 
-def _served_name(vllm: VllmConfig) -> str:
+def served_name(vllm: VllmConfig) -> str:
+    """What its clients call it."""
     served = vllm.model_config.served_model_name
     return served if isinstance(served, str) else served[0]
 

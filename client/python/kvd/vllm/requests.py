@@ -6,9 +6,10 @@ Owns nothing but these facts. Leaves to others: what follows from them (`schedul
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import kvd
+from kvd.vllm.told import Told
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -30,6 +31,8 @@ class Lookup:
     tokens: int = 0
     """Tokens from the beginning that will be there after the load."""
     wait: bool = False
+    claims: bool = False
+    """What another engine has left for the request is taken with it."""
 
     def drop(self) -> None:
         """Gives the lease back."""
@@ -53,5 +56,9 @@ class Tracked:
     stores: set[int] = field(default_factory=set)
     over: bool = False
     """Nothing more of it is stored."""
-    told: dict[str, Any] = field(default_factory=dict)
+    claimed: bool = False
+    """Asked for what another engine has left: nodes give that once."""
+    handed_off: bool = False
+    """Its whole prompt is stored, or being stored, for whoever claims it."""
+    told: Told = field(default_factory=Told)
     """The router's word about it."""

@@ -19,6 +19,7 @@ from kvd.vllm.events import Events
 from kvd.vllm.meta import ChainRef, KvdMetadata, KvdWorkerMeta, LoadJob, StoreJob
 from kvd.vllm.requests import Lookup, Tracked
 from kvd.vllm.standing import Standing
+from kvd.vllm.told import Told
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -39,7 +40,14 @@ LEASE_AGE_S = 10.0
 class SchedulerSide:
     """One engine's."""
 
-    def __init__(self, settings: Settings, engine: identity.Identity, engine_name: str, tells_events: bool) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        engine: identity.Identity,
+        engine_name: str,
+        tells_events: bool,
+        registration: dict[str, Any],
+    ) -> None:
         self.settings, self.engine = settings, engine
         self.client = kvd.Client(
             settings.socket, tenant=settings.tenant, engine=engine_name, member="scheduler", wait_s=0
@@ -59,7 +67,7 @@ class SchedulerSide:
         self._synchronous: list[Tracked] = []
         self._left: set[str] = set()
         self._away = False
-        self.standing = Standing(self.client, self.space, settings, engine)
+        self.standing = Standing(self.space, settings, registration)
         self.events = Events(engine) if tells_events else None
 
     def bind(self, manager: KVCacheManager) -> None:
@@ -78,7 +86,9 @@ class SchedulerSide:
         """As `get_num_new_matched_tokens`."""
         tracked = self._tracked(request)
         limit = self._loadable(tracked, request)
-        if limit - computed < min(self.engine.granule_tokens, limit) or limit <= computed:
+        # what was handed off is claimed however little of it is wanted: until then its node keeps it
+        least = 1 if self._claims(tracked) else self.engine.granule_tokens
+        if limit - computed < least:
             return 0, False
         lookup = self._lookup(tracked, computed, limit)
         if lookup is None or not self._answered(lookup):
@@ -90,16 +100,14 @@ class SchedulerSide:
             self._drop_lookup(tracked)
             return 0, False
         lookup.computed, lookup.tokens = computed, tokens
-        lookup.wait = self._in_batch(lookup)
+        lookup.wait = self._in_batch(tracked, lookup)
         return tokens - computed, not lookup.wait
 
     def _tracked(self, request: Request) -> Tracked:
         tracked = self.requests.get(request.request_id)
         if tracked is None:
-            params = request.kv_transfer_params or {}
-            tracked = Tracked(request, told=params.get("kvd") or {})
+            tracked = Tracked(request, told=Told.of(request.kv_transfer_params))
             self.requests[request.request_id] = tracked
-            self.standing.began(request, tracked.told)
         if tracked.chain is None and not tracked.over:
             tracked.chain = self._chain(request)
             tracked.over = tracked.chain is None
@@ -121,10 +129,16 @@ class SchedulerSide:
         """Tokens that may come from kvd: never the last, which the engine computes to have something to sample from."""
         if tracked.chain is None or tracked.failures >= LOAD_TRIES or request.skip_reading_prefix_cache:
             return 0
-        if "prefill_node" in tracked.told:
+        if self._claims(tracked):
             return request.num_prompt_tokens
         granule = self.engine.granule_tokens
         return (request.num_tokens - 1) // granule * granule
+
+    def _claims(self, tracked: Tracked) -> bool:
+        """Whether another engine has left the whole prompt for it, tail included, and it was not asked for before."""
+        if tracked.lookup is not None:
+            return tracked.lookup.claims
+        return bool(tracked.told.claims) and not tracked.claimed
 
     def _lookup(self, tracked: Tracked, computed: int, limit: int) -> Lookup | None:
         """The lookup that holds for so many computed tokens, a new one if need be."""
@@ -138,14 +152,16 @@ class SchedulerSide:
             assert tracked.chain is not None
             claim, patience_s = None, self.settings.lookup_timeout_ms / 1000
             chain = tracked.chain.prefix(limit // self.engine.block_tokens)
-            if "prefill_node" in tracked.told:
+            claims = self._claims(tracked)
+            if claims:
+                tracked.claimed = True
                 wait_s = self.settings.claim_wait_ms / 1000
-                claim = kvd.Claim(tracked.told["request_key"], node=tracked.told["prefill_node"], wait_s=wait_s)
+                claim = kvd.Claim(tracked.told.claims, node=tracked.told.node, wait_s=wait_s)
                 patience_s += wait_s
                 chain = tracked.chain.with_tail() if limit == tracked.chain.tokens else chain
             key = self._key()
             pending = self.space.match_soon(key, chain, skip=skip, claim=claim)
-            tracked.lookup = Lookup(skip, pending, now, now + patience_s, key, chain)
+            tracked.lookup = Lookup(skip, pending, now, now + patience_s, key, chain, claims=claims)
             self.stats["lookups"] += 1
         return tracked.lookup
 
@@ -184,9 +200,9 @@ class SchedulerSide:
         tokens = min(blocks * block, limit)
         return tokens // self.engine.granule_tokens * self.engine.granule_tokens
 
-    def _in_batch(self, lookup: Lookup) -> bool:
+    def _in_batch(self, tracked: Tracked, lookup: Lookup) -> bool:
         """Several cache groups, and a prompt that is there to its end, can only come from outside of the batch."""
-        if self.settings.load == "async" or len(self.engine.groups) > 1 or lookup.tokens % self.engine.granule_tokens:
+        if self.settings.load == "async" or len(self.engine.groups) > 1 or lookup.tokens == tracked.request.num_tokens:
             return False
         assert lookup.found is not None
         return self.settings.load == "layerwise" or lookup.found.predicted_us <= self.settings.layerwise_us
@@ -267,9 +283,9 @@ class SchedulerSide:
         if tracked.over or tracked.chain is None or not self._reachable():
             return []
         known = min(computed, request.num_tokens)
-        if self.settings.store == "prompt" or "do" in tracked.told:
+        if self.settings.store == "prompt" or tracked.told.hands_off:
             known = min(known, request.num_prompt_tokens)
-        hands_off = tracked.told.get("do") == "prefill" and known == request.num_prompt_tokens
+        hands_off = bool(tracked.told.hands_off) and known == request.num_prompt_tokens
         end = known if hands_off else known // granule * granule
         if end <= tracked.stored:
             return []
@@ -284,16 +300,20 @@ class SchedulerSide:
         number = next(self._numbers)
         hand_off = None
         if hands_off:
-            hand_off = (tracked.told["request_key"].encode(), len(chain))
+            hand_off = (tracked.told.hands_off.encode(), len(chain))
         job = StoreJob(
             number, request.request_id, self._key(), self._ref(chain), tracked.stored // block, tables, hand_off
         )
         if self.engine.ranks > 1:
             self._holds[number] = self.space.reserve_soon(
-                job.key, chain, first=job.first, hand_off=hand_off_of(self.settings, hand_off)
+                job.key,
+                chain,
+                first=job.first,
+                wait_s=self.settings.store_wait_s(hand_off is not None),
+                hand_off=hand_off_of(self.settings, hand_off),
             )
         tracked.stored = end // granule * granule
-        tracked.over = hands_off
+        tracked.over = tracked.handed_off = hands_off
         tracked.stores.add(number)
         self._ended[number] = (request.request_id, 0)
         if self.events is not None:
@@ -367,15 +387,14 @@ class SchedulerSide:
             return False, None
         if not tracked.loading:
             self._drop_lookup(tracked)
-        told = None
-        if tracked.told.get("do") == "prefill":
-            tokens = request.num_prompt_tokens if tracked.over and tracked.stored else 0
-            told = {
-                "kvd": {"do": "prefill", "request_key": tracked.told.get("request_key"), "prefilled_tokens": tokens}
-            }
+        answer = None
+        if tracked.told.hands_off:
+            tokens = request.num_prompt_tokens if tracked.handed_off else 0
+            word = {"do": "prefill", "request_key": tracked.told.hands_off, "prefilled_tokens": tokens}
+            answer = {"kvd": word}
         if tracked.stores:
             self.finishing[request.request_id] = tracked
-        return bool(tracked.stores), told
+        return bool(tracked.stores), answer
 
     def sent(self, names: set[str]) -> None:
         """Every rank is through with these requests' pages."""
@@ -386,6 +405,7 @@ class SchedulerSide:
         """After an update of weights: what is stored is of other weights, and nobody else has these."""
         self.epoch = identity.fresh_epoch()
         self.space = self._space()
+        self.standing.moved(self.space)
         for tracked in self.requests.values():
             self._drop_lookup(tracked)
             tracked.chain, tracked.stored, tracked.failures = None, 0, 0

@@ -12,6 +12,20 @@ from kvd import InvalidError
 
 LOADS = ("auto", "async", "layerwise")
 STORES = ("all", "prompt", "none")
+ROLES = ("both", "prefill", "decode")
+WORKER_KEYS = (
+    "address",
+    "node",
+    "role",
+    "name",
+    "model",
+    "profile",
+    "requests_max",
+    "kv_tokens_max",
+    "batched_tokens_max",
+)
+"""`address`: where it serves OpenAI's API; `node`: its node's gRPC socket or address; these two must be there. The others have defaults: both,
+the address, the model as it is served, what the engine measures at itself, what it has room for."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,7 @@ class Settings:
     claim_wait_ms: int = 5000
     """Disaggregated serving: how long a decode waits for what is still being filled."""
     worker: dict[str, Any] = field(default_factory=dict)
-    """Registers the engine with its node, for the router: {"address": "http://host:port", "node": its gRPC socket or address, "name", "role"}."""
+    """Registers the engine with its node, for the router: `WORKER_KEYS`."""
 
     @classmethod
     def of(cls, extra: dict[str, Any]) -> Settings:
@@ -66,9 +80,25 @@ class Settings:
         for name, values in (("load", LOADS), ("store", STORES)):
             if getattr(settings, name) not in values:
                 raise _refused(name, f"{getattr(settings, name)!r}", f"give one of {', '.join(values)}")
-        if settings.worker and not {"address", "node"} <= settings.worker.keys():
-            raise _refused("worker", f"{settings.worker!r}", "give address and node, or leave it out")
+        _check_worker(settings.worker)
         return settings
+
+    def store_wait_s(self, handed_off: bool) -> float:
+        """What is handed off waits for space as long as its claimer waits for it: with one block missing all would be computed again."""
+        return max(self.store_wait_ms, self.claim_wait_ms if handed_off else 0) / 1000
+
+
+def _check_worker(worker: dict[str, Any]) -> None:
+    for name, value in worker.items():
+        if name not in WORKER_KEYS:
+            raise _refused(f"worker.{name}", f"{value!r}", f"it is none of {', '.join(WORKER_KEYS)}")
+    for name in ("address", "node") if worker else ():
+        if not isinstance(worker.get(name), str) or not worker[name]:
+            raise _refused(f"worker.{name}", f"{worker.get(name)!r}", "give address and node, or leave worker out")
+    if "//" not in worker.get("address", "//"):
+        raise _refused("worker.address", worker["address"], "write it as http://host:port")
+    if worker.get("role", "both") not in ROLES:
+        raise _refused("worker.role", f"{worker['role']!r}", f"give one of {', '.join(ROLES)}")
 
 
 def _article(default: Any) -> str:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import kvd
@@ -26,6 +28,9 @@ logger = logging.getLogger("vllm.kvd")
 
 STORE_TIMEOUT_S = 15.0
 """A store that takes longer is given up: pages are not held for a node that does not answer."""
+AWAY_S = 0.05
+"""A load that still goes on after the node was away for so long is given up: what has arrived is there by then, and nothing more may ever come.
+An engine that waits for it in its batch could not even hear of the node's return: its scheduler waits as well."""
 
 
 @dataclass
@@ -39,6 +44,8 @@ class Load:
     loading: kvd.Loading | None = None
     failed_from: int | None = None
     over: bool = False
+    away_s: float | None = None
+    """Since when the node is known to be away."""
 
     def fail(self, block: int) -> None:
         """From this block on nothing is there."""
@@ -152,7 +159,9 @@ class WorkerSide:
             )
             self._client.wait_connected(self.settings.lookup_timeout_ms / 1000)
         elif token != self._token:
+            # the node was restarted; what the scheduler has found there is asked for in this very step
             self._client.join(token)
+            self._client.wait_connected(self.settings.lookup_timeout_ms / 1000)
         self._token = token
         return True
 
@@ -207,6 +216,7 @@ class WorkerSide:
                 patience_s=max(load.until_s - time.monotonic(), 0.0),
             )
         assert load.loading is not None
+        self._give_up_if_away(load)
         outcome = load.loading.outcome()
         if outcome is not None:
             failed_from, miss, copied = outcome
@@ -229,14 +239,30 @@ class WorkerSide:
             if load.over or load.loading is None:
                 continue
             group, layer = self._places[name]
-            if not load.loading.wait_layer(layer, group=group, timeout_s=max(load.until_s - time.monotonic(), 0.0)):
+            self._await(load, partial(load.loading.wait_layer, layer, group=group))
+
+    def _await(self, load: Load, wait: Callable[..., bool]) -> None:
+        """Until it is there, or given up."""
+        assert load.loading is not None
+        while not wait(timeout_s=max(min(load.until_s - time.monotonic(), AWAY_S), 0.0)):
+            if time.monotonic() >= load.until_s:
                 load.loading.stop()
+            self._give_up_if_away(load)
+
+    def _give_up_if_away(self, load: Load) -> None:
+        assert self._client is not None and load.loading is not None
+        now = time.monotonic()
+        if self._client.connected:
+            load.away_s = None
+        elif load.away_s is None:
+            load.away_s = now
+        elif now - load.away_s >= AWAY_S:
+            load.loading.stop()
 
     def _finish_in_batch(self) -> None:
         for load in self._in_batch:
             if load.loading is not None and not load.over:
-                load.loading.wait(max(load.until_s - time.monotonic(), 0.0))
-                load.loading.stop()
+                self._await(load, load.loading.wait)
                 self._advance(load, 0)
             self._note_failure(load)
         self._in_batch = []
@@ -290,7 +316,7 @@ class WorkerSide:
                 self._pages,
                 self._kernel_tables(job.tables),
                 first=job.first,
-                wait_s=self.settings.store_wait_ms / 1000,
+                wait_s=self.settings.store_wait_s(hand_off is not None),
                 hand_off=hand_off,
             )
             store = Store(job, storing, time.monotonic() + STORE_TIMEOUT_S)
