@@ -82,11 +82,7 @@ const BANS: &[Ban] = &[
 ];
 
 /// Where the package's tests poll, with a deadline.
-const PYTHON_POLLS: &[&str] = &[
-    "client/python/tests/rig.py",
-    "client/python/tests/support/kvd_node.py",
-    "client/python/tests/torch/node.py",
-];
+const PYTHON_POLLS: &[&str] = &["client/python/tests/rig.py"];
 
 /// Digests that make a name or a tag out of settings; no id is among them.
 const PYTHON_DIGESTS: &[&str] =

@@ -93,7 +93,9 @@ def engines_of(model: str, folder: Path, log: IO[bytes]) -> list[Engine]:
     ]
 
 
-def round_of(engines: list[Engine], prompt: list[int], times: dict[str, list[float]], notes: dict[str, set[Any]]) -> None:
+def round_of(
+    engines: list[Engine], prompt: list[int], times: dict[str, list[float]], notes: dict[str, set[Any]]
+) -> None:
     """One prompt that nobody has seen, on every engine: computed, then had."""
     first = None
     for engine in engines:
@@ -141,7 +143,7 @@ def line_of(
     return {
         "model": model, "pages": pages, "tokens": pages * PAGE + 7, "what": what, "median_ms": round(median, 2),
         "min_ms": round(min(spent), 2), "max_ms": round(max(spent), 2), "rounds": len(spent), "of_cold": round(median / cold, 3),
-        "tokens_had": sorted(notes.get(what, [])), "tokens_differ": what.split(":")[0] in notes["answers differ"],
+        "tokens_had": sorted(notes.get(what, [])), "tokens_differ": what.split(":", maxsplit=1)[0] in notes["answers differ"],
     }  # fmt: skip
 
 

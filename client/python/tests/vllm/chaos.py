@@ -25,7 +25,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine's core in this process, where its connector can be watched
+os.environ.setdefault(
+    "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
+)  # the engine's core in this process, where its connector can be watched
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sized
@@ -107,7 +109,9 @@ class Engine:
     def ask(self, prompt: list[int]) -> str:
         """A request; its name."""
         self._number += 1
-        sampling = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, ignore_eos=True, logprobs=3, detokenize=False)
+        sampling = SamplingParams(
+            temperature=0, max_tokens=ANSWER_TOKENS, ignore_eos=True, logprobs=3, detokenize=False
+        )
         self.llm.llm_engine.add_request(str(self._number), TokensPrompt(prompt_token_ids=prompt), sampling)
         return str(self._number)
 
@@ -130,7 +134,9 @@ class Engine:
                 assert ended == name
                 return answer
 
-    def flow(self, prompts: list[list[int]], right: list[Answer], dice: random.Random, enough: Callable[[int], bool]) -> Flow:
+    def flow(
+        self, prompts: list[list[int]], right: list[Answer], dice: random.Random, enough: Callable[[int], bool]
+    ) -> Flow:
         """Requests of random prompts, `WIDTH` at a time, until it is enough; every one of them ends."""
         came, under_way = Flow(), {}
         while under_way or not enough(came.requests):
@@ -360,7 +366,9 @@ def leases(daemon: Daemon) -> int:
     return int(node[0].get("leases", 0)) if node else -1  # type: ignore[call-overload]
 
 
-def report(options: argparse.Namespace, killer: Killer, control: Flow, came: Flow, rest: dict[str, Any]) -> dict[str, Any]:
+def report(
+    options: argparse.Namespace, killer: Killer, control: Flow, came: Flow, rest: dict[str, Any]
+) -> dict[str, Any]:
     """All of it, as an object."""
     landed = Counter(phase for kill in killer.kills for phase in kill.seen or ["between"])
     landed["before lookup"] = sum(kill.wanted == "before lookup" for kill in killer.kills)
@@ -387,7 +395,9 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     engine.close()
     with Daemon(folder, dram=DRAM, segment=SEGMENT, nvme=NVME) as daemon:
         killer = Killer(daemon, options.kills, options.seed)
-        engine = Engine(model, {"socket": str(daemon.socket), "load": options.load, "layerwise_us": options.layerwise_us})
+        engine = Engine(
+            model, {"socket": str(daemon.socket), "load": options.load, "layerwise_us": options.layerwise_us}
+        )
         killer.counted.clear()
         engine.flow(prompts, right, dice, lambda requests: requests >= 2 * len(prompts))
         before, loaded = Held(), killer.counted["loaded_blocks"]
@@ -395,7 +405,12 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         came = engine.flow(prompts, right, dice, lambda _: not killer.is_alive())
         if killer.trouble is not None:
             raise killer.trouble
-        rest = {"blocks_before": loaded, "left": left_over(engine), "held_before": asdict(before), "held_after": asdict(Held())}
+        rest = {
+            "blocks_before": loaded,
+            "left": left_over(engine),
+            "held_before": asdict(before),
+            "held_after": asdict(Held()),
+        }
         rest["leases"] = until_none(lambda: leases(daemon))
         engine.close()
     return report(options, killer, control, came, rest)

@@ -24,4 +24,8 @@ if [ -z "$wheel" ]; then
     wheel=$(ls -t "$target"/python/wheels/*.whl | head -n 1)
 fi
 "$venv.tools/bin/uv" pip install -q --python "$venv/bin/python" --no-deps --reinstall "$wheel"
-"$venv/bin/python" -m pytest -q -rs --rootdir ../.. -p no:cacheprovider "$@" .
+run=("$venv/bin/python" -m pytest -q -rs --rootdir ../.. -p no:cacheprovider "$@")
+"${run[@]}" .
+# torch is here, too
+"${run[@]}" ../pytorch
+"${run[@]}" ../trtllm

@@ -25,8 +25,19 @@ ENV = {
 
 
 def _run(folder: Path) -> dict[str, Any]:
-    command = [sys.executable, str(Path(__file__).with_name("chaos.py")), "--kills", str(KILLS), "--seed", str(SEED), "--folder", str(folder)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, env=os.environ | ENV, check=False)
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("chaos.py")),
+        "--kills",
+        str(KILLS),
+        "--seed",
+        str(SEED),
+        "--folder",
+        str(folder),
+    ]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, timeout=DEADLINE_S, env=os.environ | ENV, check=False
+    )
     assert ended.returncode == 0, ended.stderr[-6000:]
     report: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
     return report
@@ -40,7 +51,9 @@ def test_the_engine_outlives_its_daemons(tmp_path: Path) -> None:
     for name, value in came.items():
         print(f"{name:<22}{value}")
     assert came["kills"] == KILLS
-    assert came["control_differing"] == 0, "the engine itself answers differently from time to time: nothing can be compared"
+    assert came["control_differing"] == 0, (
+        "the engine itself answers differently from time to time: nothing can be compared"
+    )
     assert came["differing"] == 0, f"{came['differing']} of {came['requests']} answers are wrong"
     assert not any(came["left"].values()), f"still held with no request left: {came['left']}"
     assert came["leases"] == 0, f"{came['leases']} leases that nobody uses"

@@ -28,6 +28,7 @@ from rig import until
 import kvd
 from kvd.vllm.profile import fit
 from kvd.vllm.settings import Settings
+from kvd.vllm.standing import Standing
 from kvd.vllm.told import Told
 
 HERE = Path(__file__).parent
@@ -230,6 +231,35 @@ def test_with_the_last_engine_gone_the_router_says_so_and_carries_on_when_it_is_
     until("it is listed", lambda: fleet.router.workers() == {"far"}, 60)
     both(fleet, tokens(333, 2))
     assert json.loads(ask(f"{fleet.router.url}/v1/models")[1])["data"][0]["id"] == MODEL
+
+
+def test_an_engine_is_counted_and_is_listed_anew_when_its_blocks_are_of_another_space(tmp_path: Path) -> None:
+    """After an update of weights nobody may expect the old blocks of it."""
+    request = SimpleNamespace(request_id="r", num_prompt_tokens=70, num_tokens=75, kv_transfer_params=None)
+    given = {"address": "http://127.0.0.1:1", "node": str(tmp_path / "a/grpc.sock"), "profile": FAST}
+    known = {"model": MODEL, "requests_max": 4, "kv_tokens_max": 100, "batched_tokens_max": 0}
+    with Node(tmp_path / "a", [f"127.0.0.1:{free_port()}"]) as node, node.client() as client:
+        old, new = (client.space(MODEL, "r", kvd.Layout.full(2, 2, 64, "f16", 16), epoch=epoch) for epoch in (0, 1))
+        standing = Standing(old, Settings.of({"worker": given}), known)
+
+        def listed(*load: int) -> str | None:
+            names = ("running_requests", "waiting_requests", "waiting_tokens", "kv_tokens")
+            told = [
+                worker for worker in node.kvctl("workers") if [worker["load"][name] for name in names] == list(load)
+            ]
+            return str(told[0]["registration"]["fingerprint"]) if told else None
+
+        before = until("it is listed", lambda: listed(0, 0, 0, 0))
+        standing.began(request)
+        assert until("it waits", lambda: listed(0, 1, 70, 0)) == before
+        standing.runs({"r", "of somebody else"})
+        assert until("it runs", lambda: listed(1, 0, 0, 75)) == before
+        standing.moved(new)
+        until("it has moved", lambda: listed(1, 0, 0, 75) not in (None, before))
+        standing.ended(request)
+        until("it is over", lambda: listed(0, 0, 0, 0))
+        standing.close()
+        until("it is gone", lambda: not node.kvctl("workers"))
 
 
 def test_a_prefill_is_timed_as_straight_or_bent_as_it_is_and_never_negative() -> None:
