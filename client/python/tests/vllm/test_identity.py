@@ -162,7 +162,8 @@ def _safetensors(content: bytes) -> bytes:
         ({"block_tokens": -1}, "block_tokens", "give 0 or more"),
         ({"load_timeout_ms": True}, "load_timeout_ms", "give a number"),
         ({"socket": 7}, "socket", "give a string"),
-        ({"worker": {"name": "a"}}, "worker", "give address and node"),
+        ({"worker": {"name": "a"}}, "worker.address", "give address and node"),
+        ({"worker": {"address": "here", "node": "x"}}, "worker.address", "write it as http://host:port"),
     ],
 )
 def test_senseless_settings_are_refused(engine: Engine, extra: dict[str, Any], field: str, words: str) -> None:
