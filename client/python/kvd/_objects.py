@@ -119,7 +119,7 @@ class Objects:
         self,
         client: kvd.Client,
         model: str,
-        revision: str,
+        revision: str | bytes,
         shape: Shape,
         health: Health,
         *,
@@ -197,9 +197,7 @@ class Objects:
 
     def _copy_out(self, found: kvd.Match, block: int, pieces: Sequence[Piece]) -> bool:
         if self._is_direct(pieces):
-            return all(
-                found.read(block, kvd.Memory(ptr, size), group) for group, (ptr, size) in enumerate(pieces)
-            )
+            return all(found.read(block, kvd.Memory(ptr, size), group) for group, (ptr, size) in enumerate(pieces))
         slot = bytearray(self._layout.slot_bytes(0))
         if not found.read(block, slot):
             return False

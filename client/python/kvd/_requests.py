@@ -15,21 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvd import Chain
 
 #: Requests kept at a time. Those beyond neither load nor store: an engine that never says that requests
 #: are finished must not fill this process.
 REQUESTS_MAX = 65_536
 #: A page of tokens that nobody wants moved.
 NO_PAGE = -1
-
-
-class Chain(Protocol):
-    """As much of `kvd.Chain` as is used here."""
-
-    def extend(self, tokens: Sequence[int]) -> int: ...
-    def prefix(self, blocks: int) -> Chain: ...
-    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -140,9 +140,10 @@ class Daemon:
     def wait_checksummed(self, chain: kvd.Chain) -> None:
         """Until the checksums of all of a chain's blocks stand in their headers: readers verify then."""
         blocks = [chain.id(block) for block in range(len(chain))]
-        until("checksums", lambda: all(map(self._checksummed, blocks)))
+        until("checksums", lambda: all(map(self.checksummed, blocks)))
 
-    def _checksummed(self, block: bytes) -> bool:
+    def checksummed(self, block: bytes) -> bool:
+        """Whether the checksums of all of a block's copies stand in their headers."""
         found = self.kvctl("block", block.hex())
         copies = [copy for one in found for copy in one["copies"]]  # type: ignore[attr-defined]
         return bool(copies) and all(copy["checksummed"] for copy in copies)
@@ -174,6 +175,11 @@ def _flip_in(memory: mmap.mmap, needle: bytes, at: int) -> int:
 def content(name: object, size: int) -> bytearray:
     """Bytes that depend on the name and on their place."""
     return bytearray(random.Random(repr(name)).randbytes(size))
+
+
+def torch() -> Any:
+    """PyTorch, or a visible skip."""
+    return pytest.importorskip("torch", reason="SKIPPED: torch is not installed")
 
 
 def reason(miss: object) -> str | None:

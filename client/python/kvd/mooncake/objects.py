@@ -65,9 +65,7 @@ class ObjectStore:
         revision = f"1-{kind}-{slot}"
         shape = Shape((slot,))
         epoch, timeout_s = self._epoch, self._timeout_s
-        return Objects(
-            self._client, "mooncake", revision, shape, self._health, epoch=epoch, timeout_s=timeout_s
-        )
+        return Objects(self._client, "mooncake", revision, shape, self._health, epoch=epoch, timeout_s=timeout_s)
 
     def _space(self, size: Size) -> Objects:
         with self._lock:
@@ -155,9 +153,7 @@ class ObjectStore:
         """Reads each object into its target, which has exactly its size: the bytes read; what could not be
         read is left out."""
         sizes = self.sizes(list(targets))
-        whole = {
-            key: size for key, size in sizes.items() if size.total == sum(size for _, size in targets[key])
-        }
+        whole = {key: size for key, size in sizes.items() if size.total == sum(size for _, size in targets[key])}
         came: dict[str, int] = {}
         for size, some in _by_space(whole):
             space = self._space(size)

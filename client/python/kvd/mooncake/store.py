@@ -43,7 +43,7 @@ class MooncakeDistributedStore:
 
     # ---- session -------------------------------------------------------------------------------------------
 
-    def setup(  # noqa: PLR0917 -- the API's order
+    def setup(
         self,
         local_hostname: str,
         metadata_server: str,
@@ -163,9 +163,7 @@ class MooncakeDistributedStore:
         """0, or negative."""
         return self.put_parts(key, value, config=config)
 
-    def put_batch(
-        self, keys: Sequence[str], values: Sequence[Any], config: ReplicateConfig | None = None
-    ) -> int:
+    def put_batch(self, keys: Sequence[str], values: Sequence[Any], config: ReplicateConfig | None = None) -> int:
         """0: all are stored now; else the first code that says otherwise."""
         if len(keys) != len(values):
             return Code.INVALID_PARAMS
@@ -190,9 +188,7 @@ class MooncakeDistributedStore:
         config: ReplicateConfig | None = None,
     ) -> list[int]:
         """0 or negative, of each."""
-        return self.batch_put_from_multi_buffers(
-            keys, [[ptr] for ptr in buffer_ptrs], [[size] for size in sizes]
-        )
+        return self.batch_put_from_multi_buffers(keys, [[ptr] for ptr in buffer_ptrs], [[size] for size in sizes])
 
     def batch_put_from_multi_buffers(
         self,
@@ -207,9 +203,7 @@ class MooncakeDistributedStore:
             return [Code.INVALID_PARAMS] * len(keys)
         codes: list[int] = [Code.INVALID_PARAMS] * len(keys)
         fine = [at for at, places in enumerate(pieces) if self._buffers.cover(places)]
-        for at, code in zip(
-            fine, self._put([keys[at] for at in fine], [pieces[at] for at in fine]), strict=True
-        ):
+        for at, code in zip(fine, self._put([keys[at] for at in fine], [pieces[at] for at in fine]), strict=True):
             codes[at] = code
         return codes
 
@@ -249,13 +243,9 @@ class MooncakeDistributedStore:
         """Into registered memory of at least the object's size: bytes read, or negative."""
         return self.batch_get_into([key], [buffer_ptr], [size])[0]
 
-    def batch_get_into(
-        self, keys: Sequence[str], buffer_ptrs: Sequence[int], sizes: Sequence[int]
-    ) -> list[int]:
+    def batch_get_into(self, keys: Sequence[str], buffer_ptrs: Sequence[int], sizes: Sequence[int]) -> list[int]:
         """As `get_into`, of each."""
-        return self.batch_get_into_multi_buffers(
-            keys, [[ptr] for ptr in buffer_ptrs], [[size] for size in sizes]
-        )
+        return self.batch_get_into_multi_buffers(keys, [[ptr] for ptr in buffer_ptrs], [[size] for size in sizes])
 
     def batch_get_into_multi_buffers(
         self,
@@ -274,9 +264,7 @@ class MooncakeDistributedStore:
         for at, places in enumerate(pieces):
             if not self._buffers.cover(places):
                 codes[at] = Code.INVALID_PARAMS
-        for some in _each_key_once(
-            keys, [at for at, code in enumerate(codes) if code == Code.OBJECT_NOT_FOUND]
-        ):
+        for some in _each_key_once(keys, [at for at, code in enumerate(codes) if code == Code.OBJECT_NOT_FOUND]):
             self._read_into({keys[at]: pieces[at] for at in some}, {keys[at]: at for at in some}, codes)
         return codes
 

@@ -69,9 +69,7 @@ class InPlace:
         pieces = [(int(ptr), int(size)) for ptr, size in zip(ptrs, sizes, strict=True) if size]
         each = len(self.shape.sizes)
         grouped = [pieces[at : at + each] for at in range(0, len(pieces), each)]
-        if len(grouped) != pages or any(
-            tuple(size for _, size in page) != self.shape.sizes for page in grouped
-        ):
+        if len(grouped) != pages or any(tuple(size for _, size in page) != self.shape.sizes for page in grouped):
             raise ValueError(f"the pool names other pieces than it did: {pages} pages, {len(pieces)} pieces")
         return grouped
 

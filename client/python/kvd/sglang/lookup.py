@@ -43,17 +43,11 @@ def block_groups(there: Sequence[bool], block_pages: int, group_pages: int) -> i
     if block_pages <= 0 or group_pages <= 0:
         return 0
     groups = 0
-    while (groups + 1) * group_pages <= len(there) and all(
-        there[groups * group_pages : (groups + 1) * group_pages]
-    ):
+    while (groups + 1) * group_pages <= len(there) and all(there[groups * group_pages : (groups + 1) * group_pages]):
         groups += 1
     return groups * block_pages
 
 
 def common(kv_pages: int, verdicts: Sequence[Verdict]) -> list[int]:
     """The prefixes that the KV and every gating pool can restore, shortest first."""
-    return [
-        length
-        for length in range(1, kv_pages + 1)
-        if all(length in verdict.restorable for verdict in verdicts)
-    ]
+    return [length for length in range(1, kv_pages + 1) if all(length in verdict.restorable for verdict in verdicts)]

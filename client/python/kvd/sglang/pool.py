@@ -37,9 +37,7 @@ class PagePool:
         self._may_write = not config.replicated(name) or config.ranks.writes_replicated
         self._promises = Promises(config.promise_s)
         layout, dtype = str(getattr(host, "layout", "")), str(getattr(host, "dtype", ""))
-        revision = config.identity(
-            name, form=form, layout=layout, dtype=dtype, sizes=shape.sizes, tokens=shape.tokens
-        )
+        revision = config.identity(name, form=form, layout=layout, dtype=dtype, sizes=shape.sizes, tokens=shape.tokens)
         self._objects = Objects(
             client, config.model, revision, shape, health, epoch=config.epoch, timeout_s=config.timeout_s
         )

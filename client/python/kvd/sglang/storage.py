@@ -39,7 +39,7 @@ class Registered:
     pages: PagePool
 
 
-class KvdStorage(HiCacheStorage):  # type: ignore[misc]
+class KvdStorage(HiCacheStorage):
     """One rank's storage. See client/python/docs/sglang.md for what the extra config may say."""
 
     def __init__(self, storage_config: Any, kwargs: dict[str, Any] | None = None) -> None:
@@ -85,9 +85,7 @@ class KvdStorage(HiCacheStorage):  # type: ignore[misc]
         _log.info("kvd for SGLang: pool %s, %s, %d bytes a page", name, form.name, form.shape.total)
 
     def _page_pool(self, name: str, form: str, shape: Shape, host: Any) -> PagePool:
-        return PagePool(
-            self._client, self._config, self._health, name=name, form=form, shape=shape, host=host
-        )
+        return PagePool(self._client, self._config, self._health, name=name, form=form, shape=shape, host=host)
 
     def _kv(self) -> PagePool | None:
         registered = self._pools.get(KV)
@@ -163,17 +161,11 @@ class KvdStorage(HiCacheStorage):  # type: ignore[misc]
 
     def batch_get_v2(self, transfers: list[Any], extra_info: Any = None) -> dict[Any, list[bool]]:
         """As v1, for each pool."""
-        return {
-            transfer.name: self._get(transfer.name, transfer.keys, transfer.host_indices)
-            for transfer in transfers
-        }
+        return {transfer.name: self._get(transfer.name, transfer.keys, transfer.host_indices) for transfer in transfers}
 
     def batch_set_v2(self, transfers: list[Any], extra_info: Any = None) -> dict[Any, list[bool]]:
         """As v1, for each pool."""
-        return {
-            transfer.name: self._set(transfer.name, transfer.keys, transfer.host_indices)
-            for transfer in transfers
-        }
+        return {transfer.name: self._set(transfer.name, transfer.keys, transfer.host_indices) for transfer in transfers}
 
     def _get(self, pool_name: Any, keys: Sequence[str] | None, host_indices: Any) -> list[bool]:
         keys = list(keys or [])
@@ -213,9 +205,7 @@ class KvdStorage(HiCacheStorage):  # type: ignore[misc]
     def _refused(self, pool_name: Any, keys: Sequence[str], host_indices: Any) -> list[bool]:
         if keys:
             slots = 0 if host_indices is None else len(host_indices)
-            _log.error(
-                "kvd for SGLang: pool %s: %d keys with %d slots, nothing moved", pool_name, len(keys), slots
-            )
+            _log.error("kvd for SGLang: pool %s: %d keys with %d slots, nothing moved", pool_name, len(keys), slots)
         return [False] * len(keys)
 
     # ---- flat pages, one tensor each -----------------------------------------------------------------------
@@ -233,9 +223,7 @@ class KvdStorage(HiCacheStorage):  # type: ignore[misc]
             return None
         return self.batch_get([key], [target_location])[0]
 
-    def batch_get(
-        self, keys: list[str], target_locations: Any = None, target_sizes: Any = None
-    ) -> list[Any | None]:
+    def batch_get(self, keys: list[str], target_locations: Any = None, target_sizes: Any = None) -> list[Any | None]:
         """Pages, each into its tensor: that tensor, or `None` from the first on that cannot be had."""
         targets = list(target_locations or [])
         if not keys or len(targets) != len(keys):

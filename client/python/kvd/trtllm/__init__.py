@@ -84,7 +84,7 @@ class Work:
     stores: list[Span] = field(default_factory=list)
 
 
-class KvdScheduler(_HOME.KvCacheConnectorScheduler):  # type: ignore[misc]
+class KvdScheduler(_HOME.KvCacheConnectorScheduler):
     """Decides what is loaded and stored. Use the class that `configured` makes."""
 
     _shared: ClassVar[_Shared | None] = None
@@ -128,7 +128,7 @@ class KvdScheduler(_HOME.KvCacheConnectorScheduler):  # type: ignore[misc]
         self._node.cancel(request.request_id, start)
 
 
-class KvdWorker(_HOME.KvCacheConnectorWorker):  # type: ignore[misc]
+class KvdWorker(_HOME.KvCacheConnectorWorker):
     """Moves the bytes. Use the class that `configured` makes."""
 
     _shared: ClassVar[_Shared | None] = None

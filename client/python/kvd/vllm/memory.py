@@ -115,8 +115,10 @@ def _written(
     model_dtype = dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.bfloat16
     values = (index // DIGIT**digit % DIGIT + 1).expand(tokens, heads, head_size).to(model_dtype).contiguous()
     slots = torch.arange(tokens) + tokens  # page 1: page 0 is the engine's null page
-    layer.impl.do_kv_cache_update(layer, values, values.clone(), scratch, slots)
-    landed = scratch[1, 0].reshape(-1).to(torch.float32).round().to(torch.int64)
+    # what is kept is what is written over its scale
+    keys, kept = (values * getattr(layer, name, 1.0) for name in ("_k_scale_float", "_v_scale_float"))
+    layer.impl.do_kv_cache_update(layer, keys.contiguous(), kept.contiguous(), scratch, slots)
+    landed = _numbers(scratch[1, 0], layer).reshape(-1).to(torch.float32).round().to(torch.int64)
     if int(landed.min()) < 1 or int(landed.max()) > DIGIT:
         raise InvalidError(
             "invalid",
@@ -125,6 +127,13 @@ def _written(
             "it does not keep what it is given: kvd cannot tell its order",
         )
     return landed - 1
+
+
+def _numbers(kept: torch.Tensor, layer: Any) -> torch.Tensor:
+    """What the bytes mean: eight-bit floats come as bytes."""
+    if kept.dtype.is_floating_point:
+        return kept
+    return kept.view(torch.float8_e5m2 if layer.impl.kv_cache_dtype == "fp8_e5m2" else torch.float8_e4m3fn)
 
 
 def _read(seen: dict[str, torch.Tensor], half: slice, tokens: int, head_size: int) -> Order:

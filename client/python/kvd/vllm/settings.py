@@ -102,7 +102,8 @@ def _check_worker(worker: dict[str, Any]) -> None:
 
 
 def _article(default: Any) -> str:
-    return {str: "a string", dict: "an object"}.get(type(default), "a number")
+    names: dict[type, str] = {str: "a string", dict: "an object"}
+    return names.get(type(default), "a number")
 
 
 def _refused(name: str, value: str, fix: str) -> InvalidError:

@@ -28,7 +28,7 @@ class KvdStats(KVConnectorStats):
 
     def reset(self) -> None:
         """Begins anew."""
-        self.data = {}
+        self.data: dict[str, int] = {}
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         """Of several ranks or steps."""

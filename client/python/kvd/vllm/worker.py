@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import kvd
 from kvd.vllm.memory import layer_memory
-from kvd.vllm.meta import ChainRef, KvdMetadata, KvdWorkerMeta, LoadJob, StoreJob
+from kvd.vllm.meta import DROPPED, ChainRef, KvdMetadata, KvdWorkerMeta, LoadJob, StoreJob
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +28,9 @@ logger = logging.getLogger("vllm.kvd")
 
 STORE_TIMEOUT_S = 15.0
 """A store that takes longer is given up: pages are not held for a node that does not answer."""
+AWAY_S = 0.05
+"""A load that still goes on after the node was away for so long is given up: what has arrived is there by then, and nothing more may ever come.
+An engine that waits for it in its batch could not even hear of the node's return: its scheduler waits as well."""
 
 
 @dataclass
@@ -39,6 +44,8 @@ class Load:
     loading: kvd.Loading | None = None
     failed_from: int | None = None
     over: bool = False
+    away_s: float | None = None
+    """Since when the node is known to be away."""
 
     def fail(self, block: int) -> None:
         """From this block on nothing is there."""
@@ -84,6 +91,7 @@ class WorkerSide:
         self._stores: list[Store] = []
         self._ended = KvdWorkerMeta()
         self._invalid: set[int] = set()
+        self._failed_step = 0
         self._sending: set[str] = set()
 
     # ---- the engine's memory
@@ -152,7 +160,9 @@ class WorkerSide:
             )
             self._client.wait_connected(self.settings.lookup_timeout_ms / 1000)
         elif token != self._token:
+            # the node was restarted; what the scheduler has found there is asked for in this very step
             self._client.join(token)
+            self._client.wait_connected(self.settings.lookup_timeout_ms / 1000)
         self._token = token
         return True
 
@@ -207,6 +217,7 @@ class WorkerSide:
                 patience_s=max(load.until_s - time.monotonic(), 0.0),
             )
         assert load.loading is not None
+        self._give_up_if_away(load)
         outcome = load.loading.outcome()
         if outcome is not None:
             failed_from, miss, copied = outcome
@@ -217,7 +228,7 @@ class WorkerSide:
                     "kvd: %s: block %d cannot be had (%s): computed",
                     job.request,
                     failed_from,
-                    miss.reason if miss else "too late",
+                    miss.reason if miss is not None else "too late",
                 )
                 return load.fail(failed_from)
             load.end()
@@ -229,17 +240,36 @@ class WorkerSide:
             if load.over or load.loading is None:
                 continue
             group, layer = self._places[name]
-            if not load.loading.wait_layer(layer, group=group, timeout_s=max(load.until_s - time.monotonic(), 0.0)):
-                load.loading.stop()
+            self._await(load, partial(load.loading.wait_layer, layer, group=group))
 
-    def _finish_in_batch(self) -> None:
+    def _await(self, load: Load, wait: Callable[..., bool]) -> None:
+        """Until it is there, or given up."""
+        assert load.loading is not None
+        while not wait(timeout_s=max(min(load.until_s - time.monotonic(), AWAY_S), 0.0)):
+            if time.monotonic() >= load.until_s:
+                load.loading.stop()
+            self._give_up_if_away(load)
+
+    def _give_up_if_away(self, load: Load) -> None:
+        assert self._client is not None and load.loading is not None
+        now = time.monotonic()
+        if self._client.connected:
+            load.away_s = None
+        elif load.away_s is None:
+            load.away_s = now
+        elif now - load.away_s >= AWAY_S:
+            load.loading.stop()
+
+    def _finish_in_batch(self) -> bool:
+        """Whether one of them failed."""
+        failed = False
         for load in self._in_batch:
             if load.loading is not None and not load.over:
-                load.loading.wait(max(load.until_s - time.monotonic(), 0.0))
-                load.loading.stop()
+                self._await(load, load.loading.wait)
                 self._advance(load, 0)
-            self._note_failure(load)
+            failed |= self._note_failure(load)
         self._in_batch = []
+        return failed
 
     def _note_failure(self, load: Load) -> bool:
         """The engine's pages that were not loaded; whether there are any."""
@@ -273,9 +303,14 @@ class WorkerSide:
 
     def start_stores(self, meta: KvdMetadata) -> None:
         """As `wait_for_save`: begins what this step has completed; the pages stay as they are until it is done."""
-        self._finish_in_batch()
+        if self._finish_in_batch():
+            self._failed_step = meta.step
         self._sending |= meta.await_stores
         for job in meta.stores:
+            if meta.heard < self._failed_step:
+                # computed on pages that were never loaded, or by who shares them: the engine does it again
+                self._store_over(job, DROPPED)
+                continue
             if not self._join(meta.token):
                 self._store_over(job, 0)
                 continue
@@ -347,7 +382,8 @@ class WorkerSide:
     def take_meta(self) -> KvdWorkerMeta | None:
         """What the scheduler's half hears."""
         ended, self._ended = self._ended, KvdWorkerMeta()
-        return ended if ended.ended else None
+        ended.failed_step = self._failed_step
+        return ended if ended.ended or ended.failed_step else None
 
     def _count(self, name: str, by: int) -> None:
         self.stats[name] = self.stats.get(name, 0) + by

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
-
-from kvd_node import Daemon
+from rig import MIB, Daemon
 
 from kvd.mooncake import MooncakeDistributedStore
 
 
 @pytest.fixture
-def daemon() -> Iterator[Daemon]:
-    one = Daemon()
-    yield one
-    one.end()
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    with Daemon(tmp_path, dram=256 * MIB, segment=16 * MIB) as one:
+        yield one
 
 
 @pytest.fixture
 def store(daemon: Daemon) -> Iterator[MooncakeDistributedStore]:
-    one = connected(daemon.socket)
+    one = connected(str(daemon.socket))
     yield one
     one.close()
 
 
 @pytest.fixture
 def another(daemon: Daemon) -> Callable[[], MooncakeDistributedStore]:
-    return lambda: connected(daemon.socket)
+    return lambda: connected(str(daemon.socket))
 
 
 def connected(socket: str) -> MooncakeDistributedStore:

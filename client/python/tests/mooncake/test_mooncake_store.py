@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from kvd_node import MIB, Daemon, until
+from rig import MIB, Daemon, until
 
 from kvd.mooncake import MooncakeDistributedStore, MooncakeHostMemAllocator, ReplicateConfig
 from kvd.mooncake.objects import EXACT_MAX
@@ -28,9 +28,7 @@ def registered(store: MooncakeDistributedStore, *arrays: np.ndarray) -> list[int
 
 
 @pytest.mark.parametrize("size", [1, 4087, 4088, 4089, 4096, 5000, 8192, 1_000_000, 4 * MIB])
-def test_objects_of_any_size_come_back_whole(
-    store: MooncakeDistributedStore, another: Another, size: int
-) -> None:
+def test_objects_of_any_size_come_back_whole(store: MooncakeDistributedStore, another: Another, size: int) -> None:
     value = noise(size, size).tobytes()
     assert store.is_exist("key") == 0 and store.get("key") == b"" and store.get_size("key") == -704
     assert store.put("key", value) == 0
@@ -90,9 +88,7 @@ def test_many_buffers_an_object(store: MooncakeDistributedStore, another: Anothe
     into = registered(other, *targets)
     assert other.batch_get_into_multi_buffers(["many"], [into], [sizes]) == [len(whole)]
     assert all(np.array_equal(a, b) for a, b in zip(pieces, targets, strict=True))
-    assert other.batch_get_into_multi_buffers(["many"], [into[:2]], [sizes[:2]]) == [-600], (
-        "too small together"
-    )
+    assert other.batch_get_into_multi_buffers(["many"], [into[:2]], [sizes[:2]]) == [-600], "too small together"
     assert other.batch_get_into_multi_buffers(["many"], [into], [sizes, sizes]) == [-600]
 
 
@@ -137,9 +133,7 @@ def test_what_can_be_removed(store: MooncakeDistributedStore, caplog: pytest.Log
     assert store.remove("none") == -704
     assert store.remove("key") == store.remove("key", force=True) == -1011
     assert store.remove_by_regex("k.*") == -1011
-    assert sum("evicted by what they are worth" in record.message for record in caplog.records) == 1, (
-        "said once"
-    )
+    assert sum("evicted by what they are worth" in record.message for record in caplog.records) == 1, "said once"
     assert store.remove_all(force=True) == 0
     assert store.is_exist("key") == 0 and store.get("key") == b""
     assert store.put("key", b"other") == 0 and store.get("key") == b"other"
@@ -148,7 +142,7 @@ def test_what_can_be_removed(store: MooncakeDistributedStore, caplog: pytest.Log
 def test_tenants_are_walls(store: MooncakeDistributedStore, daemon: Daemon) -> None:
     assert store.put("key", b"value") == 0
     other = MooncakeDistributedStore()
-    assert other.setup("", "", 0, 0, "tcp", "", f"unix:{daemon.socket}", tenant_id="other") == 0
+    assert other.setup("", "", 0, 0, "tcp", "", f"unix:{daemon.socket!s}", tenant_id="other") == 0
     assert other.is_exist("key") == 0
     assert other.close() == 0 and other.health_check() == 1 and other.is_exist("key") == -1
 
@@ -157,7 +151,7 @@ def test_a_daemon_that_dies_is_codes_and_comes_back(store: MooncakeDistributedSt
     target = np.zeros(4096, np.uint8)
     registered(store, target)
     assert store.put("key", b"v" * 4096) == 0
-    daemon.kill()
+    daemon.kill9()
     assert store.is_exist("key") == 0
     assert store.get("key") == b""
     assert store.get_into("key", target.ctypes.data, 4096) == -704
@@ -201,7 +195,7 @@ def test_one_import_is_changed(daemon: Daemon) -> None:
     program = (
         "from mooncake.store import MooncakeDistributedStore, ReplicateConfig\n"
         "s = MooncakeDistributedStore()\n"
-        f"assert s.setup('h', 'P2PHANDSHAKE', 0, 0, 'tcp', '', {daemon.socket!r}) == 0\n"
+        f"assert s.setup('h', 'P2PHANDSHAKE', 0, 0, 'tcp', '', {str(daemon.socket)!r}) == 0\n"
         "assert s.put('k', b'v', ReplicateConfig()) == 0\n"
         "print(s.get('k'))\n"
     )

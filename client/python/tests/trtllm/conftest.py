@@ -10,15 +10,14 @@ from pathlib import Path
 import pytest
 
 _HERE = Path(__file__).parent
-sys.path[:0] = [str(_HERE), str(_HERE.parent / "torch")]
+sys.path.insert(0, str(_HERE))
 if importlib.util.find_spec("tensorrt_llm") is None:
     sys.path.insert(0, str(_HERE / "stub"))
 
-from node import Daemon  # noqa: E402
+from rig import Daemon
 
 
 @pytest.fixture
-def daemon() -> Iterator[Daemon]:
-    one = Daemon()
-    yield one
-    one.end()
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    with Daemon(tmp_path) as one:
+        yield one

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import transformers
-from node import until
+from rig import until
 from tensorrt_llm._torch.pyexecutor.kv_cache_connector import RequestData, SchedulerOutput
 
 from kvd.trtllm import Settings, configured

@@ -10,15 +10,15 @@ import pytest
 torch = pytest.importorskip("torch", reason="SKIPPED: torch is not installed")
 kvd = pytest.importorskip("kvd", reason="SKIPPED: kvd is not built; run maturin develop")
 
-import engine  # noqa: E402
-from node import Daemon, until  # noqa: E402
+import engine
+from rig import Daemon, until
 
-from kvd.trtllm import KvdWorker, Settings, configured  # noqa: E402
-from kvd.trtllm.settings import layout_for  # noqa: E402
+from kvd.trtllm import KvdWorker, Settings, configured
+from kvd.trtllm.settings import layout_for
 
 
 def connected(daemon: Daemon, **other: Any) -> engine.Engine:
-    one = engine.Engine(engine.settings(daemon.socket, **other))
+    one = engine.Engine(engine.settings(str(daemon.socket), **other))
     assert one.worker._node._client.wait_connected(10.0)
     return one
 
@@ -59,7 +59,7 @@ def test_a_killed_daemon_is_a_miss_said_once_and_comes_back(daemon: Daemon, capl
     caplog.set_level(logging.INFO, logger="kvd.trtllm")
     one = connected(daemon, lookup_s=0.2)
     one.play("cold")
-    daemon.kill()
+    daemon.kill9()
     one.play("warm")
     assert one.matched == [0, 0, 0, 0]
     assert sum("does not answer" in line for line in caplog.messages) == 1
@@ -80,7 +80,7 @@ def test_a_daemon_killed_between_promise_and_load_takes_nothing_back(daemon: Dae
     calls = [call for call in engine.CALLS if call["run"] == "warm"]
     warm.get_num_new_matched_tokens(**calls[0]["arguments"])
     assert warm.matched == [96]
-    daemon.kill()
+    daemon.kill9()
     for call in calls[1:5]:
         getattr(warm, call["call"])(**call["arguments"])
 

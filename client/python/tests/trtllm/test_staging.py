@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="SKIPPED: torch is not installed")
 
-from kvd._staging import Staging  # noqa: E402
+from kvd._staging import Staging
 
 
 def test_rows_come_back_when_their_reader_is_done() -> None:

@@ -10,11 +10,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from node import Daemon
+from rig import Daemon
 
 
 @pytest.fixture
-def daemon() -> Iterator[Daemon]:
-    one = Daemon()
-    yield one
-    one.end()
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    with Daemon(tmp_path) as one:
+        yield one

@@ -1,5 +1,5 @@
 #!/bin/bash
-# usage: install.sh VENV -- an environment with the real SGLang 0.5.23, for `pytest -m slow tests/sglang`.
+# usage: install.sh VENV -- an environment with the real SGLang 0.5.23, for `pytest -m slow tests/hicache`.
 # CPU only: SGLang comes without its dependencies (GPU kernels), what its storage interface imports is pinned with hashes.
 set -eu
 venv=$1

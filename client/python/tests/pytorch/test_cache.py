@@ -17,17 +17,17 @@ torch = pytest.importorskip("torch", reason="SKIPPED: torch is not installed")
 pytest.importorskip("transformers", reason="SKIPPED: transformers is not installed")
 pytest.importorskip("kvd", reason="SKIPPED: kvd is not built; run maturin develop")
 
-import tiny  # noqa: E402
-from node import Daemon, until  # noqa: E402
+import tiny
+from rig import Daemon, until
 
-import kvd.torch  # noqa: E402
+import kvd.torch
 
 _WHOLE = tiny.PROMPT_TOKENS // tiny.BLOCK_TOKENS * tiny.BLOCK_TOKENS
 
 
 def fresh_process(daemon: Daemon, kind: str) -> tuple[int, Any]:
     out = daemon.folder / "out.pt"
-    command = [sys.executable, tiny.__file__, daemon.socket, kind, str(out)]
+    command = [sys.executable, tiny.__file__, str(daemon.socket), kind, str(out)]
     subprocess.run(command, check=True, timeout=120)
     got = torch.load(out)
     return got["loaded"], got["logits"]
@@ -38,7 +38,7 @@ def stored_prompt(daemon: Daemon, kind: str) -> tuple[Any, Any]:
     made = tiny.model(kind)
     ids = tiny.prompt()[:, :_WHOLE]
     cache = tiny.prefill(made, ids)
-    blocks = tiny.kvd_cache(daemon.socket, made).store(ids, cache)
+    blocks = tiny.kvd_cache(str(daemon.socket), made).store(ids, cache)
     assert blocks == _WHOLE // tiny.BLOCK_TOKENS
     return made, cache
 
@@ -54,7 +54,7 @@ def test_a_fresh_process_goes_on_as_the_one_that_computed(daemon: Daemon, kind: 
 def test_a_flipped_bit_in_the_daemons_memory_is_computed_again(daemon: Daemon) -> None:
     made, cache = stored_prompt(daemon, "full")
     kept = 2 * tiny.BLOCK_TOKENS
-    chain = tiny.kvd_cache(daemon.socket, made).space.chain(tiny.prompt().flatten().tolist())
+    chain = tiny.kvd_cache(str(daemon.socket), made).space.chain(tiny.prompt().flatten().tolist())
     until("its checksums", lambda: daemon.checksummed(chain.id(2)))
     first_bytes = cache.layers[0].keys[0, 0, kept : kept + 16].contiguous().view(torch.uint8).numpy().tobytes()
     flip(daemon.pid, first_bytes)
@@ -82,7 +82,7 @@ def flip(pid: int, needle: bytes) -> None:
 def test_the_last_token_is_left_to_the_model(daemon: Daemon) -> None:
     made = tiny.model("full")
     ids = tiny.prompt()[:, :64]
-    ours = tiny.kvd_cache(daemon.socket, made)
+    ours = tiny.kvd_cache(str(daemon.socket), made)
     assert ours.store(ids, tiny.prefill(made, ids)) == 2
     assert ours.load(ids).get_seq_length() == 32
     assert ours.load(ids[:, :33]).get_seq_length() == 32
@@ -92,14 +92,14 @@ def test_the_last_token_is_left_to_the_model(daemon: Daemon) -> None:
 
 def test_other_salts_and_prompts_find_nothing(daemon: Daemon) -> None:
     made, _ = stored_prompt(daemon, "full")
-    ours = tiny.kvd_cache(daemon.socket, made)
+    ours = tiny.kvd_cache(str(daemon.socket), made)
     assert ours.load(tiny.prompt(), salt=b"another user").get_seq_length() == 0
     assert ours.load(tiny.prompt() + 1).get_seq_length() == 0
 
 
 def test_a_window_that_forgot_is_refused_and_one_that_did_not_is_loaded(daemon: Daemon) -> None:
     made = tiny.model("short")
-    ours, ids = tiny.kvd_cache(daemon.socket, made), tiny.prompt()
+    ours, ids = tiny.kvd_cache(str(daemon.socket), made), tiny.prompt()
     with pytest.raises(kvd.InvalidError, match="sliding window kept 79 of 200"):
         ours.store(ids, tiny.prefill(made, ids))
     assert ours.store(ids[:, :64], tiny.prefill(made, ids[:, :64])) == 2
@@ -108,9 +108,9 @@ def test_a_window_that_forgot_is_refused_and_one_that_did_not_is_loaded(daemon: 
 
 def test_a_node_that_is_gone_is_a_miss_and_comes_back(daemon: Daemon) -> None:
     made, cache = stored_prompt(daemon, "full")
-    ours, ids = tiny.kvd_cache(daemon.socket, made), tiny.prompt()
+    ours, ids = tiny.kvd_cache(str(daemon.socket), made), tiny.prompt()
     assert ours.load(ids).get_seq_length() == _WHOLE
-    daemon.kill()
+    daemon.kill9()
     assert ours.load(ids, timeout_s=0.5).get_seq_length() == 0
     assert ours.store(ids, cache, timeout_s=0.5) == 0
     daemon.start()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from hosts import hashes
-from kvd_node import MIB, Daemon, until
+from rig import MIB, Daemon, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("real_sglang")]
 
@@ -90,10 +90,9 @@ def created(config: Any, host: TorchHost | None) -> Any:
 
 
 @pytest.fixture
-def node() -> Iterator[Daemon]:
-    one = Daemon(dram_bytes=1024 * MIB, segment_bytes=64 * MIB)
-    yield one
-    one.end()
+def node(tmp_path: Path) -> Iterator[Daemon]:
+    with Daemon(tmp_path, dram=1024 * MIB, segment=64 * MIB) as one:
+        yield one
 
 
 def test_the_class_is_whole(node: Daemon, storage_config: Config) -> None:
@@ -101,7 +100,7 @@ def test_the_class_is_whole(node: Daemon, storage_config: Config) -> None:
 
     from kvd.sglang import KvdStorage
 
-    backend = created(storage_config(node.socket), None)
+    backend = created(storage_config(str(node.socket)), None)
     assert type(backend) is KvdStorage and isinstance(backend, HiCacheStorage)
     assert not KvdStorage.__abstractmethods__
 
@@ -112,7 +111,7 @@ def test_128_pages_at_the_speed_of_memory(node: Daemon, storage_config: Config) 
     total = 2 * host.page_bytes * PAGES
     fresh, reused, gets, copies = [], [], [], []
     wrong = 0
-    backend = created(storage_config(node.socket), host)
+    backend = created(storage_config(str(node.socket)), host)
     for round_ in range(ROUNDS):
         keys = hashes(PAGES, 1000 * round_)
         host.kv_buffer.copy_(expected.kv_buffer)
@@ -153,13 +152,13 @@ def test_flat_and_in_place_with_tensors(node: Daemon, storage_config: Config, v1
     host, expected = TorchHost(8), TorchHost(8)
     host.fill(2)
     expected.fill(2)
-    backend, keys = created(storage_config(node.socket, interface_v1=v1), host), hashes(8)
+    backend, keys = created(storage_config(str(node.socket), interface_v1=v1), host), hashes(8)
     if v1:
         assert all(backend.batch_set_v1(keys, slots(8)))
     else:
         assert backend.batch_set(keys, [host.get_data_page(page * PAGE_TOKENS) for page in range(8)])
     host.kv_buffer.zero_()
-    other = created(storage_config(node.socket, interface_v1=v1), host)
+    other = created(storage_config(str(node.socket), interface_v1=v1), host)
     assert other.batch_exists(keys) == 8
     if v1:
         assert all(other.batch_get_v1(keys, slots(8)))
@@ -170,18 +169,14 @@ def test_flat_and_in_place_with_tensors(node: Daemon, storage_config: Config, v1
     assert wrong_bytes(host.kv_buffer, expected.kv_buffer) == 0
 
 
-def test_sglangs_failure_injector(
-    node: Daemon, storage_config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sglangs_failure_injector(node: Daemon, storage_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_TEST_HICACHE_BACKEND_RANDOM_FAILURE", "0.3")
     monkeypatch.setenv("SGLANG_TEST_HICACHE_BACKEND_RANDOM_DELAY", "0.002")
     host = TorchHost(8)
-    backend = created(storage_config(node.socket, timeout_s=0.5), host)
+    backend = created(storage_config(str(node.socket), timeout_s=0.5), host)
     assert type(backend).__name__ == "HiCacheStorageFailureInjector"
     host.fill(3)
-    pages = {
-        page: host.kv_buffer[:, page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS].clone() for page in range(8)
-    }
+    pages = {page: host.kv_buffer[:, page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS].clone() for page in range(8)}
     tally = {"set": 0, "set failed": 0, "got": 0, "missed": 0, "kills": 0, "wrong bytes": 0}
     for turn in range(120):
         keys = hashes(8, 100 * (turn % 10))
@@ -201,9 +196,7 @@ def test_sglangs_failure_injector(
         came = backend.batch_get_v1(keys[:hit], slots(hit)) if hit else []
         for page, there in enumerate(came):
             at = slice(page * PAGE_TOKENS, (page + 1) * PAGE_TOKENS)
-            tally["wrong bytes"] += (
-                wrong_bytes(host.kv_buffer[:, at].contiguous(), pages[page]) if there else 0
-            )
+            tally["wrong bytes"] += wrong_bytes(host.kv_buffer[:, at].contiguous(), pages[page]) if there else 0
         tally["got"] += sum(came)
         tally["missed"] += 8 - sum(came)
     print("\ninjector (failures 0.3, delays to 2 ms, 2 kills):", tally)
@@ -235,8 +228,8 @@ def test_sglangs_own_mooncake_backend_over_kvd(
             return (ptrs[::2], sizes[::2]) if is_mla else (ptrs, sizes)
 
     def opened(host: Host) -> Any:
-        config = storage_config(node.socket, ranks={"is_mla_model": is_mla})
-        config.extra_config = {"master_server_address": node.socket, "metadata_server": "P2PHANDSHAKE"}
+        config = storage_config(str(node.socket), ranks={"is_mla_model": is_mla})
+        config.extra_config = {"master_server_address": str(node.socket), "metadata_server": "P2PHANDSHAKE"}
         store = MooncakeStore(config, host)
         store.register_mem_pool_host(host)
         return store
@@ -272,10 +265,10 @@ def test_a_fresh_process_reads_what_the_factorys_backend_stored(node: Daemon, st
 
     host = NumpyHost(PAGES)
     host.fill(5)
-    backend = created(storage_config(node.socket), host)  # type: ignore[arg-type]
+    backend = created(storage_config(str(node.socket)), host)  # type: ignore[arg-type]
     assert all(backend.batch_set_v1(hashes(PAGES), numpy_slots(list(range(PAGES)))))
     reader = Path(__file__).parent / "reader.py"
-    command = [sys.executable, str(reader), node.socket, str(PAGES), "5"]
+    command = [sys.executable, str(reader), str(node.socket), str(PAGES), "5"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     print(f"\na fresh process: {done.stdout.strip()}")
     assert done.stdout.strip().endswith(f"{PAGES} pages, wrong bytes 0"), done.stderr

@@ -18,9 +18,7 @@ class Host:
     layout = "page_first"
     dtype = "bfloat16"
 
-    def __init__(
-        self, pages: int, sizes: tuple[int, ...] = (65_536, 65_536), page_size: int = PAGE_TOKENS
-    ) -> None:
+    def __init__(self, pages: int, sizes: tuple[int, ...] = (65_536, 65_536), page_size: int = PAGE_TOKENS) -> None:
         self.page_size = page_size
         self.size = pages * page_size
         self.buffers = [np.zeros((pages, size), np.uint8) for size in sizes]
@@ -45,9 +43,7 @@ class Host:
     def get_page_buffer_meta(self, indices: Any) -> tuple[list[int], list[int]]:
         assert len(indices) % self.page_size == 0
         places = [
-            (buffer[page].ctypes.data, buffer[page].nbytes)
-            for page in self.pages(indices)
-            for buffer in self.buffers
+            (buffer[page].ctypes.data, buffer[page].nbytes) for page in self.pages(indices) for buffer in self.buffers
         ]
         return [ptr for ptr, _ in places], [size for _, size in places]
 

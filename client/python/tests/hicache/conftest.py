@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
-for folder in (HERE, HERE.parent / "support"):
-    sys.path.insert(0, str(folder))
+sys.path.insert(0, str(HERE))
 
 
 def _has_sglang() -> bool:
@@ -27,7 +26,7 @@ REAL = _has_sglang()
 if not REAL:
     sys.path.insert(0, str(HERE / "stub"))
 
-from kvd_node import Daemon  # noqa: E402
+from rig import MIB, Daemon
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,14 +46,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def real_sglang() -> None:
     """Or a visible skip."""
     if not REAL:
-        pytest.skip("SKIPPED: SGLang is not installed; tests/sglang/install.sh makes an environment with it")
+        pytest.skip("SKIPPED: SGLang is not installed; tests/hicache/install.sh makes an environment with it")
 
 
 @pytest.fixture
-def daemon() -> Iterator[Daemon]:
-    one = Daemon()
-    yield one
-    one.end()
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    with Daemon(tmp_path, dram=256 * MIB, segment=16 * MIB) as one:
+        yield one
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hosts import PAGE_TOKENS, Host, LayerFirst, hashes, slots
-from kvd_node import MIB, Daemon, until
+from rig import MIB, Daemon, until
 from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
 
 import kvd
@@ -33,8 +33,7 @@ def opened(config: Any, host: Host | None = None) -> KvdStorage:
 
 def same(host: Host, expected: list[np.ndarray], pages: list[int]) -> bool:
     return all(
-        np.array_equal(buffer[pages], wanted[pages])
-        for buffer, wanted in zip(host.buffers, expected, strict=True)
+        np.array_equal(buffer[pages], wanted[pages]) for buffer, wanted in zip(host.buffers, expected, strict=True)
     )
 
 
@@ -46,14 +45,14 @@ def test_a_batch_of_128_pages_comes_back_whole(
     host = kind(PAGES, sizes)
     host.fill(1)
     stored, keys, all_pages = host.copy(), hashes(PAGES), list(range(PAGES))
-    storage = opened(storage_config(daemon.socket), host)
+    storage = opened(storage_config(str(daemon.socket)), host)
     assert storage.batch_exists(keys) == 0
     assert storage.batch_get_v1(keys, slots(all_pages)) == [False] * PAGES
     assert storage.batch_set_v1(keys, slots(all_pages)) == [True] * PAGES
     assert storage.batch_set_v1(keys, slots(all_pages)) == [True] * PAGES, "again is fine"
     host.wipe()
 
-    other = opened(storage_config(daemon.socket), host)
+    other = opened(storage_config(str(daemon.socket)), host)
     backwards = all_pages[::-1]
     assert other.batch_exists([*keys, "more"]) == PAGES
     assert other.batch_get_v1(keys, slots(backwards)) == [True] * PAGES
@@ -64,17 +63,15 @@ def test_a_batch_of_128_pages_comes_back_whole(
 def test_a_fresh_process_reads_the_pages(daemon: Daemon, storage_config: Config) -> None:
     host = Host(PAGES)
     host.fill(2)
-    assert all(
-        opened(storage_config(daemon.socket), host).batch_set_v1(hashes(PAGES), slots(list(range(PAGES))))
-    )
+    assert all(opened(storage_config(str(daemon.socket)), host).batch_set_v1(hashes(PAGES), slots(list(range(PAGES)))))
     reader = Path(__file__).parent / "reader.py"
-    command = [sys.executable, str(reader), daemon.socket, str(PAGES), "2"]
+    command = [sys.executable, str(reader), str(daemon.socket), str(PAGES), "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.stdout.strip() == f"{PAGES} pages, wrong bytes 0", done.stderr
 
 
 def test_flat_pages_as_tensors(daemon: Daemon, storage_config: Config) -> None:
-    storage = opened(storage_config(daemon.socket, interface_v1=0), LayerFirst(1, (5000, 300)))
+    storage = opened(storage_config(str(daemon.socket), interface_v1=0), LayerFirst(1, (5000, 300)))
     rng = np.random.default_rng(3)
     values = [rng.integers(0, 256, 5300, np.uint8) for _ in range(9)]
     keys = hashes(9)
@@ -93,23 +90,23 @@ def test_flat_pages_as_tensors(daemon: Daemon, storage_config: Config) -> None:
 
 def test_whatever_changes_the_bytes_changes_the_identity(daemon: Daemon, storage_config: Config) -> None:
     host, keys = Host(2), hashes(2)
-    base = opened(storage_config(daemon.socket), host)
+    base = opened(storage_config(str(daemon.socket)), host)
     assert all(base.batch_set_v1(keys, slots([0, 1])))
     tp = {"tp_rank": 1, "tp_size": 2}
     others = [
-        opened(storage_config(daemon.socket, ranks=tp), host),
-        opened(storage_config(daemon.socket, ranks={"pp_rank": 1, "pp_size": 2}), host),
-        opened(storage_config(daemon.socket, ranks={"attn_cp_rank": 1, "attn_cp_size": 2}), host),
-        opened(storage_config(daemon.socket, ranks={"model_name": "other"}), host),
-        opened(storage_config(daemon.socket, ranks={"is_mla_model": True}), host),
-        opened(storage_config(daemon.socket, revision="2"), host),
-        opened(storage_config(daemon.socket, tenant="other"), host),
-        opened(storage_config(daemon.socket), Host(2, (131_072,))),
-        opened(storage_config(daemon.socket), Host(4, page_size=8)),
-        opened(storage_config(daemon.socket), LayerFirst(2)),
+        opened(storage_config(str(daemon.socket), ranks=tp), host),
+        opened(storage_config(str(daemon.socket), ranks={"pp_rank": 1, "pp_size": 2}), host),
+        opened(storage_config(str(daemon.socket), ranks={"attn_cp_rank": 1, "attn_cp_size": 2}), host),
+        opened(storage_config(str(daemon.socket), ranks={"model_name": "other"}), host),
+        opened(storage_config(str(daemon.socket), ranks={"is_mla_model": True}), host),
+        opened(storage_config(str(daemon.socket), revision="2"), host),
+        opened(storage_config(str(daemon.socket), tenant="other"), host),
+        opened(storage_config(str(daemon.socket)), Host(2, (131_072,))),
+        opened(storage_config(str(daemon.socket)), Host(4, page_size=8)),
+        opened(storage_config(str(daemon.socket)), LayerFirst(2)),
     ]
     assert [other.batch_exists(keys) for other in others] == [0] * len(others)
-    assert opened(storage_config(daemon.socket), host).batch_exists(keys) == 2
+    assert opened(storage_config(str(daemon.socket)), host).batch_exists(keys) == 2
 
 
 def test_latent_pages_are_stored_once_and_read_by_all_ranks(daemon: Daemon, storage_config: Config) -> None:
@@ -117,7 +114,7 @@ def test_latent_pages_are_stored_once_and_read_by_all_ranks(daemon: Daemon, stor
     host.fill(4)
     keys = hashes(2)
     ranks = [{"tp_rank": rank, "tp_size": 2, "is_mla_model": True} for rank in range(2)]
-    writer, reader = (opened(storage_config(daemon.socket, ranks=rank), host) for rank in ranks)
+    writer, reader = (opened(storage_config(str(daemon.socket), ranks=rank), host) for rank in ranks)
     assert reader.batch_set_v1(keys, slots([0, 1])) == [True, True], "not its to write"
     assert writer.batch_exists(keys) == 0
     assert writer.batch_set_v1(keys, slots([0, 1])) == [True, True]
@@ -139,14 +136,12 @@ def hybrid(storage: KvdStorage) -> tuple[Host, Host]:
 
 def test_hit_policies_of_hybrid_pools(daemon: Daemon, storage_config: Config) -> None:
     kv, keys = Host(16), hashes(10)
-    storage = opened(storage_config(daemon.socket), kv)
+    storage = opened(storage_config(str(daemon.socket)), kv)
     mamba, _indexer = hybrid(storage)
     mamba.fill(5)
     assert all(storage.batch_set_v1(keys[:8], slots(list(range(8)))))
     boundaries = [2, 3, 6]
-    states = PoolTransfer(
-        PoolName.MAMBA, host_indices=slots(boundaries), keys=[keys[at] for at in boundaries]
-    )
+    states = PoolTransfer(PoolName.MAMBA, host_indices=slots(boundaries), keys=[keys[at] for at in boundaries])
     rows = PoolTransfer(PoolName.INDEXER, host_indices=slots(list(range(7))), keys=keys[:7])
     assert storage.batch_set_v2([states, rows]) == {PoolName.MAMBA: [True] * 3, PoolName.INDEXER: [True] * 7}
 
@@ -177,16 +172,16 @@ def test_hit_policies_of_hybrid_pools(daemon: Daemon, storage_config: Config) ->
     assert storage.batch_get_v2([too_few]) == {PoolName.MAMBA: [False, False]}
 
 
-def test_what_a_lookup_promised_stays_until_it_is_read(storage_config: Config) -> None:
-    daemon = Daemon(dram_bytes=32 * MIB, segment_bytes=4 * MIB)
+def test_what_a_lookup_promised_stays_until_it_is_read(storage_config: Config, tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path, dram=32 * MIB, segment=4 * MIB).start()
     try:
         host, page = Host(300), 2 * 65_536
         host.fill(6)
-        storage, keys = opened(storage_config(daemon.socket), host), hashes(300)
+        storage, keys = opened(storage_config(str(daemon.socket)), host), hashes(300)
         hybrid(storage)
         assert all(storage.batch_set_v1(keys[:64], slots(list(range(64)))))
         assert storage.batch_exists_v2(keys[:32], []).kv_hit_pages == 32
-        others = [opened(storage_config(daemon.socket, revision=str(at)), host) for at in range(8)]
+        others = [opened(storage_config(str(daemon.socket), revision=str(at)), host) for at in range(8)]
         for other in others:  # ten times the memory there is
             for first in range(0, 300, 64):
                 pages = list(range(first, min(first + 64, 300)))
@@ -199,7 +194,7 @@ def test_what_a_lookup_promised_stays_until_it_is_read(storage_config: Config) -
         assert storage.batch_exists(keys[32:64]) == 0, "not promised, so evicted"
         assert len(storage._pools["kv"].pages._promises) == 0, "read, so given back"
     finally:
-        daemon.end()
+        daemon.kill9()
 
 
 def test_promises_are_bounded_in_number_and_time() -> None:
@@ -230,7 +225,7 @@ def test_a_daemon_that_dies_in_mid_batch_is_a_miss_and_comes_back(
     host, keys = Host(PAGES), hashes(PAGES)
     host.fill(7)
     expected, everything = host.copy(), slots(list(range(PAGES)))
-    storage = opened(storage_config(daemon.socket, timeout_s=0.5), host)
+    storage = opened(storage_config(str(daemon.socket), timeout_s=0.5), host)
     assert all(storage.batch_set_v1(keys, everything))
     assert storage.batch_exists(keys) == PAGES
     with caplog.at_level(logging.WARNING, "kvd"):
@@ -246,9 +241,7 @@ def test_a_daemon_that_dies_in_mid_batch_is_a_miss_and_comes_back(
         failures = [record for record in caplog.records if "misses until" in record.message]
         assert len(failures) == 1, "said once"
         daemon.start()
-        until(
-            "it works again", lambda: storage.batch_set_v1(hashes(4, 900), slots([0, 1, 2, 3])) == [True] * 4
-        )
+        until("it works again", lambda: storage.batch_set_v1(hashes(4, 900), slots([0, 1, 2, 3])) == [True] * 4)
     assert any("works again" in record.message for record in caplog.records)
 
 
@@ -262,7 +255,7 @@ def kill_at(daemon: Daemon, at: int, host: Host) -> list[list[tuple[int, int]]]:
         def __iter__(self) -> Any:
             for page in range(PAGES):
                 if page == at:
-                    daemon.kill()
+                    daemon.kill9()
                 for buffer in host.buffers:
                     buffer[page] = 0
                 yield self[page]
@@ -282,7 +275,7 @@ def test_a_daemon_that_is_not_there_yet(storage_config: Config, tmp_path: Path) 
 
 def test_clear_hides_what_was_stored(daemon: Daemon, storage_config: Config) -> None:
     host, keys = Host(2), hashes(2)
-    storage = opened(storage_config(daemon.socket), host)
+    storage = opened(storage_config(str(daemon.socket)), host)
     assert all(storage.batch_set_v1(keys, slots([0, 1])))
     assert storage.batch_exists(keys) == 2
     storage.clear()
@@ -290,13 +283,13 @@ def test_clear_hides_what_was_stored(daemon: Daemon, storage_config: Config) -> 
     assert storage.batch_get_v1(keys, slots([0, 1])) == [False, False]
     assert all(storage.batch_set_v1(keys, slots([0, 1])))
     assert storage.batch_exists(keys) == 2
-    assert opened(storage_config(daemon.socket, epoch=1), host).batch_exists(keys) == 2
+    assert opened(storage_config(str(daemon.socket), epoch=1), host).batch_exists(keys) == 2
 
 
 def test_a_logical_kv_pool_leaves_the_hit_to_the_others(daemon: Daemon, storage_config: Config) -> None:
     host, keys = Host(4), hashes(4)
     host.kv_buffer = None
-    storage = opened(storage_config(daemon.socket), host)
+    storage = opened(storage_config(str(daemon.socket)), host)
     assert storage.batch_set_v1(keys, slots([0, 1, 2, 3])) == [True] * 4
     rows = Host(4, (4096,))
     storage.register_mem_host_pool_v2(rows, PoolName.INDEXER)
@@ -318,9 +311,7 @@ def test_a_logical_kv_pool_leaves_the_hit_to_the_others(daemon: Daemon, storage_
         ({"tenant": 4}, "tenant"),
     ],
 )
-def test_a_setting_that_can_never_be_right_is_named(
-    storage_config: Config, extra: dict[str, Any], field: str
-) -> None:
+def test_a_setting_that_can_never_be_right_is_named(storage_config: Config, extra: dict[str, Any], field: str) -> None:
     with pytest.raises(kvd.InvalidError) as caught:
         KvdStorage(storage_config(**{"socket": "/tmp/x.sock", **extra}), {})
     assert caught.value.field.endswith(f".{field}") and caught.value.fix

@@ -73,9 +73,7 @@ class HiCacheStorage(ABC):
     def batch_get(self, keys: list[str], target_locations: Any = None, target_sizes: Any = None) -> Any: ...
 
     @abstractmethod
-    def set(
-        self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None
-    ) -> bool: ...
+    def set(self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None) -> bool: ...
 
     @abstractmethod
     def batch_set(
