@@ -39,6 +39,7 @@ __all__ = [
     "Worker",
     "revision_of_adapter",
     "revision_of_model",
+    "revision_of_words",
 ]
 
 _T_co = TypeVar("_T_co", covariant=True)

@@ -302,7 +302,7 @@ class SchedulerSide:
                 chain,
                 first=job.first,
                 wait_s=self.settings.store_wait_s(hand_off is not None),
-                hand_off=hand_off_of(self.settings, hand_off),
+                hand_off=self.settings.hand_off(hand_off),
             )
         self._ended[number] = Ending(request.request_id, tracked.stored)
         tracked.stored = end // granule * granule
@@ -402,11 +402,3 @@ class SchedulerSide:
             self._drop_lookup(tracked)
         self.standing.close()
         self.client.close()
-
-
-def hand_off_of(settings: Settings, hand_off: tuple[bytes, int] | None) -> kvd.HandOff | None:
-    """A store's hand-off, as the node is told."""
-    if hand_off is None:
-        return None
-    key, blocks = hand_off
-    return kvd.HandOff(key, blocks=blocks, ttl_s=settings.hand_off_ttl_ms / 1000)

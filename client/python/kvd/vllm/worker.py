@@ -315,10 +315,7 @@ class WorkerSide:
                 self._store_over(job, 0)
                 continue
             space, chain = self._chain(job.chain)
-            hand_off = None
-            if job.hand_off is not None:
-                key, blocks = job.hand_off
-                hand_off = kvd.HandOff(key, blocks=blocks, ttl_s=self.settings.hand_off_ttl_ms / 1000)
+            hand_off = self.settings.hand_off(job.hand_off)
             storing = space.store_from(
                 job.key,
                 chain,

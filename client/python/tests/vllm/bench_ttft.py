@@ -22,8 +22,8 @@ from typing import IO, Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import sized  # noqa: E402
-from rig import MIB, Daemon  # noqa: E402
+import sized
+from rig import MIB, Daemon
 
 PAGE = 32
 PAGES = (4, 20, 60)
