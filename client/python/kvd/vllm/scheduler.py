@@ -112,21 +112,12 @@ class SchedulerSide:
             tracked = Tracked(request, told=Told.of(request.kv_transfer_params))
             self.requests[request.request_id] = tracked
         if tracked.chain is None and not tracked.over:
-            tracked.chain = self._chain(request)
+            tracked.chain = self.adapters.chain(self.space, request)
             tracked.over = tracked.chain is None
         if tracked.chain is not None:
             known = tracked.chain.tokens
             tracked.chain.extend(list(request.all_token_ids[known:]))
         return tracked
-
-    def _chain(self, request: Request) -> kvd.Chain | None:
-        """`None`: what it depends on cannot be told for sure."""
-        adapter = self.adapters.digest(request)
-        if adapter is None or request.prompt_embeds is not None:
-            return None
-        chain = self.space.chain(adapter=adapter, salt=(request.cache_salt or "").encode())
-        chain.extend([], identity.spans_of(request))
-        return chain
 
     def _loadable(self, tracked: Tracked, request: Request) -> int:
         """Tokens that may come from kvd: never the last, which the engine computes to have something to sample from."""
