@@ -4,8 +4,9 @@
 #   client/python/test.sh home     a virtual environment with pinned, hashed tools; says why and exits 3 where there can be none
 #   client/python/test.sh build    daemon, kvctl and the wheel, for development; installs the wheel there
 #   client/python/test.sh lints    ruff, mypy, and whether the stubs are what was compiled
-#   client/python/test.sh tests    the core suite; further words go to pytest
-#   client/python/test.sh engine vllm    an engine's own suite, tests/<engine>/run.sh
+#   client/python/test.sh suites   the names of the suites that need no engine: core, and folders of tests/
+#   client/python/test.sh suite core    one of them; further words go to pytest
+#   client/python/test.sh engine vllm   a suite with an environment of its own, tests/<engine>/run.sh
 #
 # The environment and the wheel are in the target folder; nothing is installed anywhere else.
 set -euo pipefail
@@ -48,11 +49,21 @@ lints() {
     (cd "$home" && bin/python -m mypy.stubtest kvd._kvd) # of the wheel, not of the folder beside
 }
 
-tests() {
-    # apart: each stands in for another engine's modules
-    "$home/bin/pytest" -rs "$@" tests/test_*.py
-    "$home/bin/pytest" -rs "$@" tests/mooncake
-    "$home/bin/pytest" -rs "$@" tests/hicache
+suites() {
+    echo core
+    local folder
+    for folder in tests/*/; do
+        if compgen -G "$folder/test_*.py" >/dev/null && [ ! -e "$folder/run.sh" ]; then basename "$folder"; fi
+    done
+}
+
+suite() { # name, words for pytest
+    local here=$PWD what
+    what=("$here"/tests/test_*.py)
+    # a process each: some stand in for another engine's modules
+    if [ "$1" != core ]; then what=("$here/tests/$1"); fi
+    cd "$home" # where no folder called kvd hides the package that was installed
+    bin/pytest -c "$here/pyproject.toml" --rootdir "$here" -rs -m "not vllm and not sglang" "${what[@]}" "${@:2}"
 }
 
 engine() { # name
@@ -60,6 +71,6 @@ engine() { # name
 }
 
 case "${1:-}" in
-home | build | lints | tests | engine) "$@" ;;
-*) sed -n '2,10s/^# \{0,1\}//p' "$(basename "$0")"; exit 2 ;;
+home | build | lints | suites | suite | engine) "$@" ;;
+*) sed -n '2,12s/^# \{0,1\}//p' "$(basename "$0")"; exit 2 ;;
 esac

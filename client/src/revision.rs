@@ -88,6 +88,12 @@ pub fn with_words<W: AsRef<[u8]>>(revision: [u8; 32], words: &[W]) -> [u8; 32] {
     *hasher.finalize().as_bytes()
 }
 
+/// A revision of words alone; with none it is one, too.
+pub fn of_words<W: AsRef<[u8]>>(words: &[W]) -> [u8; 32] {
+    let all: Vec<&[u8]> = std::iter::once(&b"words"[..]).chain(words.iter().map(AsRef::as_ref)).collect();
+    with_words([0; 32], &all)
+}
+
 fn digest(folder: &Path, kind: &Kind) -> Result<[u8; 32], Error> {
     let entries = entries(folder)?;
     let named = |name: &str| entries.iter().find(|entry| entry.name == name);

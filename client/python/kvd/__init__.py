@@ -34,6 +34,7 @@ from kvd._kvd import (
     Worker,
     revision_of_adapter,
     revision_of_model,
+    revision_of_words,
 )
 
 __all__ = [
@@ -66,4 +67,5 @@ __all__ = [
     "Worker",
     "revision_of_adapter",
     "revision_of_model",
+    "revision_of_words",
 ]

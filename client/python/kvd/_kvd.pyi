@@ -39,6 +39,7 @@ __all__ = [
     "Worker",
     "revision_of_adapter",
     "revision_of_model",
+    "revision_of_words",
 ]
 
 _T_co = TypeVar("_T_co", covariant=True)
@@ -73,6 +74,9 @@ def revision_of_model(folder: _Path, *, words: Sequence[_Key] = ...) -> bytes:
     """32 bytes: the digest of the model in a folder, configuration and weights (sampled above 64 MiB).
     `words`: what else belongs to the identity, in order. Raises `InvalidError` for a folder that is no
     model's, `LimitError` for one without bounds."""
+
+def revision_of_words(words: Sequence[str | bytes]) -> bytes:
+    """A revision of words alone."""
 
 def revision_of_adapter(folder: _Path) -> bytes:
     """32 bytes: the digest of the adapter in a folder, for `Space.chain(adapter=...)`."""
@@ -150,24 +154,6 @@ class Client:
     ) -> Space:
         """Never waits; the node is told with the first question."""
 
-    def worker(
-        self,
-        node: _Path,
-        *,
-        name: str,
-        model: str,
-        address: str,
-        role: Literal["prefill", "decode", "both"] = "both",
-        requests_max: int,
-        kv_tokens_max: int,
-        space: Space | None = None,
-        batched_tokens_max: int = 0,
-        profile: dict[str, float] | None = None,
-    ) -> Worker:
-        """Never waits. `node`: path of the node's gRPC socket, or "http://host:port"; `address`: where the
-        engine serves OpenAI's API; `profile`: needed, microseconds by the names of `WorkerProfile`
-        (workers.proto)."""
-
     def close(self) -> None:
         """Ends the session once its last lease is gone; spaces made with it stay usable until then."""
 
@@ -178,6 +164,23 @@ class Client:
 class Worker:
     """An engine's standing with its node, for routers and the planner: registered as long as this lives,
     again and again while the node is away. Nothing here waits."""
+
+    def __new__(
+        cls,
+        node: _Path,
+        *,
+        name: str,
+        model: str,
+        address: str,
+        requests_max: int,
+        kv_tokens_max: int,
+        profile: dict[str, float],
+        role: Literal["prefill", "decode", "both"] = "both",
+        space: Space | None = None,
+        batched_tokens_max: int = 0,
+    ) -> Self:
+        """`node`: path of the node's gRPC socket, or "http://host:port"; `address`: where the engine serves OpenAI's API;
+        `profile`: microseconds by the names of `WorkerProfile` (workers.proto), 0 where one is left out."""
 
     @property
     def trouble(self) -> str | None:

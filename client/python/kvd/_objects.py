@@ -119,7 +119,7 @@ class Objects:
         self,
         client: kvd.Client,
         model: str,
-        revision: str,
+        revision: str | bytes,
         shape: Shape,
         health: Health,
         *,

@@ -6,12 +6,10 @@ use crate::layout::Layout;
 use crate::pending::{Pending, seconds};
 use crate::runtime;
 use crate::space::Space;
-use crate::worker::{Described, Worker};
 use kvd_client::{ConnectOptions, Session};
 use kvd_proto::{Code, Error, IdScheme};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
-use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 /// Between two looks at whether the node is there.
@@ -174,39 +172,6 @@ impl Client {
         };
         let session = self.session()?;
         Ok(Space::new(session.declare(&space).map_err(raise)?, id_scheme))
-    }
-
-    /// Makes this engine a worker of its node for as long as the result lives, again and again while the node is away: never waits.
-    /// `node`: path of the node's gRPC socket, or "http://host:port"; `address`: where the engine serves OpenAI's API; `space`: the one its
-    /// blocks are in, if it keeps any; `profile`: its speed as measured, microseconds by the names of `WorkerProfile` (workers.proto).
-    #[pyo3(signature = (node, *, name, model, address, role="both", requests_max, kv_tokens_max, space=None, batched_tokens_max=0, profile=None))]
-    fn worker(
-        &self,
-        node: std::path::PathBuf,
-        name: String,
-        model: String,
-        address: String,
-        role: &str,
-        requests_max: u32,
-        kv_tokens_max: u64,
-        space: Option<PyRef<'_, Space>>,
-        batched_tokens_max: u32,
-        profile: Option<BTreeMap<String, f64>>,
-    ) -> PyResult<Worker> {
-        self.session()?;
-        let space = space.as_deref();
-        let described = Described {
-            name,
-            model,
-            address,
-            role,
-            requests_max,
-            kv_tokens_max,
-            space,
-            batched_tokens_max,
-            profile,
-        };
-        Worker::begin(node.to_string_lossy().into_owned(), described)
     }
 
     /// Ends the session once its last lease is gone.

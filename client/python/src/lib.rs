@@ -45,7 +45,7 @@ mod _kvd {
     #[pymodule_export]
     use super::pending::Pending;
     #[pymodule_export]
-    use super::revision::{revision_of_adapter, revision_of_model};
+    use super::revision::{revision_of_adapter, revision_of_model, revision_of_words};
     #[pymodule_export]
     use super::space::{Loaded, Space, Stored};
     #[pymodule_export]

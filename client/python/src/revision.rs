@@ -23,6 +23,13 @@ pub(crate) fn revision_of_model(
     Ok(PyBytes::new(py, &revision::with_words(digest, &words)))
 }
 
+/// A revision made of words alone: of an operator's word and whatever else gives an engine's opaque pages their meaning.
+#[pyfunction]
+pub(crate) fn revision_of_words(py: Python<'_>, words: Vec<Text>) -> Bound<'_, PyBytes> {
+    let words: Vec<_> = words.into_iter().map(Text::into_bytes).collect();
+    PyBytes::new(py, &revision::of_words(&words))
+}
+
 /// Digest of the adapter in a folder: what `Space.chain(adapter=...)` takes.
 #[pyfunction]
 pub(crate) fn revision_of_adapter(py: Python<'_>, folder: PathBuf) -> PyResult<Bound<'_, PyBytes>> {

@@ -72,48 +72,7 @@ impl Drop for Worker {
     }
 }
 
-/// What an engine is, as `Client.worker` is told.
-pub(crate) struct Described<'a> {
-    pub(crate) name: String,
-    pub(crate) model: String,
-    pub(crate) address: String,
-    pub(crate) role: &'a str,
-    pub(crate) requests_max: u32,
-    pub(crate) kv_tokens_max: u64,
-    pub(crate) space: Option<&'a Space>,
-    pub(crate) batched_tokens_max: u32,
-    pub(crate) profile: Option<BTreeMap<String, f64>>,
-}
-
-impl Described<'_> {
-    fn registration(self) -> PyResult<WorkerRegistration> {
-        let handle = self.space.map(Space::handle);
-        let fix = "measure the engine, and give microseconds by the names of WorkerProfile (workers.proto)";
-        let profile = self.profile.ok_or_else(|| invalid("profile", "not given", fix))?;
-        Ok(WorkerRegistration {
-            name: self.name,
-            model: self.model,
-            address: self.address,
-            role: role_named(self.role)?.into(),
-            profile: Some(profile_of(profile)?),
-            requests_max: self.requests_max,
-            kv_tokens_max: self.kv_tokens_max,
-            fingerprint: handle.map_or_else(Vec::new, |handle| handle.fingerprint().0.to_vec()).into(),
-            block_tokens: handle.map_or(0, |handle| handle.layout().block_tokens()),
-            batched_tokens_max: self.batched_tokens_max,
-        })
-    }
-}
-
 impl Worker {
-    /// Begins to dial; returns at once.
-    pub(crate) fn begin(node: String, described: Described<'_>) -> PyResult<Self> {
-        let registration = described.registration()?;
-        let standing = Arc::new(Standing(Mutex::new(State::Dialling(WorkerLoad::default(), None))));
-        let task = runtime::handle()?.spawn(standing.clone().begin(node, registration));
-        Ok(Self { standing, dialling: task.abort_handle() })
-    }
-
     fn end(&self) {
         self.dialling.abort();
         let standing = std::mem::replace(&mut *self.standing.lock(), State::Closed);
@@ -123,6 +82,43 @@ impl Worker {
 
 #[pymethods]
 impl Worker {
+    /// Registers with a node, again and again while it is away: `node` is the path of its gRPC socket, or "http://host:port". `address` is where
+    /// the engine serves OpenAI's API; `profile` its speed as measured, microseconds by the names of `WorkerProfile` (workers.proto), 0 where one is
+    /// left out; `space` the one its blocks are in, if it keeps any.
+    #[new]
+    #[pyo3(signature = (node, *, name, model, address, requests_max, kv_tokens_max, profile, role="both", space=None,
+                        batched_tokens_max=0))]
+    fn new(
+        node: std::path::PathBuf,
+        name: String,
+        model: String,
+        address: String,
+        requests_max: u32,
+        kv_tokens_max: u64,
+        profile: BTreeMap<String, f64>,
+        role: &str,
+        space: Option<PyRef<'_, Space>>,
+        batched_tokens_max: u32,
+    ) -> PyResult<Self> {
+        let handle = space.as_ref().map(|space| space.handle());
+        let registration = WorkerRegistration {
+            name,
+            model,
+            address,
+            role: role_named(role)?.into(),
+            profile: Some(profile_of(profile)?),
+            requests_max,
+            kv_tokens_max,
+            fingerprint: handle.map_or_else(Vec::new, |handle| handle.fingerprint().0.to_vec()).into(),
+            block_tokens: handle.map_or(0, |handle| handle.layout().block_tokens()),
+            batched_tokens_max,
+        };
+        let standing = Arc::new(Standing(Mutex::new(State::Dialling(WorkerLoad::default(), None))));
+        let node = node.to_string_lossy().into_owned();
+        let task = runtime::handle()?.spawn(standing.clone().begin(node, registration));
+        Ok(Self { standing, dialling: task.abort_handle() })
+    }
+
     /// The load from now on. `claimed`: reservations whose requests are counted in it; before the node knows the engine there are none.
     #[pyo3(signature = (running, waiting, waiting_tokens, kv_tokens, claimed=Vec::new(), draining=false))]
     fn report(

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -175,6 +175,11 @@ def _flip_in(memory: mmap.mmap, needle: bytes, at: int) -> int:
 def content(name: object, size: int) -> bytearray:
     """Bytes that depend on the name and on their place."""
     return bytearray(random.Random(repr(name)).randbytes(size))
+
+
+def torch() -> Any:
+    """PyTorch, or a visible skip."""
+    return pytest.importorskip("torch", reason="SKIPPED: torch is not installed")
 
 
 def reason(miss: object) -> str | None:

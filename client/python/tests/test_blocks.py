@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rig import Daemon, content, reason, until
+from rig import Daemon, content, reason, torch, until
 
 import kvd
 
@@ -38,8 +38,8 @@ def memory_of(data: bytearray) -> kvd.Memory:
 
 
 def tensor_of(data: bytearray) -> Any:
-    torch = pytest.importorskip("torch", reason="SKIPPED: torch is not installed")
-    return torch.frombuffer(data, dtype=torch.float16)
+    found = torch()
+    return found.frombuffer(data, dtype=found.float16)
 
 
 def matrix_of(data: bytearray) -> Any:
@@ -91,9 +91,9 @@ def test_what_is_no_slot_is_refused(space: kvd.Space) -> None:
 
 
 def test_a_tensor_that_is_not_contiguous_is_refused(space: kvd.Space) -> None:
-    torch = pytest.importorskip("torch", reason="SKIPPED: torch is not installed")
+    found = torch()
     with pytest.raises(kvd.InvalidError, match="contiguous"):
-        space.store(space.chain(TOKENS[:16]), [torch.zeros(64, 128, dtype=torch.float16).t()])
+        space.store(space.chain(TOKENS[:16]), [found.zeros(64, 128, dtype=found.float16).t()])
 
 
 def test_patience_that_is_none_is_refused(space: kvd.Space) -> None:

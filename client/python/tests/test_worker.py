@@ -25,10 +25,8 @@ def listed(daemon: Daemon, wanted: Callable[[dict[str, Any]], bool]) -> Callable
     return lambda: next((worker for worker in daemon.kvctl("workers") if wanted(worker)), None)
 
 
-def test_a_worker_is_listed_with_its_load_as_long_as_it_lives(
-    node: Daemon, client: kvd.Client, space: kvd.Space
-) -> None:
-    with client.worker(node.grpc, **NEEDED, space=space, role="prefill") as worker:
+def test_a_worker_is_listed_with_its_load_as_long_as_it_lives(node: Daemon, space: kvd.Space) -> None:
+    with kvd.Worker(node.grpc, **NEEDED, space=space, role="prefill") as worker:
         worker.report(3, 1, 100, 500, claimed=[1])
         found = until("it", listed(node, lambda one: one["load"]["running_requests"] == 3))
         assert (found["load"]["waiting_requests"], found["load"]["kv_tokens"]) == (1, 500)
@@ -43,8 +41,7 @@ def test_a_worker_is_listed_with_its_load_as_long_as_it_lives(
 
 def test_a_worker_waits_for_nobody_and_comes_back(tmp_path: Path) -> None:
     daemon = Daemon(tmp_path)
-    client = daemon.client(wait_s=0)
-    with client.worker(daemon.grpc, **NEEDED) as worker:
+    with kvd.Worker(daemon.grpc, **NEEDED) as worker:
         worker.report(1, 0, 0, 10)
         assert "kvd serve" in until("why not", lambda: worker.trouble)
         with daemon:
@@ -57,16 +54,16 @@ def test_a_worker_waits_for_nobody_and_comes_back(tmp_path: Path) -> None:
             until("it again", listed(daemon, lambda one: one["load"]["running_requests"] == 2))
 
 
-def test_what_a_worker_cannot_be_is_refused(node: Daemon, client: kvd.Client) -> None:
-    wrongs: list[dict[str, Any]] = [{"role": "boss"}, {"profile": {"speed": 1.0}}, {"profile": None}]
+def test_what_a_worker_cannot_be_is_refused(node: Daemon) -> None:
+    wrongs: list[dict[str, Any]] = [{"role": "boss"}, {"profile": {"speed": 1.0}}]
     for wrong in wrongs:
         with pytest.raises(kvd.InvalidError) as error:
-            client.worker(node.grpc, **{**NEEDED, **wrong})
+            kvd.Worker(node.grpc, **{**NEEDED, **wrong})
         assert error.value.field in wrong
 
 
-def test_a_registration_that_makes_no_sense_is_trouble_and_no_exception(node: Daemon, client: kvd.Client) -> None:
-    with client.worker(node.grpc, **{**NEEDED, "name": ""}) as worker:
+def test_a_registration_that_makes_no_sense_is_trouble_and_no_exception(node: Daemon) -> None:
+    with kvd.Worker(node.grpc, **{**NEEDED, "name": ""}) as worker:
         assert "name" in until("why not", lambda: worker.trouble)
 
 

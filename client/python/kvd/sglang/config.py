@@ -10,7 +10,6 @@ Left to others: spaces and their fingerprints (`kvd._objects`, the node).
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -130,7 +129,7 @@ class Config:
         """Whether every tensor-parallel rank has the same bytes in this pool."""
         return self.ranks.is_mla and pool not in SHARDED_POOLS
 
-    def identity(self, pool: str, *, form: str, layout: str, dtype: str, sizes: Sequence[int], tokens: int) -> str:
+    def identity(self, pool: str, *, form: str, layout: str, dtype: str, sizes: Sequence[int], tokens: int) -> bytes:
         """The revision of a pool's space: pages are opaque to the node, so whatever gives them meaning is in
         it."""
         meaning = {
@@ -147,8 +146,7 @@ class Config:
             "dcp": self.ranks.dcp,
             "is_mla": self.ranks.is_mla,
         }
-        text = json.dumps(meaning, sort_keys=True)
-        return f"sglang-{hashlib.sha256(text.encode()).hexdigest()[:48]}"
+        return kvd.revision_of_words(["sglang", json.dumps(meaning, sort_keys=True)])
 
 
 def _check(extra: Mapping[str, Any]) -> None:

@@ -8,7 +8,6 @@ Left to others: everything that happens once an engine runs (`node`).
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 from dataclasses import dataclass
 from typing import Any
@@ -121,12 +120,8 @@ def _full(pool: torch.Tensor, config: Any, settings: Settings) -> kvd.Group:
     one, dtype = groups[0], dtype_name(pool.dtype)
     if dtype not in _SCALED:
         return kvd.Group("full", one.layers, one.heads, one.head_size, dtype)
-    # The scales are in the checkpoint, which the revision stands for.
-    revision = settings.revision
-    digest = hashlib.blake2b(revision.encode() if isinstance(revision, str) else revision, digest_size=32)
-    return kvd.Group(
-        "full", one.layers, one.heads, one.head_size, dtype, scale="per_tensor", scale_digest=digest.digest()
-    )
+    # the scales are in the checkpoint, which the revision stands for
+    return kvd.Group("full", one.layers, one.heads, one.head_size, dtype, scale="per_tensor")
 
 
 def _latent(pool: torch.Tensor, config: Any, page_tokens: int) -> kvd.Group:

@@ -271,6 +271,15 @@ class Adapters:
         digest, loaded = self._known[key]
         return digest if loaded == stamp else None
 
+    def chain(self, space: kvd.Space, request: Request) -> kvd.Chain | None:
+        """A request's chain, still without tokens; `None`: what it depends on cannot be told for sure."""
+        adapter = self.digest(request)
+        if adapter is None or request.prompt_embeds is not None:
+            return None
+        chain = space.chain(adapter=adapter, salt=(request.cache_salt or "").encode())
+        chain.extend([], spans_of(request))
+        return chain
+
 
 def _stamp(folder: str) -> object:
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)

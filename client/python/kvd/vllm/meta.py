@@ -54,6 +54,9 @@ class KvdMetadata(KVConnectorMetadata):
     """One step's work."""
 
     token: bytes = b""
+    step: int = 0
+    heard: int = 0
+    """The last step of whose failed loads the scheduler has heard: what it schedules from then on is computed anew."""
     loads: list[LoadJob] = field(default_factory=list)
     stores: list[StoreJob] = field(default_factory=list)
     leave: set[str] = field(default_factory=set)
@@ -62,15 +65,22 @@ class KvdMetadata(KVConnectorMetadata):
     """Finished requests whose pages stay until their stores are done."""
 
 
+DROPPED = -1
+
+
 @dataclass
 class KvdWorkerMeta(KVConnectorWorkerMetadata):
-    """What became of stores: number to how many ranks have ended it, and how many blocks each of them stored at least."""
+    """What became of stores: number to how many ranks have ended it, and how many blocks each of them stored at least; `DROPPED`: one of them
+    must not be stored."""
 
     ended: dict[int, tuple[int, int]] = field(default_factory=dict)
+    failed_step: int = 0
+    """The last step with a load in the batch that failed."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Of all ranks."""
         assert isinstance(other, KvdWorkerMeta)
+        self.failed_step = max(self.failed_step, other.failed_step)
         for number, (ranks, blocks) in other.ended.items():
             mine = self.ended.get(number)
             self.ended[number] = (ranks, blocks) if mine is None else (ranks + mine[0], min(blocks, mine[1]))

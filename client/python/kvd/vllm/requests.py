@@ -62,3 +62,14 @@ class Tracked:
     """Its whole prompt is stored, or being stored, for whoever claims it."""
     told: Told = field(default_factory=Told)
     """The router's word about it."""
+
+
+@dataclass
+class Ending:
+    """A store, until every rank has said how it ended."""
+
+    request: str
+    begin: int
+    """Its first token."""
+    ranks: int = 0
+    dropped: bool = False

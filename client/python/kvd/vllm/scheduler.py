@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import kvd
 from kvd.vllm import identity
 from kvd.vllm.events import Events
-from kvd.vllm.meta import ChainRef, KvdMetadata, KvdWorkerMeta, LoadJob, StoreJob
-from kvd.vllm.requests import Lookup, Tracked
+from kvd.vllm.meta import DROPPED, ChainRef, KvdMetadata, KvdWorkerMeta, LoadJob, StoreJob
+from kvd.vllm.requests import Ending, Lookup, Tracked
 from kvd.vllm.standing import Standing
+from kvd.vllm.tables import Tables
 from kvd.vllm.told import Told
 
 if TYPE_CHECKING:
@@ -59,20 +60,22 @@ class SchedulerSide:
         self.finishing: dict[str, Tracked] = {}
         self.stats: dict[str, int] = {"lookups": 0, "hit_tokens": 0, "asked_tokens": 0, "late_lookups": 0}
         self._numbers = itertools.count(1)
+        self._steps = itertools.count(1)
+        self._heard = 0
         self._nonce = secrets.token_bytes(8)
         self._loads: list[LoadJob] = []
-        self._ended: dict[int, tuple[str, int]] = {}
+        self._ended: dict[int, Ending] = {}
         self._holds: dict[int, kvd.Pending[kvd.Fill]] = {}
-        self._manager: KVCacheManager | None = None
+        self._tables = Tables(engine)
         self._synchronous: list[Tracked] = []
         self._left: set[str] = set()
         self._away = False
-        self.standing = Standing(self.client, self.space, settings, registration)
+        self.standing = Standing(self.space, settings, registration)
         self.events = Events(engine) if tells_events else None
 
     def bind(self, manager: KVCacheManager) -> None:
         """The engine's own account of its pages."""
-        self._manager = manager
+        self._tables.bind(manager)
 
     def _space(self) -> kvd.Space:
         return self.client.space(self.engine.model, self.engine.revision, self.engine.layout, epoch=self.epoch)
@@ -109,21 +112,12 @@ class SchedulerSide:
             tracked = Tracked(request, told=Told.of(request.kv_transfer_params))
             self.requests[request.request_id] = tracked
         if tracked.chain is None and not tracked.over:
-            tracked.chain = self._chain(request)
+            tracked.chain = self.adapters.chain(self.space, request)
             tracked.over = tracked.chain is None
         if tracked.chain is not None:
             known = tracked.chain.tokens
             tracked.chain.extend(list(request.all_token_ids[known:]))
         return tracked
-
-    def _chain(self, request: Request) -> kvd.Chain | None:
-        """`None`: what it depends on cannot be told for sure."""
-        adapter = self.adapters.digest(request)
-        if adapter is None or request.prompt_embeds is not None:
-            return None
-        chain = self.space.chain(adapter=adapter, salt=(request.cache_salt or "").encode())
-        chain.extend([], identity.spans_of(request))
-        return chain
 
     def _loadable(self, tracked: Tracked, request: Request) -> int:
         """Tokens that may come from kvd: never the last, which the engine computes to have something to sample from."""
@@ -224,10 +218,7 @@ class SchedulerSide:
             return
         assert external == lookup.tokens - lookup.computed, (external, lookup.tokens, lookup.computed)
         block = self.engine.block_tokens
-        tables = [
-            self._table(ids, group.page_tokens, lookup.computed, lookup.tokens)
-            for ids, group in zip(blocks.get_block_ids(), self.engine.groups, strict=True)
-        ]
+        tables = self._tables.to_load(blocks.get_block_ids(), lookup.computed, lookup.tokens)
         job = LoadJob(
             request=request.request_id,
             key=lookup.key,
@@ -246,14 +237,6 @@ class SchedulerSide:
         if lookup.wait:
             self._synchronous.append(tracked)
 
-    def _table(self, ids: list[int], page: int, begin: int, end: int) -> list[int]:
-        null = self._null_page()
-        wanted = range(begin // page, -(-end // page))
-        return [ids[at] if at in wanted and ids[at] != null else -1 for at in range(wanted.stop)]
-
-    def _null_page(self) -> int:
-        return 0 if self._manager is None else int(self._manager.block_pool.null_block.block_id)
-
     def _ref(self, chain: kvd.Chain) -> ChainRef:
         return ChainRef(self.epoch, chain.root, chain.ids, chain.tail_tokens)
 
@@ -261,7 +244,7 @@ class SchedulerSide:
 
     def step(self, output: SchedulerOutput) -> KvdMetadata:
         """As `build_connector_meta`."""
-        meta = KvdMetadata(token=self.client.token, loads=self._loads)
+        meta = KvdMetadata(self.client.token, next(self._steps), self._heard, self._loads)
         self._loads = []
         for name, tokens in output.num_scheduled_tokens.items():
             tracked = self.requests.get(name)
@@ -293,7 +276,7 @@ class SchedulerSide:
         chain = tracked.chain.prefix(known // block if hands_off else end // block)
         if hands_off and known % block:
             chain = tracked.chain.with_tail()
-        tables = self._store_tables(tracked, end)
+        tables = self._tables.to_store(request.request_id, tracked.stored, end)
         if tables is None:
             tracked.over = True
             return []
@@ -310,27 +293,15 @@ class SchedulerSide:
                 chain,
                 first=job.first,
                 wait_s=self.settings.store_wait_s(hand_off is not None),
-                hand_off=hand_off_of(self.settings, hand_off),
+                hand_off=self.settings.hand_off(hand_off),
             )
+        self._ended[number] = Ending(request.request_id, tracked.stored)
         tracked.stored = end // granule * granule
         tracked.over = tracked.handed_off = hands_off
         tracked.stores.add(number)
-        self._ended[number] = (request.request_id, 0)
         if self.events is not None:
             self.events.begin(number, request, job.first * block, end)
         return [job]
-
-    def _store_tables(self, tracked: Tracked, end: int) -> list[list[int]] | None:
-        """From what is stored to `end`; `None`: some of its pages are not there any more, and what follows is of no use."""
-        assert self._manager is not None
-        null, tables = self._null_page(), []
-        ids = self._manager.get_block_ids(tracked.request.request_id)
-        for pages, group in zip(ids, self.engine.groups, strict=True):
-            table = pages[tracked.stored // group.page_tokens : -(-end // group.page_tokens)]
-            if null in table or len(table) < -(-end // group.page_tokens) - tracked.stored // group.page_tokens:
-                return None
-            tables.append(list(table))
-        return tables
 
     # ---- what came of it
 
@@ -352,22 +323,22 @@ class SchedulerSide:
                 self.requests[name].failures += 1
         meta = output.kv_connector_worker_meta
         if isinstance(meta, KvdWorkerMeta):
+            self._heard = max(self._heard, meta.failed_step)
             for number, (ranks, blocks) in meta.ended.items():
                 self._store_ended(number, ranks, blocks)
 
     def _failed(self, pages: set[int]) -> None:
         """Pages that were not loaded after all: nobody may find them by their hash, whatever becomes of their request."""
-        assert self._manager is not None
-        self._manager.evict_blocks(pages)
+        self._tables.evict(pages)
         for tracked in self.requests.values():
-            if pages & set(self._manager.get_block_ids(tracked.request.request_id)[0]):
+            if pages & self._tables.of_first_group(tracked.request.request_id):
                 tracked.failures += 1
                 tracked.stored = 0
 
     def _store_ended(self, number: int, ranks: int, blocks: int) -> None:
-        name, before = self._ended[number]
-        if before + ranks < self.engine.ranks:
-            self._ended[number] = (name, before + ranks)
+        ending = self._ended[number]
+        ending.ranks, ending.dropped = ending.ranks + ranks, ending.dropped or blocks == DROPPED
+        if ending.ranks < self.engine.ranks:
             return
         del self._ended[number]
         if self.events is not None:
@@ -375,9 +346,13 @@ class SchedulerSide:
         hold = self._holds.pop(number, None)
         if hold is not None:
             hold.cancel()
-        for tracked in (self.requests.get(name), self.finishing.get(name)):
+        for tracked in (self.requests.get(ending.request), self.finishing.get(ending.request)):
             if tracked is not None:
                 tracked.stores.discard(number)
+                if ending.dropped:
+                    tracked.stored = min(tracked.stored, ending.begin)
+                    tracked.over = tracked.over and not tracked.handed_off
+                    tracked.handed_off = False
 
     def finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
         """As `request_finished_all_groups`: whether its pages must stay, and what the router is told."""
@@ -418,11 +393,3 @@ class SchedulerSide:
             self._drop_lookup(tracked)
         self.standing.close()
         self.client.close()
-
-
-def hand_off_of(settings: Settings, hand_off: tuple[bytes, int] | None) -> kvd.HandOff | None:
-    """A store's hand-off, as the node is told."""
-    if hand_off is None:
-        return None
-    key, blocks = hand_off
-    return kvd.HandOff(key, blocks=blocks, ttl_s=settings.hand_off_ttl_ms / 1000)

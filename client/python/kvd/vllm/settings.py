@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from kvd import InvalidError
+from kvd import HandOff, InvalidError
 
 LOADS = ("auto", "async", "layerwise")
 STORES = ("all", "prompt", "none")
@@ -82,6 +82,13 @@ class Settings:
                 raise _refused(name, f"{getattr(settings, name)!r}", f"give one of {', '.join(values)}")
         _check_worker(settings.worker)
         return settings
+
+    def hand_off(self, wanted: tuple[bytes, int] | None) -> HandOff | None:
+        """A store's hand-off, (key, blocks of the prompt), as the node is told."""
+        if wanted is None:
+            return None
+        key, blocks = wanted
+        return HandOff(key, blocks=blocks, ttl_s=self.hand_off_ttl_ms / 1000)
 
     def store_wait_s(self, handed_off: bool) -> float:
         """What is handed off waits for space as long as its claimer waits for it: with one block missing all would be computed again."""

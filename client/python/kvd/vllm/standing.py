@@ -50,12 +50,12 @@ def registration_of(vllm: VllmConfig, cache: KVCacheConfig) -> dict[str, Any]:
 class Standing:
     """Requests that the engine has, as its node is told of them."""
 
-    def __init__(self, client: kvd.Client, space: kvd.Space, settings: Settings, known: dict[str, Any]) -> None:
+    def __init__(self, space: kvd.Space, settings: Settings, known: dict[str, Any]) -> None:
         self._waiting: dict[str, Request] = {}
         self._running: dict[str, Request] = {}
         self._claimed: list[int] = []
         self._worker: kvd.Worker | None = None
-        self._client, self._space = client, space
+        self._space = space
         self._over = threading.Event()
         self._lock = threading.Lock()
         self._told = bool(settings.worker)
@@ -70,7 +70,7 @@ class Standing:
                 threading.Thread(target=self._measure, name="kvd-measure", daemon=True).start()
 
     def _register(self) -> None:
-        self._worker = self._client.worker(**self._given, space=self._space)
+        self._worker = kvd.Worker(**self._given, space=self._space)
 
     def _measure(self) -> None:
         """Until the engine's own server has answered: nobody could ask it before."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import kvd
 from kvd.vllm.memory import layer_memory
-from kvd.vllm.meta import ChainRef, KvdMetadata, KvdWorkerMeta, LoadJob, StoreJob
+from kvd.vllm.meta import DROPPED, ChainRef, KvdMetadata, KvdWorkerMeta, LoadJob, StoreJob
 
 if TYPE_CHECKING:
     import torch
@@ -91,6 +91,7 @@ class WorkerSide:
         self._stores: list[Store] = []
         self._ended = KvdWorkerMeta()
         self._invalid: set[int] = set()
+        self._failed_step = 0
         self._sending: set[str] = set()
 
     # ---- the engine's memory
@@ -259,13 +260,16 @@ class WorkerSide:
         elif now - load.away_s >= AWAY_S:
             load.loading.stop()
 
-    def _finish_in_batch(self) -> None:
+    def _finish_in_batch(self) -> bool:
+        """Whether one of them failed."""
+        failed = False
         for load in self._in_batch:
             if load.loading is not None and not load.over:
                 self._await(load, load.loading.wait)
                 self._advance(load, 0)
-            self._note_failure(load)
+            failed |= self._note_failure(load)
         self._in_batch = []
+        return failed
 
     def _note_failure(self, load: Load) -> bool:
         """The engine's pages that were not loaded; whether there are any."""
@@ -299,17 +303,19 @@ class WorkerSide:
 
     def start_stores(self, meta: KvdMetadata) -> None:
         """As `wait_for_save`: begins what this step has completed; the pages stay as they are until it is done."""
-        self._finish_in_batch()
+        if self._finish_in_batch():
+            self._failed_step = meta.step
         self._sending |= meta.await_stores
         for job in meta.stores:
+            if meta.heard < self._failed_step:
+                # computed on pages that were never loaded, or by who shares them: the engine does it again
+                self._store_over(job, DROPPED)
+                continue
             if not self._join(meta.token):
                 self._store_over(job, 0)
                 continue
             space, chain = self._chain(job.chain)
-            hand_off = None
-            if job.hand_off is not None:
-                key, blocks = job.hand_off
-                hand_off = kvd.HandOff(key, blocks=blocks, ttl_s=self.settings.hand_off_ttl_ms / 1000)
+            hand_off = self.settings.hand_off(job.hand_off)
             storing = space.store_from(
                 job.key,
                 chain,
@@ -373,7 +379,8 @@ class WorkerSide:
     def take_meta(self) -> KvdWorkerMeta | None:
         """What the scheduler's half hears."""
         ended, self._ended = self._ended, KvdWorkerMeta()
-        return ended if ended.ended else None
+        ended.failed_step = self._failed_step
+        return ended if ended.ended or ended.failed_step else None
 
     def _count(self, name: str, by: int) -> None:
         self.stats[name] = self.stats.get(name, 0) + by

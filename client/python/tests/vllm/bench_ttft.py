@@ -22,14 +22,14 @@ from typing import IO, Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import sized  # noqa: E402
-from rig import MIB, Daemon  # noqa: E402
+import sized
+from rig import MIB, Daemon
 
 PAGE = 32
 PAGES = (4, 20, 60)
 PAGES_MAX = 400
 MODELS = {"tiny": sized.TINY, "middle": sized.MIDDLE}
-DRAM, SEGMENT = 2048 * MIB, 64 * MIB
+DRAM, SEGMENT = 3072 * MIB, 64 * MIB
 ENV = {
     "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR",
@@ -82,14 +82,14 @@ class Engine:
 
 def engines_of(model: str, folder: Path, log: IO[bytes]) -> list[Engine]:
     """All that are compared. OffloadingConnector is not: it asserts that the cache lies in a GPU."""
-    kvd = {"socket": str(folder / "kvd.sock"), "block_tokens": 64}
+    kvd = {"socket": str(folder / "kvd.sock"), "block_tokens": 64, "store_wait_ms": 1000}
     files = {
         "kv_connector": "ExampleConnector", "kv_connector_module_path": None,
         "kv_connector_extra_config": {"shared_storage_path": str(folder / "files")},
     }  # fmt: skip
     return [
         Engine("vllm", model, None, log),
-        Engine("kvd layerwise", model, {**kvd, "load": "layerwise", "tenant": "default"}, log),
+        Engine("kvd layerwise", model, {**kvd, "load": "layerwise"}, log),
         Engine("kvd async", model, {**kvd, "load": "async"}, log),
         Engine("files", model, files, log),
     ]

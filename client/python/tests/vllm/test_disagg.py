@@ -230,6 +230,11 @@ def test_with_the_last_engine_gone_the_router_says_so_and_carries_on_when_it_is_
     fleet.servers.wait(fleet.servers.again(fleet.far))
     until("it is listed", lambda: fleet.router.workers() == {"far"}, 60)
     both(fleet, tokens(333, 2))
+    ours = Growth(fleet.far)
+    assert ask(f"{fleet.far.url}/reset_prefix_cache?reset_external=true", {})[0] == 200
+    until("it is listed with its new space", lambda: fleet.router.workers() == {"far"})
+    both(fleet, tokens(333, 2))
+    assert ours.after(1)["prompt_tokens_by_source.local_compute"] == 333, "nothing of before is found"
     assert json.loads(ask(f"{fleet.router.url}/v1/models")[1])["data"][0]["id"] == MODEL
 
 
