@@ -16,6 +16,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::Duration;
+use tokio::sync::Notify;
 
 /// Between tries to come back; doubles up to the second value.
 const RETRY: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
@@ -70,6 +71,8 @@ pub(crate) struct Inner {
     segments: RwLock<HashMap<u32, Arc<SharedSegment>>>,
     spaces: Mutex<Vec<Registered>>,
     progress: Mutex<HashMap<u64, Arc<Progress>>>,
+    /// There is something new to come back with.
+    told: Arc<Notify>,
 }
 
 #[derive(Default)]
@@ -123,6 +126,7 @@ impl Session {
         if let Some(connection) = link.connection.take() {
             connection.shut_down(); // comes back with the new one
         }
+        self.inner.told.notify_one();
     }
 
     /// The epoch of the daemon we last spoke to; another value means it was restarted.
@@ -180,6 +184,7 @@ impl Inner {
             segments: RwLock::default(),
             spaces: Mutex::default(),
             progress: Mutex::default(),
+            told: Arc::default(),
         })
     }
 
@@ -492,9 +497,12 @@ async fn keep_alive(weak: Weak<Inner>, mut driver: Option<Driver>) {
                 Err(error) => error,
             };
             locked(&inner.link).trouble = Some(trouble);
+            let told = inner.told.clone();
             drop(inner);
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(RETRY.1);
+            pause = tokio::select! {
+                () = tokio::time::sleep(pause) => (pause * 2).min(RETRY.1),
+                () = told.notified() => RETRY.0,
+            };
         };
     }
 }

@@ -45,3 +45,27 @@ def test_a_flipped_bit_is_computed_anew(
     assert cached(healed) == [BLOCKS * 64]
     assert engine.settle()["failed_blocks"] == counts["failed_blocks"]
     assert_nothing_held(node)
+
+
+@pytest.mark.parametrize("load", ["layerwise", "async"])
+def test_what_was_computed_behind_a_flipped_bit_is_not_stored(
+    engine: Engine, node: Daemon, model: Callable[..., str], space: str, load: str
+) -> None:
+    """A load in the batch fails when its step has computed the blocks behind it already, on pages that hold anything: once these were stored
+    under the names of the right ones."""
+    behind = 5
+    whole = prompt((space, "behind"), (BLOCKS + behind) * 64 + 7)
+    first = whole[: BLOCKS * 64 + 7]
+    engine.do("start", model=model(), connector=None)
+    right = engine.generate([whole])
+    engine.do("start", model=model(), connector=settings(node, space, load=load))
+    engine.generate([first])
+    engine.forget()
+    _damage(node, engine.do("stored", prompt=first))
+    assert_same(right, engine.generate([whole]))
+    assert engine.settle()["failed_blocks"] >= BLOCKS - BAD
+    engine.forget()
+    loaded = engine.generate([whole])
+    assert_same(right, loaded)
+    assert cached(loaded) == [(BLOCKS + behind) * 64]
+    assert_nothing_held(node)
