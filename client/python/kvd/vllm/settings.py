@@ -54,7 +54,7 @@ class Settings:
     """After this a load is given up."""
     store: str = "all"
     """"all": prompts and what is generated; "prompt": prompts only; "none"."""
-    store_wait_ms: int = 0
+    store_wait_ms: int = 200
     """How long a store waits for space at the node."""
     hand_off_ttl_ms: int = 30_000
     """Disaggregated serving: how long a prefilled prompt waits to be claimed."""
