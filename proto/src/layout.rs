@@ -485,7 +485,10 @@ mod tests {
             ("element.dtype", Group { element: Element::plain(DataType::Unspecified), ..good.clone() }),
             ("layers", Group { layers: 60_000, heads: 60_000, ..good.clone() }),
             // more than 64 bits can say: once the size came out as 0, and all was well
-            ("layers", Group { layers: 65_536, heads: 65_536, head_size: 65_536, vectors: 4, ..good.clone() }),
+            (
+                "layers",
+                Group { layers: 65_536, heads: 65_536, head_size: 65_536, vectors: 4, ..good.clone() },
+            ),
         ];
         for (field, group) in bad {
             let error = Layout::new(vec![group], 16).unwrap_err();

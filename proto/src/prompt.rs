@@ -71,6 +71,10 @@ impl Prompt {
                 "give a span before the tokens that it stands for, with at least one token",
             ));
         }
+        if span.digest.is_empty() {
+            let fix = "give the digest of what it stands for: without one, two images would be the same";
+            return Err(Error::invalid("span.digest", "0 bytes", fix));
+        }
         if self.spans.len() >= EXTRAS_MAX * 16 {
             let message = format!("{} spans ahead of the prompt's tokens", self.spans.len());
             return Err(Error::limit("spans", message, "give spans together with their tokens"));
@@ -184,6 +188,8 @@ mod tests {
         let mut prompt = whole(&(0..40).collect::<Vec<_>>(), &[]);
         let before = prompt.clone();
         assert_eq!(prompt.extend(&[1; 20], &[image(31, 5, 1)]).unwrap_err().field, "span.position");
+        let nameless = Span { digest: Vec::new(), ..image(40, 5, 1) };
+        assert_eq!(prompt.extend(&[1; 20], &[nameless]).unwrap_err().field, "span.digest");
         let long = Span { digest: vec![0; 5000], ..image(32, 5, 1) };
         assert!(prompt.extend(&[1; 20], &[long]).is_err());
         assert_eq!((prompt.tokens(), prompt.tail()), (before.tokens(), before.tail()));

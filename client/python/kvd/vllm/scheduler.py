@@ -98,7 +98,6 @@ class SchedulerSide:
             return (0, False) if lookup is None or self._given_up(tracked, lookup) else (None, False)
         assert lookup.found is not None
         tokens = self._matched_tokens(lookup, limit)
-        self.stats["asked_tokens"] += limit - computed
         if tokens <= computed:
             self._drop_lookup(tracked)
             return 0, False
@@ -157,6 +156,7 @@ class SchedulerSide:
             pending = self.space.match_soon(key, chain, skip=skip, claim=claim)
             tracked.lookup = Lookup(skip, pending, now, now + patience_s, key, chain, claims=claims)
             self.stats["lookups"] += 1
+            self.stats["asked_tokens"] += limit - computed
         return tracked.lookup
 
     def _reachable(self) -> bool:
