@@ -63,7 +63,7 @@ suite() { # name, words for pytest
     # a process each: some stand in for another engine's modules
     if [ "$1" != core ]; then what=("$here/tests/$1"); fi
     cd "$home" # where no folder called kvd hides the package that was installed
-    bin/pytest -c "$here/pyproject.toml" --rootdir "$here" -rs -m "not vllm and not sglang" "${what[@]}" "${@:2}"
+    bin/pytest -c "$here/pyproject.toml" --rootdir "$here" -rs -m "not vllm and not sglang" "${what[@]}" "${@:2}" || [ $? -eq 5 ] # 5: all it found was skipped, and has said why
 }
 
 engine() { # name
