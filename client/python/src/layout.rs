@@ -173,10 +173,17 @@ impl Layout {
         Self::new(vec![group], block_tokens)
     }
 
-    /// Bytes without further meaning.
+    /// Bytes without further meaning: whole 4 KiB of them, as a slot has nothing else that the caller could fill.
     #[staticmethod]
     #[pyo3(signature = (bytes, block_tokens=1))]
     fn opaque(bytes: u32, block_tokens: u32) -> PyResult<Self> {
+        if !bytes.is_multiple_of(kvd_proto::limits::PART_ALIGN) {
+            return Err(invalid(
+                "bytes",
+                format!("{bytes}"),
+                "give a multiple of 4096, and leave the rest of it zero",
+            ));
+        }
         Ok(Self { layout: kvd_proto::Layout::opaque(bytes, block_tokens).map_err(raise)? })
     }
 

@@ -199,6 +199,7 @@ def test_layouts_that_make_no_sense_name_the_field() -> None:
         (lambda: kvd.Layout([kvd.Group("full", 4, 3, 64, head_ranges=2)], 16), "head_ranges"),
         (lambda: kvd.Group("other", 4, 2, 64), "kind"),
         (lambda: kvd.Layout.opaque(4096, 3), "block_tokens"),
+        (lambda: kvd.Layout.opaque(100), "bytes"),
         (lambda: kvd.Layout([], 16), "groups"),
     ]
     for wrong, field in cases:

@@ -246,6 +246,10 @@ def fresh_epoch() -> int:
     return secrets.randbelow(2**32 - 1) + 1
 
 
+ADAPTERS_MAX = 4096
+"""Adapters of one engine's life. At the limit: further ones are left out; to forget one would be to doubt what the engine has loaded."""
+
+
 class Adapters:
     """Digests of LoRA adapters, as the engine loaded them.
 
@@ -261,6 +265,8 @@ class Adapters:
         if adapter is None:
             return b""
         key = (adapter.lora_int_id, adapter.lora_path)
+        if key not in self._known and len(self._known) >= ADAPTERS_MAX:
+            return None
         try:
             stamp = _stamp(adapter.lora_path)
             if key not in self._known or adapter.load_inplace:

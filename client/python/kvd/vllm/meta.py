@@ -25,14 +25,12 @@ class LoadJob:
     key: bytes
     chain: ChainRef
     skip: int
-    lease: int
     first: int
     end: int
     tables: list[list[int]]
     """For each group, the page of every page of the prompt's tokens; negative: not wanted."""
     wait: bool
     """In this very step, layer by layer."""
-    claim: tuple[bytes, str] | None = None
 
 
 @dataclass

@@ -63,6 +63,17 @@ class Tracked:
     told: Told = field(default_factory=Told)
     """The router's word about it."""
 
+    def extend(self, tokens: int) -> None:
+        """Its chain, to so many tokens."""
+        if self.chain is not None:
+            self.chain.extend(list(self.request.all_token_ids[self.chain.tokens : tokens]))
+
+    def drop_lookup(self) -> None:
+        """Whoever asks next asks anew."""
+        if self.lookup is not None:
+            self.lookup.drop()
+            self.lookup = None
+
 
 @dataclass
 class Ending:

@@ -68,7 +68,6 @@ class SchedulerSide:
         self._holds: dict[int, kvd.Pending[kvd.Fill]] = {}
         self._tables = Tables(engine)
         self._synchronous: list[Tracked] = []
-        self._left: set[str] = set()
         self._away = False
         self.standing = Standing(self.space, settings, registration)
         self.events = Events(engine) if tells_events else None
@@ -99,7 +98,7 @@ class SchedulerSide:
         assert lookup.found is not None
         tokens = self._matched_tokens(lookup, limit)
         if tokens <= computed:
-            self._drop_lookup(tracked)
+            tracked.drop_lookup()
             return 0, False
         lookup.computed, lookup.tokens = computed, tokens
         lookup.wait = self._in_batch(tracked, lookup)
@@ -110,13 +109,20 @@ class SchedulerSide:
         if tracked is None:
             tracked = Tracked(request, told=Told.of(request.kv_transfer_params))
             self.requests[request.request_id] = tracked
-        if tracked.chain is None and not tracked.over:
-            tracked.chain = self.adapters.chain(self.space, request)
-            tracked.over = tracked.chain is None
-        if tracked.chain is not None:
-            known = tracked.chain.tokens
-            tracked.chain.extend(list(request.all_token_ids[known:]))
+        try:
+            if tracked.chain is None and not tracked.over:
+                tracked.chain = self.adapters.chain(self.space, request)
+                tracked.over = tracked.chain is None
+            tracked.extend(request.num_tokens)
+        except kvd.KvdError as error:
+            self._leave_out(tracked, error)
         return tracked
+
+    def _leave_out(self, tracked: Tracked, error: kvd.KvdError) -> None:
+        """What kvd has a limit on (blocks of a prompt, images of a block) is no reason to end an engine."""
+        logger.warning("kvd: request %s is left out: %s", tracked.request.request_id, error)
+        tracked.drop_lookup()
+        tracked.chain, tracked.over = None, True
 
     def _loadable(self, tracked: Tracked, request: Request) -> int:
         """Tokens that may come from kvd: never the last, which the engine computes to have something to sample from."""
@@ -138,7 +144,7 @@ class SchedulerSide:
         skip = computed // self.engine.block_tokens
         known, now = tracked.lookup, time.monotonic()
         if known is not None and (known.skip > skip or now - known.asked_s > LEASE_AGE_S):
-            self._drop_lookup(tracked)
+            tracked.drop_lookup()
         if tracked.lookup is None:
             if not self._reachable():
                 return None
@@ -153,7 +159,11 @@ class SchedulerSide:
                 patience_s += wait_s
                 chain = tracked.chain.with_tail() if limit == tracked.chain.tokens else chain
             key = self._key()
-            pending = self.space.match_soon(key, chain, skip=skip, claim=claim)
+            try:
+                pending = self.space.match_soon(key, chain, skip=skip, claim=claim)
+            except kvd.KvdError as error:
+                self._leave_out(tracked, error)
+                return None
             tracked.lookup = Lookup(skip, pending, now, now + patience_s, key, chain, claims=claims)
             self.stats["lookups"] += 1
             self.stats["asked_tokens"] += limit - computed
@@ -183,7 +193,7 @@ class SchedulerSide:
             return False
         self.stats["late_lookups"] += lookup.until_s > 0
         tracked.failures += 1
-        self._drop_lookup(tracked)
+        tracked.drop_lookup()
         return True
 
     def _matched_tokens(self, lookup: Lookup, limit: int) -> int:
@@ -201,11 +211,6 @@ class SchedulerSide:
         assert lookup.found is not None
         return self.settings.load == "layerwise" or lookup.found.predicted_us <= self.settings.layerwise_us
 
-    def _drop_lookup(self, tracked: Tracked) -> None:
-        if tracked.lookup is not None:
-            tracked.lookup.drop()
-            tracked.lookup = None
-
     # ---- loads
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
@@ -214,7 +219,7 @@ class SchedulerSide:
         lookup = tracked.lookup
         if external == 0 or lookup is None or lookup.found is None:
             if not tracked.loading:
-                self._drop_lookup(tracked)
+                tracked.drop_lookup()
             return
         assert external == lookup.tokens - lookup.computed, (external, lookup.tokens, lookup.computed)
         block = self.engine.block_tokens
@@ -224,7 +229,6 @@ class SchedulerSide:
             key=lookup.key,
             chain=self._ref(lookup.chain),
             skip=lookup.skip,
-            lease=lookup.found.lease,
             first=lookup.computed // block,
             end=-(-lookup.tokens // block),
             tables=tables,
@@ -249,15 +253,16 @@ class SchedulerSide:
         for name, tokens in output.num_scheduled_tokens.items():
             tracked = self.requests.get(name)
             if tracked is not None and self.settings.store != "none":
-                meta.stores += self._stores(tracked, tracked.request.num_computed_tokens + tokens)
+                try:
+                    meta.stores += self._stores(tracked, tracked.request.num_computed_tokens + tokens)
+                except kvd.KvdError as error:
+                    self._leave_out(tracked, error)
         for name in output.preempted_req_ids or ():
             tracked = self.requests.get(name)
             if tracked is not None:
                 meta.leave.add(name)
                 tracked.loading = False
-                self._drop_lookup(tracked)
-        meta.leave |= self._left
-        self._left = set()
+                tracked.drop_lookup()
         meta.await_stores = set(self.finishing)
         return meta
 
@@ -272,7 +277,7 @@ class SchedulerSide:
         end = known if hands_off else known // granule * granule
         if end <= tracked.stored:
             return []
-        tracked.chain.extend(list(request.all_token_ids[tracked.chain.tokens : known]))
+        tracked.extend(known)
         chain = tracked.chain.prefix(known // block if hands_off else end // block)
         if hands_off and known % block:
             chain = tracked.chain.with_tail()
@@ -281,9 +286,7 @@ class SchedulerSide:
             tracked.over = True
             return []
         number = next(self._numbers)
-        hand_off = None
-        if hands_off:
-            hand_off = (tracked.told.hands_off.encode(), len(chain))
+        hand_off = (tracked.told.hands_off.encode(), len(chain)) if hands_off else None
         job = StoreJob(
             number, request.request_id, self._key(), self._ref(chain), tracked.stored // block, tables, hand_off
         )
@@ -311,16 +314,17 @@ class SchedulerSide:
             tracked = self.requests.get(name)
             if tracked is not None:
                 tracked.loading = False
-                self._drop_lookup(tracked)
+                tracked.drop_lookup()
         for tracked in self._synchronous:
             tracked.loading = False
-            self._drop_lookup(tracked)
+            tracked.drop_lookup()
         self._synchronous = []
         if output.invalid_block_ids:
             self._failed(set(output.invalid_block_ids))
         for name in output.failed_recving or ():
             if name in self.requests:
                 self.requests[name].failures += 1
+                self.requests[name].stored = 0
         meta = output.kv_connector_worker_meta
         if isinstance(meta, KvdWorkerMeta):
             self._heard = max(self._heard, meta.failed_step)
@@ -361,7 +365,7 @@ class SchedulerSide:
         if tracked is None:
             return False, None
         if not tracked.loading:
-            self._drop_lookup(tracked)
+            tracked.drop_lookup()
         answer = None
         if tracked.told.hands_off:
             tokens = request.num_prompt_tokens if tracked.handed_off else 0
@@ -382,7 +386,7 @@ class SchedulerSide:
         self.space = self._space()
         self.standing.moved(self.space)
         for tracked in self.requests.values():
-            self._drop_lookup(tracked)
+            tracked.drop_lookup()
             tracked.chain, tracked.stored, tracked.failures = None, 0, 0
         logger.info("kvd: cache reset: blocks are of epoch %d from now on", self.epoch)
         return True
@@ -390,6 +394,6 @@ class SchedulerSide:
     def close(self) -> None:
         """Leases are given back, the session ends."""
         for tracked in self.requests.values():
-            self._drop_lookup(tracked)
+            tracked.drop_lookup()
         self.standing.close()
         self.client.close()

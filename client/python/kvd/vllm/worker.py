@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import kvd
 from kvd.vllm.memory import layer_memory
-from kvd.vllm.meta import DROPPED, ChainRef, KvdMetadata, KvdWorkerMeta, LoadJob, StoreJob
+from kvd.vllm.meta import DROPPED, ChainRef, KvdMetadata, KvdWorkerMeta, StoreJob
+from kvd.vllm.transfers import Load, Store
 
 if TYPE_CHECKING:
     import torch
@@ -31,46 +31,6 @@ STORE_TIMEOUT_S = 15.0
 AWAY_S = 0.05
 """A load that still goes on after the node was away for so long is given up: what has arrived is there by then, and nothing more may ever come.
 An engine that waits for it in its batch could not even hear of the node's return: its scheduler waits as well."""
-
-
-@dataclass
-class Load:
-    """One request's blocks on their way in."""
-
-    job: LoadJob
-    pending: kvd.Pending[kvd.Match] | None
-    until_s: float
-    found: kvd.Match | None = None
-    loading: kvd.Loading | None = None
-    failed_from: int | None = None
-    over: bool = False
-    away_s: float | None = None
-    """Since when the node is known to be away."""
-
-    def fail(self, block: int) -> None:
-        """From this block on nothing is there."""
-        if self.loading is not None:
-            self.loading.stop()
-        self.failed_from = block if self.failed_from is None else min(block, self.failed_from)
-        self.end()
-
-    def end(self) -> None:
-        """Gives back what it held."""
-        self.over = True
-        if self.pending is not None:
-            self.pending.cancel()
-        if self.found is not None:
-            self.found.release()
-        self.found = self.loading = self.pending = None
-
-
-@dataclass
-class Store:
-    """One request's blocks on their way out."""
-
-    job: StoreJob
-    storing: kvd.Storing
-    until_s: float
 
 
 class WorkerSide:
@@ -186,8 +146,12 @@ class WorkerSide:
         for job in meta.loads:
             load = Load(job, None, time.monotonic() + self.settings.load_timeout_ms / 1000)
             if joined:
-                space, chain = self._chain(job.chain)
-                load.pending = space.match_soon(job.key, chain, skip=job.skip)
+                try:
+                    space, chain = self._chain(job.chain)
+                    load.pending = space.match_soon(job.key, chain, skip=job.skip)
+                except kvd.KvdError as error:
+                    logger.warning("kvd: %s: cannot be asked for: %s", job.request, error)
+                    load.fail(job.first)
             (self._in_batch if job.wait else self._loads).append(load)
             if job.wait or not joined:
                 self._advance(load, self.settings.lookup_timeout_ms / 1000)
@@ -314,23 +278,30 @@ class WorkerSide:
             if not self._join(meta.token):
                 self._store_over(job, 0)
                 continue
-            space, chain = self._chain(job.chain)
-            hand_off = self.settings.hand_off(job.hand_off)
-            storing = space.store_from(
-                job.key,
-                chain,
-                self._pages,
-                self._kernel_tables(job.tables),
-                first=job.first,
-                wait_s=self.settings.store_wait_s(hand_off is not None),
-                hand_off=hand_off,
-            )
-            store = Store(job, storing, time.monotonic() + STORE_TIMEOUT_S)
-            self._stores.append(store)
+            try:
+                storing = self._begin_store(job)
+            except kvd.KvdError as error:
+                logger.warning("kvd: %s: cannot be stored: %s", job.request, error)
+                self._store_over(job, 0)
+                continue
+            self._stores.append(Store(job, storing, time.monotonic() + STORE_TIMEOUT_S))
             if len(self.engine.groups) > 1:
                 # pages that leave a window are the engine's again without a word
                 storing.wait(self.settings.lookup_timeout_ms / 1000)
                 storing.stop()
+
+    def _begin_store(self, job: StoreJob) -> kvd.Storing:
+        space, chain = self._chain(job.chain)
+        hand_off = self.settings.hand_off(job.hand_off)
+        return space.store_from(
+            job.key,
+            chain,
+            self._pages,
+            self._kernel_tables(job.tables),
+            first=job.first,
+            wait_s=self.settings.store_wait_s(hand_off is not None),
+            hand_off=hand_off,
+        )
 
     def advance_stores(self) -> None:
         """Notes what has ended."""
