@@ -182,7 +182,7 @@ def test_sglangs_failure_injector(node: Daemon, storage_config: Config, monkeypa
         keys = hashes(8, 100 * (turn % 10))
         if turn in (40, 80):
             tally["kills"] += 1
-            node.kill()
+            node.kill9()
         if turn in (50, 90):
             node.start()
             until("a session", lambda: backend._backend._client.connected)
@@ -250,7 +250,7 @@ def test_sglangs_own_mooncake_backend_over_kvd(
     wrong = wrong_bytes(host.kv_buffer[halves], expected.kv_buffer[halves])
     print(f"\nSGLang's MooncakeStore over kvd.mooncake, is_mla={is_mla}: {PAGES} pages, wrong bytes {wrong}")
     assert wrong == 0
-    node.kill()
+    node.kill9()
     assert other.batch_exists(keys) == 0
     assert other.batch_get_v1(keys, slots()) == [False] * PAGES
     node.start()

@@ -40,14 +40,14 @@ ENV = {
 class Engine:
     """A process of `engine.py`."""
 
-    def __init__(self, name: str, model: str, connector: dict[str, Any] | None, log: IO[bytes]) -> None:
+    def __init__(self, name: str, model: str, connector: dict[str, Any] | None, log: IO[bytes], **more: object) -> None:
         self.name, self.warms = name, connector is not None
         command = [sys.executable, str(HERE / "engine.py")]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=os.environ | ENV)
         self._hears()
         options = {"num_gpu_blocks_override": PAGES_MAX, "skip_tokenizer_init": True, "disable_log_stats": False}
-        self.do("start", model=model, connector=connector, **options)
+        self.do("start", model=model, connector=connector, **options, **more)
 
     def _hears(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -91,7 +91,7 @@ def engines_of(model: str, folder: Path, log: IO[bytes]) -> list[Engine]:
         Engine("vllm", model, None, log),
         Engine("kvd layerwise", model, {**kvd, "load": "layerwise"}, log),
         Engine("kvd async", model, {**kvd, "load": "async"}, log),
-        Engine("files", model, files, log),
+        Engine("files", model, files, log, disable_hybrid_kv_cache_manager=True),
     ]
 
 

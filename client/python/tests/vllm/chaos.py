@@ -23,9 +23,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-os.environ.setdefault(
-    "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
-)  # the engine's core in this process, where its connector can be watched
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's core in this process, where its connector can be watched
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",  # sums in one order, whoever else is in a batch
+    "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING",
+}  # fmt: skip
+for name, value in ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sized
