@@ -9,6 +9,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "kvd/v1/workers.proto",
         "kvd/v1/index.proto",
         "kvd/v1/peer.proto",
+        "kvd/v1/keeper.proto",
     ];
     let descriptors = protox::compile(files, ["."])?;
     let out = std::path::PathBuf::from(std::env::var("OUT_DIR")?);

@@ -7,7 +7,7 @@
 use crate::connection::{Connection, Heard, Listener, lost};
 use crate::lease::Progress;
 use crate::space::SpaceHandle;
-use crate::transport::shm::SharedSegment;
+use crate::transport::shm::{Life, SharedSegment};
 use kvd_proto::wire::{self, client_frame::Body as Ask, node_frame::Body as Answer};
 use kvd_proto::{Code, Error, Fingerprint, PROTOCOL_MAJOR, PROTOCOL_MINOR};
 use rustix::fd::OwnedFd;
@@ -66,8 +66,14 @@ pub struct Session {
 pub(crate) struct Inner {
     options: ConnectOptions,
     link: Mutex<Link>,
+    /// What we call ourselves at every daemon.
+    client: u64,
     /// Counts node epochs seen: leases remember theirs.
     incarnation: AtomicU64,
+    /// Of segments mapped from now on: gone when the last of them is.
+    life: Mutex<Arc<Life>>,
+    /// Of segments of earlier daemons; empty once the daemon of now has been told that all are gone.
+    lives: Mutex<Vec<Weak<Life>>>,
     segments: RwLock<HashMap<u32, Arc<SharedSegment>>>,
     spaces: Mutex<Vec<Registered>>,
     progress: Mutex<HashMap<u64, Arc<Progress>>>,
@@ -177,14 +183,18 @@ impl Session {
 
 impl Inner {
     fn new(options: ConnectOptions) -> Arc<Self> {
+        let told: Arc<Notify> = Arc::default();
         Arc::new(Self {
+            client: draw(),
+            life: Mutex::new(Arc::new(Life::new(told.clone()))),
+            lives: Mutex::default(),
             link: Mutex::new(Link { token: options.join.clone(), ..Link::default() }),
             options,
             incarnation: AtomicU64::new(0),
             segments: RwLock::default(),
             spaces: Mutex::default(),
             progress: Mutex::default(),
-            told: Arc::default(),
+            told,
         })
     }
 
@@ -312,7 +322,7 @@ impl Inner {
             }
             // A segment that cannot be mapped makes its blocks misses; the node says so once more in its log.
             let Ok(mapped) = SharedSegment::map(segment, table, payload) else { continue };
-            let mapped = Arc::new(mapped);
+            let mapped = Arc::new(mapped.living(locked(&self.life).clone()));
             self.segments
                 .write()
                 .unwrap_or_else(PoisonError::into_inner)
@@ -325,6 +335,19 @@ impl Inner {
         }
     }
 
+    /// Tells the daemon, once it is so, that nothing of what earlier ones let us write is written any more: it may have their memory.
+    fn tell_settled(&self) {
+        let mut lives = locked(&self.lives);
+        if lives.is_empty() || lives.iter().any(|life| life.strong_count() > 0) {
+            return;
+        }
+        let connection = locked(&self.link).connection.clone();
+        if let Some(connection) = connection {
+            connection.tell(Ask::Settled(wire::SettledRequest {}));
+            lives.clear();
+        }
+    }
+
     fn lost_connection(&self) {
         locked(&self.link).connection = None;
         let waiting: Vec<_> = locked(&self.progress).values().cloned().collect();
@@ -334,6 +357,9 @@ impl Inner {
     /// Another daemon: nothing from before is true any more.
     fn new_epoch(&self) {
         self.incarnation.fetch_add(1, Ordering::AcqRel);
+        let life = std::mem::replace(&mut *locked(&self.life), Arc::new(Life::new(self.told.clone())));
+        locked(&self.lives).push(Arc::downgrade(&life));
+        drop(life);
         self.segments.write().unwrap_or_else(PoisonError::into_inner).clear();
         let progress = std::mem::take(&mut *locked(&self.progress));
         progress.values().for_each(|progress| progress.wake());
@@ -371,6 +397,7 @@ async fn connect(inner: &Arc<Inner>) -> Result<Driver, Error> {
             for lease in held.into_iter().filter(|lease| !locked(&inner.progress).contains_key(lease)) {
                 connection.tell(Ask::Release(wire::ReleaseRequest { lease }));
             }
+            inner.tell_settled();
             Ok(driver)
         }
         Err(error) => {
@@ -474,6 +501,7 @@ async fn open_session(
         join: join.into(),
         held,
         numa_node: inner.options.numa_node,
+        client: inner.client,
     };
     match connection.call(Ask::OpenSession(request)).await? {
         (Answer::SessionOpened(opened), fds) => Ok((opened, fds)),
@@ -484,8 +512,12 @@ async fn open_session(
 /// Waits for the connection to end, then comes back, until the session itself is dropped.
 async fn keep_alive(weak: Weak<Inner>, mut driver: Option<Driver>) {
     loop {
-        if let Some(driver) = driver {
-            let _ = driver.await;
+        if let Some(mut driver) = driver {
+            let Some(told) = weak.upgrade().map(|inner| inner.told.clone()) else { return };
+            while tokio::select! { _ = &mut driver => false, () = told.notified() => true } {
+                let Some(inner) = weak.upgrade() else { break };
+                inner.tell_settled();
+            }
         }
         let mut pause = RETRY.0;
         driver = loop {
@@ -505,6 +537,14 @@ async fn keep_alive(weak: Weak<Inner>, mut driver: Option<Driver>) {
             };
         };
     }
+}
+
+/// Sixty-four random bits: two clients of one daemon do not meet, and none is none.
+fn draw() -> u64 {
+    let mut bytes = [0; 8];
+    let got = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
+    assert_eq!(got, Ok(8), "the kernel has random bytes");
+    u64::from_ne_bytes(bytes) | 1
 }
 
 fn unregistered() -> Error {

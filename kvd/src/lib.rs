@@ -9,6 +9,7 @@ pub mod check;
 pub mod cluster;
 pub mod config;
 pub mod index;
+pub mod keeper;
 pub mod links;
 pub mod node;
 pub mod run;

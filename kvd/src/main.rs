@@ -20,6 +20,9 @@ enum Command {
     Serve(ConfigPath),
     /// Say what this machine has, what will be used, and what it costs to be without the rest.
     Check(ConfigPath),
+    /// Hold the memory of daemons that come and go; the daemon starts it.
+    #[command(hide = true)]
+    Keeper(KeeperOptions),
     /// Print a complete kvd.toml: every key, its value, where it comes from and what it does.
     Config(ConfigPath),
 }
@@ -29,6 +32,16 @@ struct ConfigPath {
     /// A kvd.toml; without it everything comes from what the machine has.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+}
+
+#[derive(clap::Args)]
+struct KeeperOptions {
+    /// Where the daemon finds it.
+    #[arg(long, value_name = "PATH")]
+    socket: PathBuf,
+    /// How long it stays without a daemon.
+    #[arg(long, value_name = "MS")]
+    keep_ms: u32,
 }
 
 fn main() -> ExitCode {
@@ -58,6 +71,10 @@ fn run(command: Command) -> Result<ExitCode, kvd_proto::Error> {
             findings.iter().for_each(|finding| print(&format!("{finding}\n")));
             let good = findings.iter().all(|finding| finding.good);
             Ok(if good { ExitCode::SUCCESS } else { ExitCode::from(2) })
+        }
+        Command::Keeper(KeeperOptions { socket, keep_ms }) => {
+            kvd::keeper::run(&kvd::keeper::Options { socket, keep_ms })?;
+            Ok(ExitCode::SUCCESS)
         }
         Command::Config(path) => {
             print(&Config::explain(path.config.as_deref())?);

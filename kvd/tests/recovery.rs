@@ -34,7 +34,7 @@ impl Daemon {
         let config = folder.join("kvd.toml");
         let text = format!(
             "data_dir = '{}'\n[listen]\ngrpc_address = ''\nmetrics_address = ''\n\
-             [dram]\ncapacity_bytes = '16MiB'\nsegment_bytes = '4MiB'\neviction = 'lru'\n\
+             [dram]\ncapacity_bytes = '16MiB'\nsegment_bytes = '4MiB'\neviction = 'lru'\nkeep_ms = 0\n\
              [nvme]\ncapacity_bytes = '128MiB'\nsegment_bytes = '4MiB'\n",
             folder.display()
         );

@@ -109,18 +109,29 @@ impl Mapping {
         rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
         // A memfd is born 0777: without this any receiver of a read-only descriptor could open it again for writing.
         rustix::fs::fchmod(&fd, Mode::RUSR)?;
+        Ok(Self::owning(Self::map_shared(&fd, bytes)?, bytes, Some(fd)))
+    }
+
+    fn map_shared(fd: &OwnedFd, bytes: usize) -> Result<*mut c_void, Errno> {
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: the kernel chooses the address, so no existing memory is replaced.
-        let address = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                bytes,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED,
-                &fd,
-                0,
-            )
-        }?;
-        Ok(Self::owning(address, bytes, Some(fd)))
+        unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, protection, MapFlags::SHARED, fd, 0) }
+    }
+
+    /// Maps a memfd that an earlier daemon made with `memfd`, its bytes as they are. Refused: another size, or one that could
+    /// still shrink under us.
+    pub fn adopt(fd: OwnedFd, bytes: usize) -> std::io::Result<Self> {
+        let found = rustix::fs::fstat(&fd)?;
+        let seals = rustix::fs::fcntl_get_seals(&fd)?;
+        if found.st_size as u64 != bytes as u64 || !seals.contains(SealFlags::SHRINK | SealFlags::GROW) {
+            let what = format!("{} bytes with seals {seals:?}, not {bytes} sealed ones", found.st_size);
+            return Err(std::io::Error::new(std::io::ErrorKind::InvalidData, what));
+        }
+        let mut mapping = Self::owning(Self::map_shared(&fd, bytes)?, bytes, Some(fd));
+        if found.st_blksize as usize >= HUGE_PAGE_BYTES {
+            mapping.pages = Pages::Huge;
+        }
+        Ok(mapping)
     }
 
     /// Private, page-aligned, zeroed memory.

@@ -10,7 +10,7 @@ use crate::mapping::{Mapping, MemfdOptions};
 use crate::segment::Geometry;
 use kvd_proto::limits::PART_ALIGN;
 use kvd_proto::slot_header::{LIVE_WORD_OFFSET, SlotHeader};
-use rustix::fd::OwnedFd;
+use rustix::fd::{BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
@@ -18,6 +18,19 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 pub const READ_TRIES_MAX: usize = 64;
 const WORD_BYTES: usize = 8;
 const LIVE_WORD: usize = LIVE_WORD_OFFSET / WORD_BYTES;
+/// Word 0 of a slot that is being filled: no header's magic.
+const FILLING: u64 = u64::from_le_bytes(*b"KVDFILL\0");
+/// Where the filler's two words are.
+const FILLER_WORD: usize = LIVE_WORD + 1;
+
+/// A session of a daemon, as far as a later daemon must know it: whose processes may still be writing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Filler {
+    /// The daemon's.
+    pub epoch: u64,
+    /// Its number there.
+    pub session: u64,
+}
 
 /// The one writer of a segment's table.
 #[derive(Debug)]
@@ -70,6 +83,22 @@ impl TableWriter {
             }
         });
         self.scratch = bytes;
+    }
+
+    /// Says who is about to fill the slot, in place of a header; readers find no block. The generation stays.
+    pub fn fill(&mut self, slot: u32, filler: Filler) {
+        let generation = self.generation(slot);
+        self.write(slot, generation, |table| {
+            table.word(slot, 0).store(FILLING, Ordering::Relaxed);
+            table.word(slot, FILLER_WORD).store(filler.epoch, Ordering::Relaxed);
+            table.word(slot, FILLER_WORD + 1).store(filler.session, Ordering::Relaxed);
+        });
+    }
+
+    /// Who was to fill the slot when its table was last written.
+    pub fn filler(&self, slot: u32) -> Option<Filler> {
+        let word = |at| self.word(slot, at).load(Ordering::Relaxed);
+        (word(0) == FILLING).then(|| Filler { epoch: word(FILLER_WORD), session: word(FILLER_WORD + 1) })
     }
 
     /// Takes a header away; `generation` is the slot's after it became free, so that readers of its payload know.
@@ -146,14 +175,33 @@ pub struct LiveTable {
 impl LiveTable {
     /// A table without headers, for a segment of this geometry.
     pub fn create(name: &str, geometry: &Geometry) -> std::io::Result<Self> {
+        let memory = Mapping::memfd(name, Self::bytes(geometry), MemfdOptions { huge_pages: false })?;
+        Ok(Self::over(memory, geometry))
+    }
+
+    /// The table of an earlier daemon, of a segment of this geometry, as it left it.
+    pub fn adopt(fd: OwnedFd, geometry: &Geometry) -> std::io::Result<Self> {
+        Ok(Self::over(Mapping::adopt(fd, Self::bytes(geometry))?, geometry))
+    }
+
+    fn bytes(geometry: &Geometry) -> usize {
         let (slots, stride) = (geometry.slots as usize, geometry.header_bytes as usize);
-        let bytes = (slots * stride).next_multiple_of(PART_ALIGN as usize);
-        let memory = Mapping::memfd(name, bytes, MemfdOptions { huge_pages: false })?;
+        (slots * stride).next_multiple_of(PART_ALIGN as usize)
+    }
+
+    fn over(memory: Mapping, geometry: &Geometry) -> Self {
+        let (slots, stride) = (geometry.slots as usize, geometry.header_bytes as usize);
         let start = NonNull::new(memory.as_ptr()).expect("a mapping has an address");
         // SAFETY: the memory lives as long as self (field order: the writer is dropped first), is page-aligned and at
-        // least slots * stride long; it is private to self, and receivers of `read_only_fd` can only map it for reading.
+        // least slots * stride long; it is private to self, and receivers of `read_only_fd` can only map it for reading. An
+        // earlier daemon that wrote it is gone: the keeper serves one at a time.
         let writer = unsafe { TableWriter::new(start, slots * stride, stride) };
-        Ok(Self { writer, memory })
+        Self { writer, memory }
+    }
+
+    /// The memfd itself, for who keeps it beyond this daemon's end.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.memory.fd().expect("a table is a memfd")
     }
 
     /// For clients.
@@ -164,6 +212,16 @@ impl LiveTable {
     /// See [`TableWriter::publish`].
     pub fn publish(&mut self, slot: u32, generation: u32, header: &SlotHeader) {
         self.writer.publish(slot, generation, header);
+    }
+
+    /// See [`TableWriter::fill`].
+    pub fn fill(&mut self, slot: u32, filler: Filler) {
+        self.writer.fill(slot, filler);
+    }
+
+    /// See [`TableWriter::filler`].
+    pub fn filler(&self, slot: u32) -> Option<Filler> {
+        self.writer.filler(slot)
     }
 
     /// See [`TableWriter::retire`].
@@ -305,6 +363,38 @@ mod tests {
         });
         println!("{ROUNDS} writes: {whole} whole headers read, {torn} torn ones refused");
         assert_eq!(table.writer.read(1), None, "the last round retired it");
+    }
+
+    #[test]
+    fn who_fills_a_slot_is_known_to_the_next_writer() {
+        let mut first = table();
+        let filler = Filler { epoch: 7, session: 3 };
+        first.writer.publish(0, 3, &header(1));
+        for slot in 0..3 {
+            first.writer.fill(slot, filler);
+        }
+        first.writer.publish(1, 0, &header(2));
+        first.writer.retire(2, 1);
+        let second = over(first.memory);
+        assert_eq!((second.writer.read(0), second.writer.generation(0)), (None, 3));
+        let fillers: Vec<_> = (0..SLOTS as u32).map(|slot| second.writer.filler(slot)).collect();
+        assert_eq!(fillers, [Some(filler), None, None, None]);
+    }
+
+    #[test]
+    fn a_table_and_its_memory_are_taken_over_whole_or_not_at_all() {
+        let geometry = Geometry::dram(4096, 1, 1 << 20);
+        let mut first = LiveTable::create("test", &geometry).unwrap();
+        first.publish(5, 9, &header(1));
+        let fd = first.fd().try_clone_to_owned().unwrap();
+        drop(first);
+        let second = LiveTable::adopt(fd.try_clone().unwrap(), &geometry).unwrap();
+        assert_eq!(second.read(5), Some((9, header(1))));
+        let other = Geometry::dram(8192, 1, 1 << 20);
+        assert!(LiveTable::adopt(fd, &other).is_err(), "of another size");
+        let open = rustix::fs::memfd_create("open", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&open, LiveTable::bytes(&geometry) as u64).unwrap();
+        assert!(LiveTable::adopt(open, &geometry).is_err(), "it could shrink under us");
     }
 
     #[test]

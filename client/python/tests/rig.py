@@ -65,6 +65,7 @@ class Daemon:
         segment: int = 4 * MIB,
         nvme: int = 0,
         lease_ttl_ms: int = 30_000,
+        keep_ms: int = 0,
     ) -> None:
         self.folder = folder
         self.socket = folder / "kvd.sock"
@@ -75,7 +76,7 @@ class Daemon:
         self._config.write_text(
             f'data_dir = "{folder}"\nnode_name = "rig"\n'
             '[listen]\ngrpc_address = ""\nmetrics_address = ""\ndata_address = ""\n'
-            f"[dram]\ncapacity_bytes = {dram}\nsegment_bytes = {segment}\n"
+            f"[dram]\ncapacity_bytes = {dram}\nsegment_bytes = {segment}\nkeep_ms = {keep_ms}\n"
             f'[nvme]\npath = "{path}"\ncapacity_bytes = {nvme or segment}\nsegment_bytes = {segment}\n'
             f"[leases]\nttl_ms = {lease_ttl_ms}\nbytes_max_per_session = {dram}\n"
         )

@@ -12,7 +12,9 @@ use kvd_proto::{Code, Error};
 use rustix::fd::OwnedFd;
 use rustix::mm::{self, MapFlags, ProtFlags};
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
+use tokio::sync::Notify;
 
 /// How often a header that is being rewritten is read again. A writer needs well under a microsecond.
 const HEADER_READS_MAX: usize = 64;
@@ -30,6 +32,23 @@ pub(crate) struct SharedSegment {
     slot_bytes: usize,
     slots: u32,
     header_bytes: usize,
+    #[expect(dead_code, reason = "held, not read")]
+    life: Option<Arc<Life>>,
+}
+
+/// Shared by the segments of one daemon. It ends with the last of them: nobody in this process writes there any more.
+pub(crate) struct Life(Arc<Notify>);
+
+impl Life {
+    pub(crate) fn new(ended: Arc<Notify>) -> Self {
+        Self(ended)
+    }
+}
+
+impl Drop for Life {
+    fn drop(&mut self) {
+        self.0.notify_one();
+    }
 }
 
 impl SharedSegment {
@@ -47,7 +66,14 @@ impl SharedSegment {
             slot_bytes,
             slots: announced.slots,
             header_bytes,
+            life: None,
         })
+    }
+
+    /// As one of those whose end is looked out for.
+    pub(crate) fn living(mut self, life: Arc<Life>) -> Self {
+        self.life = Some(life);
+        self
     }
 
     pub(crate) fn slot_bytes(&self) -> usize {

@@ -148,6 +148,14 @@ pub(super) static KEYS: &[Key] = &[
         },
     },
     Key {
+        name: "dram.keep_ms",
+        kind: Kind::Count,
+        help: "How long the memory outlives the daemon, in a keeper process beside it, so that the next daemon finds its blocks; 0: it ends with the daemon.",
+        default: |_, _| {
+            fixed(600_000, "longer than an upgrade, and what nobody comes back to is not held for ever")
+        },
+    },
+    Key {
         name: "nvme.path",
         kind: Kind::OptionalPath,
         help: "File or block device of the NVMe tier; \"\" for none. A file is made if it is missing; a device is overwritten.",

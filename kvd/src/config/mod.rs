@@ -94,6 +94,8 @@ pub struct Dram {
     pub numa: Wish,
     /// Which copy goes first.
     pub eviction: Eviction,
+    /// How long the keeper holds it after the daemon's end; 0: there is no keeper.
+    pub keep_ms: u32,
 }
 
 impl Dram {
@@ -252,6 +254,7 @@ impl Config {
         set("listen", "grpc_address", "".into());
         set("listen", "metrics_address", "".into());
         set("dram", "capacity_bytes", integer(dram_bytes));
+        set("dram", "keep_ms", integer(0)); // it ends with its program
         match nvme_bytes {
             0 => set("nvme", "path", "".into()),
             _ => set("nvme", "capacity_bytes", integer(nvme_bytes)),
@@ -275,6 +278,9 @@ impl Config {
         self.check_names()?;
         self.listen.check()?;
         check_segments("dram", self.dram.capacity_bytes, self.dram.segment_bytes)?;
+        if self.dram.keep_ms > 0 {
+            check_range("dram.keep_ms", u64::from(self.dram.keep_ms), 1000, 86_400_000)?;
+        }
         self.nvme.check()?;
         self.leases.check(self.dram.capacity_bytes)?;
         self.cluster.check()?;

@@ -1,6 +1,7 @@
 //! One call: events in, effects out, then what keeps the house in order.
 
 use super::event::{Effect, Event, MemberId, Question};
+use super::recovery::RecoveredSegment;
 use super::search::Then;
 use super::{EVENTS_PER_CALL_MAX, Node};
 use kvd_proto::wire::client_frame::Body as Ask;
@@ -27,6 +28,7 @@ impl Node {
     pub fn settle(&mut self, now_us: u64, effects: &mut Vec<Effect>) {
         self.at(now_us, effects, |node| {
             node.tell_policies();
+            node.verify_some();
             node.make_room();
             node.serve_waiting();
             node.serve_held();
@@ -77,10 +79,13 @@ impl Node {
             Event::Offered { ticket, offer } => self.offered(ticket, offer),
             Event::Claimed { ticket, status } => self.claimed_there(ticket, status),
             Event::RecoveredSpace { space } => self.recovered_space(*space),
-            Event::RecoveredSegment { segment, geometry, tenant } => {
-                self.recovered_segment(segment, geometry, &tenant);
+            Event::Orphan { member, filler, client } => self.orphans.add(member, filler, client),
+            Event::RecoveredSegment { tier, segment, geometry, tenant, numa_node, generations } => {
+                let found = RecoveredSegment { tier, segment, geometry, numa_node, generations };
+                self.recovered_segment(&found, &tenant);
             }
-            Event::Recovered { slot, header } => self.recovered_block(slot, &header),
+            Event::Recovered { tier, slot, header } => self.recovered_block(tier, slot, &header),
+            Event::RecoveredFill { slot, filler } => self.recovered_fill(slot, filler),
             Event::Ask { ticket, question } => self.ask(ticket, question),
             Event::Tell(on) => self.tell(on),
             Event::TellSlice { ticket, from } => self.tell_slice(ticket, from),
@@ -116,6 +121,7 @@ impl Node {
             Ask::Exists(request) => self.exists(member, &request).map(Reply::Exists),
             Ask::Pin(request) => self.pin_chain(member, &request).map(Reply::Pin),
             Ask::Prefetch(request) => self.prefetch(member, &request).map(Reply::Prefetch),
+            Ask::Settled(_) => return self.client_settled(member),
             Ask::CloseSession(_) => return self.close_member(member, request_id),
         };
         match reply {

@@ -10,6 +10,7 @@ use kvd_proto::wire::{self, Tier, client_frame, node_frame};
 use kvd_proto::{BlockId, Fingerprint, Space};
 use kvd_tiers::catalog::Handle;
 use kvd_tiers::segment::{Geometry, SegmentId, SlotRef};
+use kvd_tiers::table::Filler;
 
 /// One connection, named by the shell; never reused.
 pub type MemberId = u64;
@@ -76,7 +77,7 @@ pub enum Event {
         /// How long reading it took.
         elapsed_us: u64,
     },
-    /// Ends `Effect::Demote`, `Effect::Promote` or one order of `Effect::Fetch`.
+    /// Ends `Effect::Demote`, `Effect::Promote`, `Effect::Verify` or one order of `Effect::Fetch`.
     Moved {
         /// The effect's token.
         token: u64,
@@ -104,21 +105,46 @@ pub enum Event {
         /// Checked against its fingerprint; carries its tenant.
         space: Box<Space>,
     },
-    /// An NVMe segment of an earlier daemon, open.
+    /// A process that had a session with an earlier daemon and may still be writing where that let it. Before `RecoveredSegment`; it ends
+    /// with `ProcessGone`, or when it comes back and says so, and then with `Effect::Close`.
+    Orphan {
+        /// The name it has from now on.
+        member: MemberId,
+        /// Of which session.
+        filler: Filler,
+        /// What it calls itself; 0: nothing.
+        client: u64,
+    },
+    /// A segment of an earlier daemon, open.
     RecoveredSegment {
+        /// Its tier.
+        tier: Tier,
         /// Which.
         segment: SegmentId,
         /// How it is cut.
         geometry: Geometry,
         /// Whose.
         tenant: String,
+        /// DRAM only: the memory node its pages lie in.
+        numa_node: Option<u32>,
+        /// DRAM only: of each slot, as in its table.
+        generations: Vec<u32>,
     },
     /// A block that an earlier daemon left in a recovered segment.
     Recovered {
+        /// The segment's tier.
+        tier: Tier,
         /// Where.
         slot: SlotRef,
         /// What; the shell keeps the part checksums.
         header: Box<SlotHeader>,
+    },
+    /// A slot of a recovered DRAM segment that an earlier daemon had given to a session to fill.
+    RecoveredFill {
+        /// Where.
+        slot: SlotRef,
+        /// To whom.
+        filler: Filler,
     },
     /// A person asks.
     Ask {
@@ -176,6 +202,20 @@ pub enum Effect {
         tenant: String,
         /// DRAM only: the memory node its pages should lie in.
         numa_node: Option<u32>,
+    },
+    /// A session is about to be told to fill these DRAM slots: said in their tables first, for a later daemon to know.
+    Fill {
+        /// Where.
+        slots: Vec<SlotRef>,
+        /// Who.
+        filler: Filler,
+    },
+    /// Read a DRAM slot whose table has its checksums and see whether its bytes have them; answered by `Moved`.
+    Verify {
+        /// To answer with.
+        token: u64,
+        /// Where.
+        slot: SlotRef,
     },
     /// A DRAM slot holds a committed block from now on: clients may find its header. Its part checksums are computed and
     /// shown as soon as may be; answered by `Checksummed`.
@@ -238,7 +278,7 @@ pub enum Effect {
         /// Where.
         slot: SlotRef,
     },
-    /// A space whose blocks may go to NVMe, for a later daemon to know.
+    /// A space whose blocks may outlive the daemon, for a later one to know.
     Space {
         /// What its blocks' headers say.
         fingerprint: Fingerprint,

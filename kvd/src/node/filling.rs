@@ -10,10 +10,12 @@ use super::hand_off::Wish;
 use super::lease::{Item, ItemState, NewLease, PartSet, RequestKind};
 use super::matching::{check_key, runs};
 use super::order::Order;
+use super::verifying::unverified;
 use kvd_proto::limits::RESERVE_WAIT_MS_MAX;
 use kvd_proto::wire::{self, ReserveState, Tier, node_frame::Body as Reply};
 use kvd_proto::{BlockId, Chain, Error};
 use kvd_tiers::catalog::{Key, Mark, NewEntry};
+use kvd_tiers::table::Filler;
 use std::collections::VecDeque;
 
 /// Reservations that wait for space. At the limit: the next one does not wait.
@@ -286,6 +288,8 @@ impl Node {
             return wire::ReserveReply { states, handed_off, ..wire::ReserveReply::default() };
         }
         items.sort_by_key(|item| (item.group, item.block));
+        let filler = Filler { epoch: self.config.epoch, session };
+        self.out.push(Effect::Fill { slots: items.iter().map(|item| item.slot).collect(), filler });
         let lease = self.new_lease(NewLease {
             session,
             member: wanted.member,
@@ -309,7 +313,8 @@ impl Node {
         for group in 0..groups {
             let Some(handle) = self.catalog.find(&Key { space, group, id }) else { continue };
             let entry = self.catalog.get(handle);
-            if entry.readable(Tier::Dram).is_none() && entry.readable(Tier::Nvme).is_none() {
+            let stored = entry.readable(Tier::Dram).is_some() || entry.readable(Tier::Nvme).is_some();
+            if !stored && !unverified(entry) {
                 return ReserveState::Busy;
             }
             present += 1;

@@ -7,6 +7,7 @@
 use super::Node;
 use super::event::{Answer, MemberId};
 use super::lease::{Item, ItemState, NewLease, RequestKind};
+use super::verifying::unverified;
 use kvd_proto::limits::REQUEST_KEY_BYTES_MAX;
 use kvd_proto::wire::{self, HandOffState, Tier};
 use kvd_proto::{Chain, Error};
@@ -191,7 +192,9 @@ impl Node {
                 }
                 let entry = self.catalog.get(*handle);
                 let stored = entry.readable(Tier::Dram).is_some() || entry.readable(Tier::Nvme).is_some();
-                (stored && !self.doubted.contains(handle)) || (coming && self.movement.comes(*handle))
+                let comes =
+                    self.movement.comes(*handle) || (unverified(entry) && !self.movement.brings(*handle));
+                (stored && !self.doubted.contains(handle)) || (coming && comes)
             };
             let stored = found.iter().position(|handle| !whole(handle)).unwrap_or(found.len());
             found.truncate(stored);
@@ -257,9 +260,11 @@ impl Node {
 
     fn lease_item(&mut self, handle: Handle, block: u32, group: u8, near: usize) -> Option<Item> {
         let entry = self.catalog.get(handle);
-        let remote = entry.copy(Tier::Nvme).is_none() && entry.readable(Tier::Dram).is_none();
+        let here = entry.copy(Tier::Nvme).is_some() || unverified(entry);
+        let remote = !here && entry.readable(Tier::Dram).is_none();
         let (source, state, slot) = match entry.readable(Tier::Dram) {
             Some(slot) => (Tier::Dram, ItemState::Ready, slot),
+            None if unverified(entry) => (Tier::Dram, ItemState::Loading, self.promote(handle, near)?),
             None if remote => (Tier::Dram, ItemState::Loading, self.promote(handle, near)?),
             None => (Tier::Nvme, ItemState::Loading, self.promote(handle, near)?),
         };
@@ -440,6 +445,9 @@ impl Node {
     pub(super) fn promote(&mut self, handle: Handle, near: usize) -> Option<SlotRef> {
         if self.movement.brings(handle) {
             return self.catalog.get(handle).copy(Tier::Dram).filter(|_| self.movement.comes(handle));
+        }
+        if unverified(self.catalog.get(handle)) {
+            return self.start_verification(handle);
         }
         self.start_promotion(handle, near)
     }

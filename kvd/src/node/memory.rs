@@ -8,6 +8,7 @@
 //! meets neither a device nor a scan.
 
 use super::event::Effect;
+use super::recovery::RecoveredSegment;
 use super::{Node, NodeConfig};
 use kvd_proto::Error;
 use kvd_proto::wire::{self, Tier};
@@ -172,17 +173,25 @@ impl Memory {
         self.segments.get(&(at(tier), segment)).map(|open| open.pool)
     }
 
-    /// Takes in an NVMe segment that an earlier daemon left; `false`: it is cut otherwise, or is not within the tier.
-    pub(super) fn adopt(&mut self, pool: usize, segment: SegmentId, geometry: Geometry) -> bool {
-        let (state, space) = (&mut self.pools[pool], &mut self.tiers[at(Tier::Nvme)]);
-        let key = (at(Tier::Nvme), segment);
-        let end = (u64::from(segment) + 1) * space.segment_bytes;
-        if state.geometry != geometry || end > space.capacity_bytes || self.segments.contains_key(&key) {
+    /// Takes in a segment that an earlier daemon left; `false`: it is cut otherwise, or there is no room for it in the tier.
+    pub(super) fn adopt(&mut self, pool: usize, found: &RecoveredSegment) -> bool {
+        let (tier, segment) = (found.tier, found.segment);
+        let (state, space) = (&mut self.pools[pool], &mut self.tiers[at(tier)]);
+        // an NVMe segment's id is its place
+        let end = match tier {
+            Tier::Nvme => (u64::from(segment) + 1) * space.segment_bytes,
+            _ => space.taken_bytes + space.segment_bytes,
+        };
+        let twice = self.segments.contains_key(&(at(tier), segment));
+        if state.geometry != found.geometry || end > space.capacity_bytes || twice {
             return false;
         }
+        let node = space.nodes.iter().position(|node| node.number == found.numa_node).unwrap_or(0);
         space.taken_bytes += space.segment_bytes;
-        self.segments.insert(key, Open { pool, node: 0, populated_bytes: 0 });
-        state.slots.add_segment(segment, geometry.slots, 0);
+        space.nodes[node].taken_bytes += space.segment_bytes;
+        space.next_segment = space.next_segment.max(segment + 1);
+        self.segments.insert((at(tier), segment), Open { pool, node, populated_bytes: 0 });
+        state.slots.add_segment(segment, found.geometry.slots, node);
         true
     }
 
@@ -256,6 +265,11 @@ impl Pool {
 }
 
 impl Node {
+    /// Whether a DRAM segment is this node's.
+    pub fn has_segment(&self, segment: SegmentId) -> bool {
+        self.memory.pool_of_segment(Tier::Dram, segment).is_some()
+    }
+
     pub(super) fn grow_if_empty(&mut self, pool: usize, near: usize) {
         if self.memory.pools[pool].slots.total_slots() == 0 {
             self.grow(pool, near);

@@ -21,12 +21,14 @@ mod matching;
 mod memory;
 mod movement;
 mod order;
+mod orphans;
 mod purge;
 mod recovery;
 mod search;
 mod seeking;
 mod session;
 mod telling;
+mod verifying;
 
 #[cfg(test)]
 mod tests;
@@ -118,6 +120,9 @@ pub struct Node {
     purges: purge::Purges,
     searches: search::Searches,
     recovered: Recovered,
+    orphans: orphans::Orphans,
+    /// Copies in DRAM of an earlier daemon, whose bytes nobody has looked at since.
+    unverified: VecDeque<Handle>,
     telling: telling::Telling,
     counters: Counters,
 }
@@ -159,6 +164,8 @@ impl Node {
             purges: purge::Purges::default(),
             searches: search::Searches::default(),
             recovered: Recovered::default(),
+            orphans: orphans::Orphans::default(),
+            unverified: VecDeque::new(),
             telling: telling::Telling::default(),
             counters: Counters::default(),
             config,

@@ -1,4 +1,4 @@
-//! Movement into and out of DRAM, to and from NVMe and from other nodes: what is under way, how long it will take, what became of it.
+//! Movement into and out of DRAM, to and from NVMe and from other nodes, and the look at what was there before: what is under way, how long it will take, what became of it.
 //!
 //! Invariants: a copy that moves is marked at both ends until `Moved` says it has ended (law 2); bytes that come back are
 //! believed only with every part checksum (the shell verifies, `Moved` says so); a corrupt or unreadable copy is dropped
@@ -30,12 +30,13 @@ const DRAM_PRIOR: (f64, f64) = (1.0, 8000.0);
 
 pub(super) struct Movement {
     pub(super) moves: HashMap<u64, Move>,
-    /// The promotion or fetch that brings a block.
+    /// The promotion, fetch or verification that brings a block.
     by_handle: HashMap<Handle, u64>,
     last: u64,
     promotions: usize,
     demotions: usize,
     fetches: usize,
+    pub(super) verifications: usize,
     reading_bytes: u64,
     nvme_reads: Estimate,
     nvme_writes: Estimate,
@@ -64,6 +65,8 @@ pub(super) enum MoveKind {
     Promotion,
     /// Another node to DRAM, predicted to end then.
     Fetch { ends_us: u64 },
+    /// In DRAM, from an earlier daemon: no byte moves.
+    Verification,
 }
 
 impl Default for Movement {
@@ -75,6 +78,7 @@ impl Default for Movement {
             promotions: 0,
             demotions: 0,
             fetches: 0,
+            verifications: 0,
             reading_bytes: 0,
             nvme_reads: Estimate::new(NVME_PRIOR.0, NVME_PRIOR.1),
             nvme_writes: Estimate::new(NVME_PRIOR.0, NVME_PRIOR.1),
@@ -165,6 +169,7 @@ impl Movement {
             }
             MoveKind::Demotion => self.demotions += 1,
             MoveKind::Fetch { .. } => self.fetches += 1,
+            MoveKind::Verification => self.verifications += 1,
         }
         if kind != MoveKind::Demotion {
             let double = self.by_handle.insert(handle, self.last);
@@ -248,6 +253,7 @@ impl Node {
                 self.movement.reading_bytes -= ended.bytes;
             }
             MoveKind::Fetch { .. } => self.movement.fetches -= 1,
+            MoveKind::Verification => self.movement.verifications -= 1,
             MoveKind::Demotion => {
                 self.movement.demotions -= 1;
                 return self.demoted(ended.handle, result);
@@ -260,6 +266,7 @@ impl Node {
     fn count_move(&mut self, ended: &Move, result: &Result<(), MoveError>, elapsed_us: u64) {
         match (result, ended.kind) {
             (Ok(()), MoveKind::Fetch { .. }) => self.counters.peer_read_bytes += ended.bytes,
+            (Ok(()), MoveKind::Verification) => self.movement.observe_dram(ended.bytes, elapsed_us),
             (Ok(()), kind) => self.count_transfer(kind, ended.bytes, elapsed_us),
             (Err(MoveError::Checksum), MoveKind::Fetch { .. }) => {
                 self.counters.peer_errors += 1;
@@ -293,7 +300,7 @@ impl Node {
         }
     }
 
-    /// A promotion or fetch has ended.
+    /// A promotion, fetch or verification has ended.
     fn brought(&mut self, ended: &Move, result: Result<(), MoveError>) {
         let handle = ended.handle;
         let dram = self.pool_of(handle, Tier::Dram);
@@ -307,7 +314,9 @@ impl Node {
         if ready {
             let entry = self.catalog.get_mut(handle);
             entry.unmark(Tier::Dram, Mark::Filling);
-            entry.mark(Tier::Dram, Mark::Checksummed);
+            if ended.kind != MoveKind::Verification {
+                entry.mark(Tier::Dram, Mark::Checksummed);
+            }
             let ghost = entry.key().id.to_u64();
             self.memory.pools[dram].policy.insert(handle, ghost);
             self.tell_copy(handle, Tier::Dram, true);

@@ -5,6 +5,7 @@
 use super::Node;
 use super::event::{Answer, Effect};
 use super::search::Then;
+use super::verifying::unverified;
 use kvd_proto::wire::{self, Tier, purge_request::What};
 use kvd_proto::{BlockId, Error};
 use kvd_tiers::catalog::{Handle, Mark};
@@ -131,8 +132,18 @@ impl Node {
         !self.purges.queue.is_empty()
     }
 
+    /// A copy of an earlier daemon that nobody has looked at is in nobody's way.
+    fn forget_unverified(&mut self, handle: Handle, done: &mut wire::PurgeReply) {
+        if unverified(self.catalog.get(handle)) && !self.movement.brings(handle) {
+            let pool = self.pool_of(handle, Tier::Dram);
+            self.forget_slot(handle, Tier::Dram, pool);
+            done.copies += 1;
+        }
+    }
+
     fn purge_entry(&mut self, handle: Handle, done: &mut wire::PurgeReply) {
-        let entry = self.catalog.get(handle);
+        self.forget_unverified(handle, done);
+        let Some(entry) = self.catalog.try_get(handle) else { return };
         let busy = |tier| entry.is(tier, Mark::Filling) || entry.is(tier, Mark::Moving);
         let pinned = self.pins.contains_key(&handle);
         if entry.leases() > 0 || pinned || busy(Tier::Dram) || busy(Tier::Nvme) {

@@ -1,9 +1,9 @@
-//! What an earlier daemon left on NVMe, taken in before the first client: spaces, segments, blocks.
+//! What an earlier daemon left on NVMe and in memory, taken in before the first client: spaces, segments, blocks.
 //!
-//! Invariants: a recovered block is a claim about bytes, and what reads it checks every part (law 1); it is in a segment
-//! of its own tenant and slot class or it is refused (law 9); of two copies of one block the first stays, so the shell
+//! Invariants: a recovered block is a claim about bytes, and what reads it checks every part (law 1), in memory once (`verifying`); it is in a
+//! segment of its own tenant and slot class or it is refused (law 9); of two copies of one block in a tier the first stays, so the shell
 //! sends the newer first. Parents come before children, so that leaves are known as such.
-//! Leaves to others: reading devices and part checksums (`run`).
+//! Leaves to others: reading devices and part checksums (`run`); who may still be writing (`orphans`).
 
 use super::Node;
 use kvd_proto::Space;
@@ -27,6 +27,17 @@ pub struct Recovered {
     pub refused_segments: u64,
     /// Blocks of unknown spaces, of other segments than their space's, and second copies.
     pub refused_blocks: u64,
+    /// Slots in memory that somebody may still be filling.
+    pub quarantined_slots: u64,
+}
+
+/// A segment that was found.
+pub(super) struct RecoveredSegment {
+    pub(super) tier: Tier,
+    pub(super) segment: SegmentId,
+    pub(super) geometry: Geometry,
+    pub(super) numa_node: Option<u32>,
+    pub(super) generations: Vec<u32>,
 }
 
 impl Node {
@@ -47,44 +58,60 @@ impl Node {
         }
     }
 
-    pub(super) fn recovered_segment(&mut self, segment: SegmentId, geometry: Geometry, tenant: &str) {
-        assert!(self.config.nvme.is_some(), "segment {segment} is in a tier that is not there");
+    pub(super) fn recovered_segment(&mut self, found: &RecoveredSegment, tenant: &str) {
+        let has_tier = found.tier == Tier::Dram || self.config.nvme.is_some();
+        assert!(has_tier, "segment {} is in a tier that is not there", found.segment);
         let tenant = self.tenant(tenant);
-        let pool = self.memory.pool(Tier::Nvme, tenant, (geometry.slot_bytes, geometry.parts));
-        if self.memory.adopt(pool, segment, geometry) {
-            self.recovered.segments += 1;
-        } else {
+        let pool = self.memory.pool(found.tier, tenant, (found.geometry.slot_bytes, found.geometry.parts));
+        if !self.memory.adopt(pool, found) {
             self.recovered.refused_segments += 1;
+            return;
+        }
+        self.recovered.segments += 1;
+        let slots = &mut self.memory.pools[pool].slots;
+        for (slot, generation) in (0..).zip(&found.generations) {
+            slots.set_generation(SlotRef { segment: found.segment, slot }, *generation);
         }
     }
 
-    pub(super) fn recovered_block(&mut self, slot: SlotRef, header: &SlotHeader) {
-        let Some((key, pool)) = self.recoverable(slot, header) else {
+    pub(super) fn recovered_block(&mut self, tier: Tier, slot: SlotRef, header: &SlotHeader) {
+        let Some((key, pool)) = self.recoverable(tier, slot, header) else {
             self.recovered.refused_blocks += 1;
             return;
         };
         let new = NewEntry { key, parent: header.parent, depth: header.depth, tokens: header.tokens };
-        let handle = self.catalog.insert(&new, Tier::Nvme, slot);
-        self.catalog.get_mut(handle).mark(Tier::Nvme, Mark::Checksummed);
-        let pool = &mut self.memory.pools[pool];
-        pool.slots.adopt(slot, handle);
-        pool.policy.insert(handle, key.id.to_u64());
+        let handle = match self.catalog.find(&key) {
+            Some(handle) => {
+                self.catalog.set_copy(handle, tier, slot);
+                handle
+            }
+            None => self.catalog.insert(&new, tier, slot),
+        };
+        self.catalog.get_mut(handle).mark(tier, Mark::Checksummed);
+        self.memory.pools[pool].slots.adopt(slot, handle);
         self.recovered.blocks += 1;
-        self.tell_copy(handle, Tier::Nvme, true);
+        if tier == Tier::Dram {
+            self.catalog.get_mut(handle).mark(tier, Mark::Filling);
+            self.unverified.push_back(handle);
+            return;
+        }
+        self.memory.pools[pool].policy.insert(handle, key.id.to_u64());
+        self.tell_copy(handle, tier, true);
     }
 
     /// What it would be found by, and its pool.
-    fn recoverable(&self, slot: SlotRef, header: &SlotHeader) -> Option<(Key, usize)> {
+    fn recoverable(&self, tier: Tier, slot: SlotRef, header: &SlotHeader) -> Option<(Key, usize)> {
         let space = *self.by_fingerprint.get(&header.fingerprint)?;
-        let registered = &self.spaces[usize::from(space)];
         let group = u8::try_from(header.group).ok()?;
-        let (_, pool) = *registered.pools.get(usize::from(group))?;
-        let pool =
-            pool.filter(|pool| self.memory.pool_of_segment(Tier::Nvme, slot.segment) == Some(*pool))?;
+        let registered = &self.spaces[usize::from(space)];
+        registered.pools.get(usize::from(group))?;
+        let pool = self.pool_of_group(space, group, tier);
+        let pool = pool.filter(|pool| self.memory.pool_of_segment(tier, slot.segment) == Some(*pool))?;
         let whole = header.tokens == registered.space.layout.block_tokens();
         let key = Key { space, group, id: header.id };
-        let new = self.catalog.find(&key).is_none() && !self.memory.pools[pool].slots.is_live(slot);
-        (whole && new).then_some((key, pool))
+        let known =
+            self.catalog.find(&key).is_some_and(|handle| self.catalog.get(handle).copy(tier).is_some());
+        (whole && !known && !self.memory.pools[pool].slots.is_live(slot)).then_some((key, pool))
     }
 }
 
@@ -143,7 +170,7 @@ mod tests {
     }
 
     fn block_in(segment: SegmentId, slot: u32, header: SlotHeader) -> Event {
-        Event::Recovered { slot: SlotRef { segment, slot }, header: Box::new(header) }
+        Event::Recovered { tier: Tier::Nvme, slot: SlotRef { segment, slot }, header: Box::new(header) }
     }
 
     fn header(tenant: &str, depth: u32) -> SlotHeader {
@@ -165,11 +192,16 @@ mod tests {
         }
     }
 
+    fn segment(segment: SegmentId, geometry: Geometry) -> Event {
+        let (tier, tenant) = (Tier::Nvme, "a".into());
+        Event::RecoveredSegment { tier, segment, geometry, tenant, numa_node: None, generations: Vec::new() }
+    }
+
     /// Spaces of tenants `a` and `b`, segment 1 of `a`.
     fn recovered(blocks: Vec<Event>) -> (Node, Vec<Effect>) {
         let (mut node, mut effects) = (node(), Vec::new());
         let spaces = ["a", "b"].map(|tenant| Event::RecoveredSpace { space: Box::new(space(tenant)) });
-        let segment = Event::RecoveredSegment { segment: 1, geometry: geometry(), tenant: "a".into() };
+        let segment = segment(1, geometry());
         node.apply_and_settle(spaces.into_iter().chain([segment]).chain(blocks), 0, &mut effects);
         (node, effects)
     }
@@ -212,8 +244,7 @@ mod tests {
             (2, Geometry { slots: other.slots, ..geometry() }), // cut otherwise
             (3, geometry()),
         ];
-        let event = |(segment, geometry)| Event::RecoveredSegment { segment, geometry, tenant: "a".into() };
-        node.apply_and_settle(segments.map(event), 0, &mut effects);
+        node.apply_and_settle(segments.map(|(id, geometry)| segment(id, geometry)), 0, &mut effects);
         assert_eq!((node.recovered().segments, node.recovered().refused_segments), (2, 3));
         let pool = node.memory.pool_of_segment(Tier::Nvme, 1).unwrap();
         for expected in [0, 2] {

@@ -43,6 +43,8 @@ struct Member {
     name: String,
     pid: u32,
     maps: bool,
+    /// What its client calls itself at every daemon; 0: nothing.
+    client: u64,
     /// Place of the memory node it is near to.
     memory_node: usize,
     connected: bool,
@@ -74,6 +76,10 @@ impl Sessions {
 
     pub(super) fn maps(&self, session: SessionId) -> bool {
         self.get(session).members.iter().any(|member| self.members[member].maps)
+    }
+
+    pub(super) fn client(&self, member: MemberId) -> Option<u64> {
+        self.members.get(&member).map(|member| member.client).filter(|client| *client != 0)
     }
 
     pub(super) fn counts(&self) -> (usize, usize) {
@@ -131,7 +137,8 @@ impl Node {
         };
         let name = if request.member.is_empty() { "main".to_owned() } else { request.member };
         let seen_us = self.now_us;
-        let new = Member { session, name: name.clone(), pid, maps, memory_node, connected: true, seen_us };
+        let (client, connected) = (request.client, true);
+        let new = Member { session, name: name.clone(), pid, maps, client, memory_node, connected, seen_us };
         self.sessions.members.insert(member, new);
         self.sessions.get_mut(session).members.insert(member);
         self.replace_member(member, &request.held);
@@ -282,10 +289,8 @@ impl Node {
         let id = self.spaces.len() as u16;
         let text = format!("{} of {} as {id}", space.model, space.tenant);
         self.by_fingerprint.insert(fingerprint, id);
-        if self.config.nvme.is_some() {
-            let definition = Box::new(space.to_wire());
-            self.out.push(Effect::Space { fingerprint, tenant: space.tenant.clone(), definition });
-        }
+        let definition = Box::new(space.to_wire());
+        self.out.push(Effect::Space { fingerprint, tenant: space.tenant.clone(), definition });
         self.spaces.push(RegisteredSpace { space, fingerprint, tenant, pools });
         self.note("space", || text);
         Ok(id)
@@ -322,6 +327,9 @@ impl Node {
     }
 
     pub(super) fn process_gone(&mut self, member: MemberId) {
+        if self.orphan_settled(member) {
+            return;
+        }
         self.end_member(member, "process gone");
     }
 

@@ -9,8 +9,8 @@ use kvd_tiers::mapping::Mapping;
 use kvd_tiers::media::dram::{DramMedium, DramOptions};
 use kvd_tiers::media::{Buffer, Medium, MediumInfo};
 use kvd_tiers::segment::{Geometry, SegmentId, SlotRef};
-use kvd_tiers::table::LiveTable;
-use rustix::fd::OwnedFd;
+use kvd_tiers::table::{Filler, LiveTable};
+use rustix::fd::{BorrowedFd, OwnedFd};
 use std::any::Any;
 use std::collections::HashMap;
 use std::ptr::NonNull;
@@ -38,6 +38,12 @@ impl DramSegment {
     pub(crate) fn descriptors(&self) -> std::io::Result<[OwnedFd; 2]> {
         let payload = self.payload.fd().expect("a segment is a memfd").try_clone_to_owned()?;
         Ok([self.table().read_only_fd()?, payload])
+    }
+
+    /// Table and payload themselves, for who keeps them beyond this daemon's end.
+    pub(crate) fn kept<T>(&self, keep: impl FnOnce([BorrowedFd<'_>; 2]) -> T) -> T {
+        let table = self.table();
+        keep([table.fd(), self.payload.fd().expect("a segment is a memfd")])
     }
 
     pub(crate) fn checksums(&self, slot: u32) -> Vec<u32> {
@@ -129,9 +135,41 @@ impl DramSegments {
             // it lies wherever it is touched from: slower from elsewhere, not wrong
             tracing::warn!(segment, numa_node, %error, "a segment is not bound to its memory node");
         }
+        Ok(self.insert(segment, geometry, payload, table))
+    }
+
+    /// Takes over memory and table of an earlier daemon, as they are.
+    pub(crate) fn adopt(
+        &self,
+        segment: SegmentId,
+        geometry: Geometry,
+        table: OwnedFd,
+        payload: OwnedFd,
+    ) -> Result<Arc<DramSegment>, String> {
+        let table = LiveTable::adopt(table, &geometry).map_err(|error| format!("its table: {error}"))?;
+        let payload = Mapping::adopt(payload, geometry.end() as usize).map_err(|error| error.to_string())?;
+        let mut medium = self.medium.lock().unwrap_or_else(PoisonError::into_inner);
+        medium.adopt_segment(segment, payload).map_err(|error| error.to_string())?;
+        let payload = medium.mapping(segment).expect("it was just taken over");
+        Ok(self.insert(segment, geometry, payload, table))
+    }
+
+    fn insert(
+        &self,
+        segment: SegmentId,
+        geometry: Geometry,
+        payload: Arc<Mapping>,
+        table: LiveTable,
+    ) -> Arc<DramSegment> {
         let opened = Arc::new(DramSegment { geometry, payload, table: Mutex::new(table) });
         self.segments.write().unwrap_or_else(PoisonError::into_inner).insert(segment, opened.clone());
-        Ok(opened)
+        opened
+    }
+
+    /// Lets go of a segment that nobody was told of.
+    pub(crate) fn close(&self, segment: SegmentId) {
+        self.segments.write().unwrap_or_else(PoisonError::into_inner).remove(&segment);
+        self.medium.lock().unwrap_or_else(PoisonError::into_inner).close_segment(segment);
     }
 
     pub(crate) fn get(&self, segment: SegmentId) -> Arc<DramSegment> {
@@ -141,6 +179,10 @@ impl DramSegments {
 
     pub(crate) fn publish(&self, slot: SlotRef, generation: u32, header: &SlotHeader) {
         self.get(slot.segment).table().publish(slot.slot, generation, header);
+    }
+
+    pub(crate) fn fill(&self, slot: SlotRef, filler: Filler) {
+        self.get(slot.segment).table().fill(slot.slot, filler);
     }
 
     pub(crate) fn retire(&self, slot: SlotRef, generation: u32) {

@@ -6,14 +6,18 @@
 mod dram;
 mod fetcher;
 mod follower;
+mod found;
 mod grpc;
 mod inbox;
+mod keeping;
 mod ledger;
 mod listeners;
+mod members;
 mod metrics;
 mod mover;
 mod publisher;
 mod reactor;
+mod reattach;
 mod recovery;
 mod servers;
 mod shelf;
@@ -22,9 +26,12 @@ mod watch;
 mod workers;
 
 use crate::config::{Config, Engine, Wish};
+use crate::keeper::Thing;
 use crate::node::{Node, NodeConfig, NvmeConfig};
 use dram::DramSegments;
+use found::Heap;
 use inbox::Inbox;
+use keeping::Keeping;
 use kvd_proto::cost::PrefillProfile;
 use kvd_proto::{Code, Error};
 use kvd_tiers::media::Medium as _;
@@ -33,7 +40,8 @@ use kvd_tiers::media::nvme::{self, NvmeMedium, NvmeOptions};
 use ledger::Ledger;
 use listeners::{Listeners, bind};
 use mover::Mover;
-use reactor::{Parts, Reactor};
+use reactor::{FIRST_MEMBER, Parts, Reactor};
+use reattach::Reattached;
 use rustix::fs::{FlockOperation, flock};
 use servers::{Servers, Shared};
 use shelf::Shelf;
@@ -65,8 +73,9 @@ pub fn serve(config: &Config) -> Result<(), Error> {
     let epoch = node_config.epoch;
     let mut node = Node::new(node_config);
     node.known_as(vec![config.node_name.clone(), config.cluster.address.clone()]);
-    let nvme =
-        nvme_options(config).map(|options| open_nvme(config, options, &mut node, epoch)).transpose()?;
+    let (keeper, things) = reattach::find(config);
+    let mut keeping = Keeping { keeper, epoch };
+    let (nvme, reattached) = take_in(config, &dram, &mut node, &mut keeping, things)?;
     let start = |(medium, left)| {
         Mover::start(Box::new(medium), config.nvme.segment_bytes, left, dram.clone(), inbox.clone())
     };
@@ -105,6 +114,8 @@ pub fn serve(config: &Config) -> Result<(), Error> {
         started,
         teller,
         fetcher,
+        keeping,
+        reattached,
     };
     let ran = Reactor::new(parts).and_then(|mut reactor| reactor.run());
     servers.stop();
@@ -171,13 +182,59 @@ pub(crate) fn nvme_options(config: &Config) -> Option<NvmeOptions> {
     })
 }
 
-/// Opens the tier and takes in what is there, before anybody can ask for it.
-fn open_nvme(
+/// An opened tier and what its thread begins with.
+type Nvme = (NvmeMedium, (Shelf, Ledger));
+
+/// What an earlier daemon left, before anybody can ask for it. Devices first: what they still read lands in memory.
+fn take_in(
     config: &Config,
-    options: NvmeOptions,
+    dram: &DramSegments,
     node: &mut Node,
-    epoch: u64,
-) -> Result<(NvmeMedium, (Shelf, Ledger)), Error> {
+    keeping: &mut Keeping,
+    things: Vec<Thing>,
+) -> Result<(Option<Nvme>, Reattached), Error> {
+    let started = Instant::now();
+    let mut heap = Heap::default();
+    let opened = nvme_options(config).map(|options| open_nvme(config, options, keeping.epoch, &mut heap));
+    let mut nvme = opened.transpose()?;
+    let mut reattached = Reattached::default();
+    if let Some(keeper) = &mut keeping.keeper {
+        reattached = reattach::take(config, keeper, things, dram, &mut heap, FIRST_MEMBER + 1);
+    }
+    for space in heap.tell(node) {
+        keeping.space(&space);
+        if let Some((_, (_, ledger))) = &mut nvme {
+            ledger.space(space);
+        }
+    }
+    reattached.segments.retain(|(segment, _)| {
+        let taken = node.has_segment(*segment);
+        if !taken {
+            dram.close(*segment);
+            keeping.forget(Some(reattach::segment_key(*segment)));
+        }
+        taken
+    });
+    let (taken, seconds) = (node.recovered(), started.elapsed().as_secs_f64());
+    tracing::info!(
+        spaces = taken.spaces,
+        segments = taken.segments,
+        blocks = taken.blocks,
+        in_memory = reattached.segments.len(),
+        orphans = reattached.orphans.len(),
+        quarantined = taken.quarantined_slots,
+        seconds,
+        "recovered"
+    );
+    let refused = [taken.refused_spaces, taken.refused_segments, taken.refused_blocks];
+    if refused.iter().sum::<u64>() > 0 {
+        let [spaces, segments, blocks] = refused;
+        tracing::warn!(blocks, spaces, segments, "what an earlier daemon left and is not used");
+    }
+    Ok((nvme, reattached))
+}
+
+fn open_nvme(config: &Config, options: NvmeOptions, epoch: u64, heap: &mut Heap) -> Result<Nvme, Error> {
     let path = options.path.clone();
     let opened = NvmeMedium::open(options).and_then(|mut medium| {
         let capacity_bytes = medium.info().capacity_bytes;
@@ -186,7 +243,7 @@ fn open_nvme(
             catalog_cache_bytes: config.nvme.catalog_cache_bytes,
             extents: recovery::extents(&path, capacity_bytes, config.nvme.segment_bytes),
         };
-        let left = recovery::run(&mut medium, places, node, epoch)?;
+        let left = recovery::run(&mut medium, places, epoch, heap)?;
         Ok((medium, left))
     });
     opened.map_err(|e| {

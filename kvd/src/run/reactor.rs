@@ -8,12 +8,15 @@ use super::dram::DramSegments;
 use super::fetcher;
 use super::grpc::Callers;
 use super::inbox::{Inbox, Input};
+use super::keeping::Keeping;
+use super::members::Peer;
 use super::metrics::Timings;
 use super::mover::{Mover, Order};
 use super::publisher::{Teller, Told};
-use super::socket::{Left, Socket};
+use super::reattach::Reattached;
+use super::socket::Left;
 use super::watch::Watchers;
-use super::workers::{Checksumming, checksummer, populator};
+use super::workers::{Checksumming, Reading, checksummer, populator};
 use crate::node::Node;
 use crate::node::event::{Answer, Effect, Event, MemberId};
 use kvd_proto::slot_header::SlotHeader;
@@ -21,10 +24,9 @@ use kvd_proto::wire::{self, ClientFrame, Tier, client_frame, node_frame};
 use kvd_proto::{Code, Error};
 use kvd_tiers::catalog::record::SpaceRecord;
 use kvd_tiers::segment::{Geometry, SegmentId, SlotRef};
-use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use prost::Message as _;
-use rustix::fd::{AsRawFd, OwnedFd};
+use rustix::fd::OwnedFd;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -34,7 +36,7 @@ use tokio::sync::oneshot;
 const LISTENER: Token = Token(0);
 pub(super) const WAKE: Token = Token(1);
 /// Tokens of members: `2 * member` the socket, `2 * member + 1` the process.
-const FIRST_MEMBER: MemberId = 1;
+pub(super) const FIRST_MEMBER: MemberId = 1;
 const TICK: Duration = Duration::from_millis(50);
 const POLLED_MAX: usize = 1024;
 /// Requests of one call: each may be a match of thousands of blocks, and nobody's answer waits for more than these.
@@ -56,6 +58,8 @@ pub(super) struct Parts {
     pub(super) started: Instant,
     pub(super) teller: Teller,
     pub(super) fetcher: fetcher::Orders,
+    pub(super) keeping: Keeping,
+    pub(super) reattached: Reattached,
 }
 
 pub(super) struct Reactor {
@@ -66,9 +70,9 @@ pub(super) struct Reactor {
     dram: Arc<DramSegments>,
     mover: Option<Mover>,
     orders: Vec<Order>,
-    checksums: Sender<Vec<Checksumming>>,
-    /// Published in this round.
-    to_checksum: Vec<Checksumming>,
+    checksums: Sender<Vec<Reading>>,
+    /// Slots to read, as ordered in this round.
+    to_read: Vec<Reading>,
     populate: Sender<(SegmentId, Arc<super::dram::DramSegment>)>,
     members: HashMap<MemberId, Peer>,
     last_member: MemberId,
@@ -82,6 +86,7 @@ pub(super) struct Reactor {
     watchers: Watchers,
     teller: Teller,
     fetcher: fetcher::Orders,
+    keeping: Keeping,
     questions: HashMap<u64, oneshot::Sender<Answer>>,
     /// By token, of promotions and fetches: the header to show once every part agrees.
     promotions: HashMap<u64, (SlotRef, u32, Box<SlotHeader>)>,
@@ -97,37 +102,33 @@ pub(super) struct Reactor {
     stopping: bool,
 }
 
-/// A socket and the process behind it; either may go first.
-struct Peer {
-    socket: Option<Socket>,
-    process: Option<OwnedFd>,
-    pid: u32,
-    /// The node knows it, or is being asked to: its process is watched until the node lets it go.
-    opened: bool,
-    /// The node has opened its session.
-    welcomed: bool,
-    /// The node has let it go; only its last answer is still to be sent.
-    let_go: bool,
-}
-
 impl Reactor {
     pub(super) fn new(parts: Parts) -> std::io::Result<Self> {
         let mut listener = parts.listener;
         parts.poll.registry().register(&mut listener, LISTENER, Interest::READABLE)?;
+        let Reattached { segments, orphans } = parts.reattached;
+        let (mut members, orphans_count) = (HashMap::new(), orphans.len());
+        for orphan in orphans {
+            members.insert(orphan.member, Peer::orphan(parts.poll.registry(), orphan)?);
+        }
+        let last_member = members.keys().copied().max().unwrap_or(FIRST_MEMBER);
+        let populate = populator(parts.inbox.clone());
+        segments.into_iter().for_each(|segment| _ = populate.send(segment));
         Ok(Self {
             poll: parts.poll,
             listener,
             checksums: checksummer(parts.inbox.clone()),
-            to_checksum: Vec::new(),
-            populate: populator(parts.inbox.clone()),
+            to_read: Vec::new(),
+            populate,
             inbox: parts.inbox,
             node: parts.node,
             dram: parts.dram,
             mover: parts.mover,
             orders: Vec::new(),
-            members: HashMap::new(),
-            last_member: FIRST_MEMBER,
-            connections_max: parts.connections_max,
+            members,
+            last_member,
+            // those of earlier daemons take nobody's place
+            connections_max: parts.connections_max + orphans_count,
             unread: BTreeSet::new(),
             unsent: BTreeSet::new(),
             opening: Vec::new(),
@@ -135,6 +136,7 @@ impl Reactor {
             watchers: Watchers::default(),
             teller: parts.teller,
             fetcher: parts.fetcher,
+            keeping: parts.keeping,
             questions: HashMap::new(),
             promotions: HashMap::new(),
             last_ticket: 0,
@@ -219,24 +221,10 @@ impl Reactor {
         }
     }
 
-    fn welcome(&mut self, mut stream: mio::net::UnixStream) -> std::io::Result<()> {
-        let pid = rustix::net::sockopt::socket_peercred(&stream)?.pid;
-        let process = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty());
+    fn welcome(&mut self, stream: mio::net::UnixStream) -> std::io::Result<()> {
         self.last_member += 1;
         let member = self.last_member;
-        let (socket_token, process_token) = tokens(member);
-        let registry = self.poll.registry();
-        registry.register(&mut stream, socket_token, Interest::READABLE | Interest::WRITABLE)?;
-        if let Ok(process) = &process {
-            registry.register(&mut SourceFd(&process.as_raw_fd()), process_token, Interest::READABLE)?;
-        } else {
-            // Its end cannot be proven: what it holds when its socket goes stays in quarantine.
-            tracing::warn!(pid = pid.as_raw_nonzero().get(), "no pidfd for this client");
-        }
-        let pid = pid.as_raw_nonzero().get() as u32;
-        let (socket, process) = (Some(Socket::new(stream)), process.ok());
-        let peer = Peer { socket, process, pid, opened: false, welcomed: false, let_go: false };
-        self.members.insert(member, peer);
+        self.members.insert(member, Peer::welcome(self.poll.registry(), member, stream)?);
         self.unread.insert(member);
         Ok(())
     }
@@ -247,14 +235,9 @@ impl Reactor {
         self.events.push(Event::ProcessGone { member });
     }
 
-    fn let_go(&self, peer: Peer) {
-        let registry = self.poll.registry();
-        if let Some(process) = &peer.process {
-            let _ = registry.deregister(&mut SourceFd(&process.as_raw_fd()));
-        }
-        if let Some(mut socket) = peer.socket {
-            let _ = registry.deregister(&mut socket.stream);
-        }
+    fn let_go(&mut self, mut peer: Peer) {
+        peer.unwatch(self.poll.registry());
+        self.keeping.forget(peer.kept.take());
     }
 
     /// One share of every socket that has something.
@@ -289,7 +272,7 @@ impl Reactor {
         let Some(peer) = self.members.get_mut(&member) else { return };
         self.events.push(match body {
             client_frame::Body::OpenSession(request) if !peer.opened => {
-                peer.opened = true;
+                (peer.opened, peer.client) = (true, request.client);
                 self.opening.push(member);
                 Event::Open { member, request_id, pid: peer.pid, maps: true, token: random(), request }
             }
@@ -420,8 +403,8 @@ impl Reactor {
         decide(&mut self.node, &mut effects);
         effects.drain(..).for_each(|effect| self.effect(effect));
         self.effects = effects;
-        if !self.to_checksum.is_empty() {
-            let order = std::mem::take(&mut self.to_checksum);
+        if !self.to_read.is_empty() {
+            let order = std::mem::take(&mut self.to_read);
             self.checksums.send(order).expect("the thread lives as long as its sender");
         }
         if let Some(mover) = &self.mover {
@@ -452,7 +435,13 @@ impl Reactor {
             Effect::Publish { slot, generation, header } => {
                 let segment = self.dram.get(slot.segment);
                 segment.table().publish(slot.slot, generation, &header);
-                self.to_checksum.push(Checksumming { segment, slot, generation, header, elapsed_us: 0 });
+                let checksumming = Checksumming { segment, slot, generation, header, elapsed_us: 0 };
+                self.to_read.push(Reading::Checksum(checksumming));
+            }
+            Effect::Fill { slots, filler } => slots.into_iter().for_each(|slot| self.dram.fill(slot, filler)),
+            Effect::Verify { token, slot } => {
+                let segment = self.dram.get(slot.segment);
+                self.to_read.push(Reading::Verify { token, segment, slot });
             }
             Effect::Retire { slot, generation } => {
                 self.callers.retired(slot); // before anybody else can be given the slot
@@ -475,8 +464,9 @@ impl Reactor {
             }
             Effect::Forget { slot } => self.orders.push(Order::Forget { slot }),
             Effect::Space { fingerprint, tenant, definition } => {
-                let space = definition.encode_to_vec();
-                self.orders.push(Order::Space(SpaceRecord { fingerprint, tenant, space }));
+                let space = SpaceRecord { fingerprint, tenant, space: definition.encode_to_vec() };
+                self.keeping.space(&space);
+                self.orders.push(Order::Space(space));
             }
             Effect::Answer { ticket, answer } => {
                 if let Some(asker) = self.questions.remove(&ticket) {
@@ -512,6 +502,7 @@ impl Reactor {
             return;
         }
         let result = self.dram.open(segment, geometry, numa_node).map(|opened| {
+            self.keeping.segment(segment, &opened, tenant, numa_node);
             let _ = self.populate.send((segment, opened));
         });
         self.events.push(Event::SegmentOpened { tier, segment, result });
@@ -523,7 +514,10 @@ impl Reactor {
         }
         let fds = self.descriptors(&frame);
         let Some(peer) = self.members.get_mut(&member) else { return };
-        peer.welcomed |= matches!(frame.body, Some(node_frame::Body::SessionOpened(_)));
+        if let Some(node_frame::Body::SessionOpened(opened)) = &frame.body {
+            peer.welcomed = true;
+            peer.kept = self.keeping.member(member, opened.session, peer.client, peer.process.as_ref());
+        }
         let Some(socket) = peer.socket.as_mut() else { return };
         let keeps_up = fds.map(|fds| socket.push(&frame, fds));
         self.unsent.insert(member);
@@ -585,10 +579,6 @@ impl Reactor {
             }
         }
     }
-}
-
-fn tokens(member: MemberId) -> (Token, Token) {
-    (Token(2 * member as usize), Token(2 * member as usize + 1))
 }
 
 /// A session token: nobody joins a session by guessing.

@@ -4,7 +4,7 @@
 
 use super::dram::DramSegment;
 use super::inbox::{Inbox, Input};
-use crate::node::event::Event;
+use crate::node::event::{Event, MoveError};
 use kvd_proto::slot_header::{FLAG_CHECKSUMMED, SlotHeader};
 use kvd_tiers::segment::{SegmentId, SlotRef};
 use std::sync::Arc;
@@ -16,6 +16,14 @@ const TOLD_TOGETHER_MAX: usize = 64;
 /// Populated at a time, so that a stop is noticed and progress seen.
 const POPULATE_BYTES: usize = 16 << 20;
 
+/// A slot to be read whole.
+pub(super) enum Reading {
+    /// For its checksums.
+    Checksum(Checksumming),
+    /// To see whether its bytes have those that its table says.
+    Verify { token: u64, segment: Arc<DramSegment>, slot: SlotRef },
+}
+
 /// A published slot whose part checksums are wanted, and then has them.
 pub(crate) struct Checksumming {
     pub(super) segment: Arc<DramSegment>,
@@ -25,19 +33,40 @@ pub(crate) struct Checksumming {
     pub(super) elapsed_us: u64,
 }
 
-/// Takes what one round of the node published, tells in shares: a wake-up for each slot would cost more than its checksum.
-pub(super) fn checksummer(inbox: Inbox) -> Sender<Vec<Checksumming>> {
-    let (sender, orders) = channel::<Vec<Checksumming>>();
+/// Takes what one round of the node ordered, tells in shares: a wake-up for each slot would cost more than its checksum.
+pub(super) fn checksummer(inbox: Inbox) -> Sender<Vec<Reading>> {
+    let (sender, orders) = channel::<Vec<Reading>>();
     spawn("kvd-checksum", move || {
         for mut order in orders {
             while !order.is_empty() {
-                let mut share: Vec<_> = order.drain(..order.len().min(TOLD_TOGETHER_MAX)).collect();
-                share.iter_mut().for_each(Checksumming::compute);
-                inbox.push(Input::Checksummed(share));
+                let share = order.drain(..order.len().min(TOLD_TOGETHER_MAX));
+                let (mut checksummed, mut told) = (Vec::new(), Vec::new());
+                for reading in share {
+                    match reading {
+                        Reading::Checksum(mut one) => {
+                            one.compute();
+                            checksummed.push(one);
+                        }
+                        Reading::Verify { token, segment, slot } => told.push(verify(token, &segment, slot)),
+                    }
+                }
+                if !checksummed.is_empty() {
+                    told.push(Input::Checksummed(checksummed));
+                }
+                inbox.push_all(&mut told);
             }
         }
     });
     sender
+}
+
+fn verify(token: u64, segment: &DramSegment, slot: SlotRef) -> Input {
+    let started = Instant::now();
+    let header = segment.table().read(slot.slot);
+    let whole = header.is_some_and(|(_, header)| segment.verify(slot.slot, &header.part_checksums).is_ok());
+    let result = if whole { Ok(()) } else { Err(MoveError::Checksum) };
+    let elapsed_us = started.elapsed().as_micros() as u64;
+    Input::Moved { token, result, elapsed_us, checksums: Vec::new() }
 }
 
 impl Checksumming {

@@ -2,6 +2,7 @@
 
 use crate::wait::{DEADLINE, until, within};
 use kvd_client::grpc::Client;
+use kvd_proto::BlockId;
 use kvd_proto::wire::admin_client::AdminClient;
 use kvd_proto::wire::{self, StatusReply, Tier, TierStatus};
 use rustix::process::{Pid, Signal, kill_process};
@@ -20,6 +21,8 @@ pub(crate) const CLUSTER_TTL_MS: u32 = 1000;
 #[derive(Clone)]
 pub(crate) struct Setup {
     pub(crate) dram_bytes: u64,
+    /// How long memory outlives the daemon.
+    pub(crate) keep_ms: u32,
     pub(crate) segment_bytes: u64,
     /// 0: no NVMe tier.
     pub(crate) nvme_bytes: u64,
@@ -39,6 +42,7 @@ impl Default for Setup {
     fn default() -> Self {
         Self {
             dram_bytes: 16 * MIB,
+            keep_ms: 0,
             segment_bytes: 4 * MIB,
             nvme_bytes: 0,
             nvme_path: None,
@@ -66,7 +70,7 @@ impl Setup {
             "data_dir = \"{}\"\nnode_name = {:?}\n\
              [listen]\ngrpc_address = {:?}\nmetrics_address = {:?}\n\
              [cluster]\nnodes = {:?}\netcd = {:?}\nttl_ms = {CLUSTER_TTL_MS}\n\
-             [dram]\ncapacity_bytes = {}\nsegment_bytes = {}\n\
+             [dram]\ncapacity_bytes = {}\nsegment_bytes = {}\nkeep_ms = {}\n\
              [nvme]\npath = \"{}\"\ncapacity_bytes = {nvme_bytes}\nsegment_bytes = {}\n\
              [leases]\nttl_ms = {}\nbytes_max_per_session = {}\n\
              [limits]\nsessions_max = {}\nmembers_max = {}\n",
@@ -78,6 +82,7 @@ impl Setup {
             self.etcd,
             self.dram_bytes,
             self.segment_bytes,
+            self.keep_ms,
             nvme_path.display(),
             self.segment_bytes,
             self.ttl_ms,
@@ -177,6 +182,15 @@ impl Daemon {
         let mut admin = self.admin().await;
         let tiers = within("tiers", admin.list_tiers(wire::ListTiersRequest {})).await.unwrap().into_inner();
         tiers.tiers.into_iter().find(|status| status.tier() == tier).unwrap()
+    }
+
+    /// Whether a block's DRAM copy has its checksums.
+    pub(crate) async fn has_checksums(&self, id: &BlockId) -> bool {
+        let mut admin = self.admin().await;
+        let request = wire::DescribeBlockRequest { id_prefix: id.0.to_vec().into() };
+        let found = within("a block", admin.describe_block(request)).await.unwrap().into_inner();
+        let in_dram = |copy: &wire::CopyStatus| copy.tier() == Tier::Dram && copy.checksummed;
+        found.blocks.iter().any(|block| block.copies.iter().any(in_dram))
     }
 
     /// What happens from now on.

@@ -40,6 +40,16 @@ impl Peer {
         (frame.request_id, frame.body.unwrap())
     }
 
+    /// As `receive`, of what wants an answer: that nothing is left of earlier nodes' memory is said at any time.
+    fn asked(&mut self) -> (u64, Ask) {
+        loop {
+            match self.receive() {
+                (0, Ask::Settled(_)) => {}
+                asked => return asked,
+            }
+        }
+    }
+
     /// All frames in one piece, all descriptors with its first byte.
     fn send(&self, frames: &[(u64, Body, u8)], fds: &[OwnedFd]) {
         let mut bytes = Vec::new();
@@ -143,7 +153,7 @@ async fn after_a_restart_nothing_is_asked_before_spaces_are_registered_again() {
     assert_eq!(early.unwrap_err().code, Code::Unavailable);
     peer.answer(id, registered(7));
     let node = tokio::task::spawn_blocking(move || {
-        let (id, Ask::Exists(exists)) = peer.receive() else { panic!("asked in vain before") };
+        let (id, Ask::Exists(exists)) = peer.asked() else { panic!("asked in vain before") };
         assert_eq!(exists.space, 7, "the space's new number");
         peer.answer(id, Body::Exists(wire::ExistsReply::default()));
     });
@@ -168,7 +178,7 @@ async fn a_segment_announced_right_after_the_welcome_is_the_new_daemons() {
         let frames = [(id, opened(2, &[]), 0), (0, Body::Segment(announced), 2)];
         peer.send(&frames, &[table, payload]);
         peer.register(0);
-        let (id, Ask::Reserve(_)) = peer.receive() else { panic!() };
+        let (id, Ask::Reserve(_)) = peer.asked() else { panic!() };
         let run = wire::Run { count: 1, stride: 1, ready: true, ..Default::default() };
         let states = vec![wire::ReserveState::Granted as u8].into();
         peer.answer(

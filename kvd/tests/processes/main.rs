@@ -17,6 +17,7 @@ mod full_device;
 mod grpc;
 mod hand_off;
 mod index;
+mod kept;
 mod killed;
 mod kvctl;
 mod kvctl_top;

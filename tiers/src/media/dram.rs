@@ -65,6 +65,31 @@ impl DramMedium {
         self.segments.get(&segment).cloned()
     }
 
+    /// Takes in the memory of a segment that an earlier daemon made, within the capacity.
+    pub fn adopt_segment(&mut self, segment: SegmentId, mapping: Mapping) -> Result<(), MediumError> {
+        assert!(!self.segments.contains_key(&segment), "segment {segment} is open");
+        self.check_room(mapping.len() as u64)?;
+        let lock = self.options.lock.then(|| mapping.lock(0..mapping.len()));
+        self.got.note(&mapping, lock);
+        self.insert(segment, mapping);
+        Ok(())
+    }
+
+    fn check_room(&self, bytes: u64) -> Result<(), MediumError> {
+        let (open_bytes, capacity_bytes) = (self.open_bytes, self.options.capacity_bytes);
+        if bytes <= capacity_bytes.saturating_sub(open_bytes) {
+            return Ok(());
+        }
+        Err(MediumError::NoSpace(format!(
+            "a segment of {bytes} bytes beside {open_bytes} of {capacity_bytes} bytes of DRAM"
+        )))
+    }
+
+    fn insert(&mut self, segment: SegmentId, mapping: Mapping) {
+        self.open_bytes += mapping.len() as u64;
+        self.segments.insert(segment, Arc::new(mapping));
+    }
+
     fn copy(&self, io: &Io) -> Result<(), MediumError> {
         let segment = self.segments.get(&io.segment);
         check(io, segment.map(|mapping| mapping.len() as u64), PART_ALIGN)?;
@@ -108,15 +133,9 @@ impl Medium for DramMedium {
         if bytes == 0 || !bytes.is_multiple_of(u64::from(PART_ALIGN)) {
             return Err(MediumError::Misaligned { what: "length", value: bytes, align: PART_ALIGN });
         }
-        let (open_bytes, capacity_bytes) = (self.open_bytes, self.options.capacity_bytes);
-        if bytes > capacity_bytes.saturating_sub(open_bytes) {
-            return Err(MediumError::NoSpace(format!(
-                "a segment of {bytes} bytes beside {open_bytes} of {capacity_bytes} bytes of DRAM"
-            )));
-        }
+        self.check_room(bytes)?;
         let mapping = self.create(segment, bytes)?;
-        self.segments.insert(segment, Arc::new(mapping));
-        self.open_bytes += bytes;
+        self.insert(segment, mapping);
         Ok(())
     }
 

@@ -301,7 +301,12 @@ impl World {
                 let slice = publish::Event::Slice { follower: ticket, runs, next: more };
                 self.published(at, slice, None, next);
             }
-            Effect::Close { .. } | Effect::Space { .. } | Effect::Answer { .. } | Effect::Note { .. } => {}
+            Effect::Verify { slot, .. } => unreachable!("{slot:?} is no earlier daemon's"),
+            Effect::Close { .. }
+            | Effect::Space { .. }
+            | Effect::Fill { .. }
+            | Effect::Answer { .. }
+            | Effect::Note { .. } => {}
         }
     }
 

@@ -178,6 +178,7 @@ impl World {
             let (from, to) = match moved.kind {
                 MoveKind::Promotion => (Tier::Nvme, Tier::Dram),
                 MoveKind::Demotion => (Tier::Dram, Tier::Nvme),
+                MoveKind::Verification => unreachable!("nothing here is an earlier daemon's"),
                 MoveKind::Fetch { .. } => {
                     assert!(
                         marked(&moved.handle, Tier::Dram, Mark::Filling) && entry.copy(Tier::Nvme).is_none()

@@ -286,6 +286,13 @@ impl World {
             Effect::Answer { ticket, answer } => self.answers.push((ticket, answer)),
             effect @ (Effect::Seek { .. } | Effect::Fetch { .. }) => self.peers_told(effect),
             effect @ (Effect::Copies { .. } | Effect::Slice { .. }) => self.follower.told(effect),
+            Effect::Fill { slots, filler } => {
+                assert_eq!(filler.epoch, self.node.config.epoch);
+                slots
+                    .iter()
+                    .for_each(|slot| assert!(!self.published.contains_key(slot), "{slot:?} holds a block"));
+            }
+            Effect::Verify { slot, .. } => unreachable!("{slot:?} is no earlier daemon's"),
             Effect::Note { .. } | Effect::Space { .. } => {}
         }
     }
