@@ -48,6 +48,26 @@ pub(crate) struct Args {
     /// What prefilling a token costs; else what the daemon assumes.
     #[arg(long)]
     recompute_token_ns: Option<u32>,
+    /// How long its memory outlives it.
+    #[arg(long, default_value_t = 0)]
+    keep_ms: u32,
+}
+
+/// What holds the memory of a daemon that a benchmark kills.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct KeeperArgs {
+    /// Where the daemon finds it.
+    #[arg(long)]
+    socket: PathBuf,
+    /// How long it stays without a daemon.
+    #[arg(long)]
+    keep_ms: u32,
+}
+
+/// Holds memory until nobody comes for it.
+pub(crate) fn keep(args: &KeeperArgs) -> Result<(), Failure> {
+    let options = kvd::keeper::Options { socket: args.socket.clone(), keep_ms: args.keep_ms };
+    Ok(kvd::keeper::run(&options)?)
 }
 
 /// A daemon's place among others.
@@ -70,6 +90,7 @@ pub(crate) struct Cluster {
 pub(crate) fn serve(args: &Args) -> Result<(), Failure> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
     let mut config = kvd::config::Config::embedded(&args.data_dir, args.dram_bytes, args.nvme_bytes)?;
+    config.dram.keep_ms = args.keep_ms;
     config.listen.grpc_address = args.grpc_address;
     config.listen.data_address = args.grpc_address.map(|address| SocketAddr::new(address.ip(), 0));
     config.cluster.nodes.clone_from(&args.nodes);
@@ -97,6 +118,18 @@ impl Daemon {
         Self::start_in(folder, dram_bytes, nvme_bytes, None)
     }
 
+    /// As `start`; its memory outlives it for so long.
+    pub(crate) fn start_kept(
+        folder: &Path,
+        dram_bytes: u64,
+        nvme_bytes: u64,
+        keep_ms: u32,
+    ) -> Result<Self, Failure> {
+        Self::start_as(folder, dram_bytes, nvme_bytes, |command| {
+            command.args(["--keep-ms", &keep_ms.to_string()]);
+        })
+    }
+
     /// As `start`, a node of a cluster.
     pub(crate) fn start_in(
         folder: &Path,
@@ -104,22 +137,35 @@ impl Daemon {
         nvme_bytes: u64,
         cluster: Option<&Cluster>,
     ) -> Result<Self, Failure> {
+        Self::start_as(folder, dram_bytes, nvme_bytes, |command| {
+            let Some(cluster) = cluster else { return };
+            command
+                .arg(format!("--grpc-address={}", cluster.address))
+                .arg(format!("--name={}", cluster.name));
+            if !cluster.nodes.is_empty() {
+                command.arg(format!("--nodes={}", cluster.nodes.join(",")));
+            }
+            command.args(cluster.etcd.as_ref().map(|etcd| format!("--etcd={etcd}")));
+            command.args(cluster.ttl_ms.map(|ttl_ms| format!("--ttl-ms={ttl_ms}")));
+            command.args(cluster.recompute_token_ns.map(|ns| format!("--recompute-token-ns={ns}")));
+        })
+    }
+
+    fn start_as(
+        folder: &Path,
+        dram_bytes: u64,
+        nvme_bytes: u64,
+        more: impl FnOnce(&mut Command),
+    ) -> Result<Self, Failure> {
         let folder = folder.canonicalize()?;
         let mut command = Command::new(std::env::current_exe()?);
         command
             .args(["daemon", "--data-dir"])
             .arg(&folder)
             .args(["--dram-bytes", &dram_bytes.to_string(), "--nvme-bytes", &nvme_bytes.to_string()])
-            .args(cluster.map(|it| format!("--grpc-address={}", it.address)))
-            .args(
-                cluster.filter(|it| !it.nodes.is_empty()).map(|it| format!("--nodes={}", it.nodes.join(","))),
-            )
-            .args(cluster.and_then(|it| it.etcd.as_ref()).map(|etcd| format!("--etcd={etcd}")))
-            .args(cluster.and_then(|it| it.ttl_ms).map(|ttl_ms| format!("--ttl-ms={ttl_ms}")))
-            .args(cluster.map(|it| format!("--name={}", it.name)))
-            .args(cluster.and_then(|it| it.recompute_token_ns).map(|ns| format!("--recompute-token-ns={ns}")))
             .stdin(Stdio::null())
             .stdout(Stdio::null());
+        more(&mut command);
         let child = command.spawn()?;
         let mut daemon = Self { command, child, socket: folder.join("kvd.sock") };
         daemon.wait_until_it_answers()?;

@@ -6,6 +6,7 @@
 mod account;
 mod chaos;
 mod content;
+mod crash;
 mod daemon;
 mod demo;
 mod engine;
@@ -42,11 +43,15 @@ enum Command {
     Million(million::Args),
     Sim(sim::Args),
     Chaos(chaos::Args),
+    Crash(crash::Args),
     Front(front::Args),
     Engine(engine::serve::Args),
     /// The daemon that a benchmark starts for itself.
     #[command(hide = true)]
     Daemon(daemon::Args),
+    /// What holds the memory of a daemon that a benchmark kills.
+    #[command(hide = true)]
+    Keeper(daemon::KeeperArgs),
     /// The router that a fleet starts for itself.
     #[command(hide = true)]
     Router(fleet::ServiceArgs),
@@ -71,6 +76,8 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Sim(args) => sim::run(&args),
         Command::Peer(args) => block_on(peer::run(args)),
         Command::Daemon(args) => daemon::serve(&args),
+        Command::Keeper(args) => daemon::keep(&args),
+        Command::Crash(args) => block_on(crash::run(args)),
         Command::Demo(args) => block_on(demo::run(args)),
         Command::Replay(args) => block_on(replay::run(args)),
         Command::Local(args) => block_on(local::run(args)),

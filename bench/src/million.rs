@@ -23,9 +23,9 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::task::JoinSet;
 
 /// Bytes of one block.
-const BLOCK_BYTES: u64 = 4096;
+pub(crate) const BLOCK_BYTES: u64 = 4096;
 /// Blocks of one chain.
-const CHAIN_BLOCKS: u64 = 256;
+pub(crate) const CHAIN_BLOCKS: u64 = 256;
 /// DRAM beyond the blocks themselves at least: slots that are being filled, given back or kept free.
 const SPARE_BYTES: u64 = 64 << 20;
 /// DRAM comes in whole segments.
@@ -241,7 +241,7 @@ fn latencies(name: &'static str, each_us: Vec<f64>) -> Case {
 
 /// A session and its space; cheap to clone.
 #[derive(Clone)]
-struct User {
+pub(crate) struct User {
     space: SpaceHandle,
     calls: Arc<AtomicU64>,
 }
@@ -249,7 +249,7 @@ struct User {
 impl User {
     /// A hundred clients that make page tables for all payload at once would be a storm of their own: only who fills or
     /// reads all of it wants `populate`.
-    async fn open(socket: &Path, populate: bool) -> Result<Self, Failure> {
+    pub(crate) async fn open(socket: &Path, populate: bool) -> Result<Self, Failure> {
         let space = Space {
             tenant: "default".to_owned(),
             model: "million".to_owned(),
@@ -263,13 +263,13 @@ impl User {
         Ok(Self { space, calls: Arc::default() })
     }
 
-    fn chain(&self, number: u64) -> Result<Chain, Failure> {
+    pub(crate) fn chain(&self, number: u64) -> Result<Chain, Failure> {
         let names = number * CHAIN_BLOCKS..(number + 1) * CHAIN_BLOCKS;
         let id = |name: u64| block_id::named(&self.space.fingerprint(), &name.to_le_bytes());
         Ok(Chain::from_ids("chain", names.map(id).collect::<Result<Vec<BlockId>, _>>()?)?)
     }
 
-    async fn matched(&self, chain: &Chain) -> Result<Match, Failure> {
+    pub(crate) async fn matched(&self, chain: &Chain) -> Result<Match, Failure> {
         Ok(self.space.match_prefix(&self.request_key(), chain, 0).await?)
     }
 
@@ -278,7 +278,7 @@ impl User {
     }
 
     /// Stores these chains, a few at a time; how many of their blocks found a slot.
-    async fn insert_all(&self, numbers: std::ops::Range<u64>) -> Result<u64, Failure> {
+    pub(crate) async fn insert_all(&self, numbers: std::ops::Range<u64>) -> Result<u64, Failure> {
         let mut tasks = JoinSet::new();
         for task in 0..TASKS {
             let (user, numbers) = (self.clone(), numbers.clone());

@@ -32,7 +32,6 @@ pub(crate) struct SharedSegment {
     slot_bytes: usize,
     slots: u32,
     header_bytes: usize,
-    #[expect(dead_code, reason = "held, not read")]
     life: Option<Arc<Life>>,
 }
 
