@@ -13,6 +13,7 @@ use kvd_proto::Error;
 use kvd_proto::data::{HEADER_BYTES, Header};
 use kvd_tiers::checksum::verify;
 use kvd_tiers::mapping::Mapping;
+use kvd_tiers::media::fault::splitmix64;
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -256,19 +257,20 @@ impl Nodes {
     }
 
     /// One damage, and what became of the pieces that it hit.
-    fn damage(&self, kind: Kind, draws: &mut u64, tally: &mut Tally) {
-        let request = kind == Kind::HeaderFlip && draw(draws, 2) == 0;
-        *lock(&self.proxy.between.armed) = Some(Armed { kind, request, seed: draw(draws, u64::MAX) });
+    fn damage(&self, kind: Kind, seed: u64, tally: &mut Tally) {
+        let mut draws = seed;
+        let request = kind == Kind::HeaderFlip && draw(&mut draws, 2) == 0;
+        *lock(&self.proxy.between.armed) = Some(Armed { kind, request, seed });
         let until = Instant::now() + PATIENCE;
         loop {
-            let first = draw(draws, u64::from(SLOTS)) as u32;
+            let first = draw(&mut draws, u64::from(SLOTS)) as u32;
             let slots: [u32; PIECES] = std::array::from_fn(|at| (first + 5 * at as u32) % SLOTS);
             let outcome = self.read(&slots);
             let done = lock(&self.proxy.between.armed).is_none();
             let hit = if done { std::mem::take(&mut *lock(&self.proxy.between.hit)) } else { vec![] };
             for (at, (slot, (destination, fate))) in slots.iter().zip(&outcome.pieces).enumerate() {
                 let found = self.found(*slot, destination, *fate);
-                assert!(found != Found::Wrong, "{kind:?}: slot {slot} was served wrong");
+                assert!(found != Found::Wrong, "{kind:?}, seed {seed}: slot {slot} was served wrong");
                 if hit.contains(&at) {
                     tally.found(kind, found);
                 }
@@ -276,7 +278,7 @@ impl Nodes {
             if done {
                 return tally.injected(kind);
             }
-            assert!(Instant::now() < until, "{kind:?} never came: {:?}", outcome.miss);
+            assert!(Instant::now() < until, "{kind:?}, seed {seed}, never came: {:?}", outcome.miss);
             std::thread::yield_now(); // the connection comes back
         }
     }
@@ -299,7 +301,7 @@ fn damages(count: u64, mut draws: u64) {
     let (nodes, mut tally) = (Nodes::new(), Tally::default());
     let kinds: Vec<Kind> = KINDS.into_iter().chain([Kind::Truncated]).collect();
     for kind in kinds.iter().cycle().take(count as usize) {
-        nodes.damage(*kind, &mut draws, &mut tally);
+        nodes.damage(*kind, splitmix64(&mut draws), &mut tally);
     }
     // what came before the end of a frame came
     tally.check("between two nodes", &kinds, |kind| kind == Kind::Truncated);

@@ -69,7 +69,8 @@ impl Block {
         let odd = (self.number % SIBLINGS * 5) as usize % sectors;
         let mut bytes = Vec::with_capacity(sectors * SECTOR_BYTES);
         for sector in 0..sectors {
-            let number = if sector == odd { self.number } else { self.number / SIBLINGS | 1 << 40 };
+            let shared = (1 << 40) + self.number / SIBLINGS;
+            let number = if sector == odd { self.number } else { shared };
             let of_space = u64::from_le_bytes([self.tenant, self.class, self.space, 0, 0, 0, 0, 0]);
             let mut state = (number << 32) ^ of_space << 8 ^ sector as u64;
             let words = (0..SECTOR_BYTES / 8).flat_map(|_| splitmix64(&mut state).to_le_bytes());
