@@ -104,8 +104,12 @@ fn faultless_fault_media_conform() {
 
 #[test]
 fn a_device_whose_power_stays_conforms() {
-    let options =
-        PowerOptions { segments: SEGMENTS, segment_bytes: SEGMENT_BYTES, queue_depth: DEPTH, unreadable: true };
+    let options = PowerOptions {
+        segments: SEGMENTS,
+        segment_bytes: SEGMENT_BYTES,
+        queue_depth: DEPTH,
+        unreadable: true,
+    };
     conformance(|_| Box::new(PowerMedium::new(options)));
 }
 

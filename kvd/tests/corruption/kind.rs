@@ -60,6 +60,11 @@ impl Kind {
         // headers need not be looked at (a catalog), have bytes that mean nothing there (the live word), and move with their payload
         matches!(self, Self::HeaderFlip | Self::StaleHeaderPage | Self::SwappedSlots | Self::OlderSlot)
     }
+
+    /// Whether blocks that are no longer there are said to be.
+    pub(crate) fn brings_headers_back(self) -> bool {
+        matches!(self, Self::StaleHeaderPage | Self::OlderSlot)
+    }
 }
 
 impl Image<'_> {
@@ -75,13 +80,13 @@ impl Image<'_> {
         match kind {
             Kind::BitFlip => self.flip(at, object.payload, 1, draws),
             Kind::Burst => {
-                let page = self.page(&object.payload, draws);
+                let page = page(&object.payload, draws);
                 let bits = 2 + draw(draws, 63);
                 self.flip(at, page, bits, draws)
             }
             Kind::HeaderFlip => self.flip(at, object.header, 1, draws),
             Kind::ZeroedPage => {
-                let page = self.page(&object.payload, draws);
+                let page = page(&object.payload, draws);
                 self.bytes[page].fill(0);
                 vec![at]
             }
@@ -116,13 +121,6 @@ impl Image<'_> {
             self.bytes[range.start + bit / 8] ^= 1 << (bit % 8);
         }
         vec![at]
-    }
-
-    /// One of the payload's pages.
-    fn page(&self, payload: &Range<usize>, draws: &mut u64) -> Range<usize> {
-        let pages = payload.len() / PAGE_BYTES;
-        let start = payload.start + draw(draws, pages as u64) as usize * PAGE_BYTES;
-        start..start + PAGE_BYTES
     }
 
     /// Another object that fits, whose bytes differ.
@@ -194,6 +192,13 @@ impl Image<'_> {
         self.bytes.truncate(end);
         (0..self.objects.len()).filter(|other| self.objects[*other].payload.end > end).collect()
     }
+}
+
+/// One of the payload's pages.
+fn page(payload: &Range<usize>, draws: &mut u64) -> Range<usize> {
+    let pages = payload.len() / PAGE_BYTES;
+    let start = payload.start + draw(draws, pages as u64) as usize * PAGE_BYTES;
+    start..start + PAGE_BYTES
 }
 
 fn swap(bytes: &mut [u8], one: &Range<usize>, other: &Range<usize>) {

@@ -45,6 +45,8 @@ struct Base {
     objects: Vec<Object>,
     /// Of each object.
     named: Vec<Name>,
+    /// Which block was in its slot before, if another was.
+    named_before: Vec<Option<Name>>,
 }
 
 /// What was done: a kind, and the objects that it changed.
@@ -81,9 +83,17 @@ impl Base {
         let by_id: BTreeMap<Named, Name> = names.iter().map(ids).collect();
         let found = objects(&bytes, SEGMENT_BYTES as usize);
         let named = found.iter().map(|(named, _)| by_id[named]).collect();
+        let before = objects(&older, SEGMENT_BYTES as usize).into_iter();
+        let before: BTreeMap<usize, Named> =
+            before.map(|(named, object)| (object.payload.start, named)).collect();
+        let named_before = found.iter().map(|(now, object)| {
+            let before = before.get(&object.payload.start).filter(|before| *before != now);
+            before.map(|before| by_id[before])
+        });
+        let named_before = named_before.collect();
         let objects: Vec<_> = found.into_iter().map(|(_, object)| object).collect();
         assert!(objects.len() > 700, "{} blocks are on NVMe", objects.len());
-        Self { daemon, names, bytes, older, objects, named }
+        Self { daemon, names, bytes, older, objects, named, named_before }
     }
 
     fn image(&self) -> Image<'_> {
@@ -124,6 +134,8 @@ impl Base {
                 let name = self.named[*object];
                 touched.insert(name);
                 tally.found(*kind, found[&name]);
+                let claimed = self.named_before[*object].filter(|_| kind.brings_headers_back());
+                claimed.iter().for_each(|before| tally.found(*kind, found[before]));
             }
         }
         let wrong: Vec<_> = found.iter().filter(|(_, found)| **found == Found::Wrong).collect();
