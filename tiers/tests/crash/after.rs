@@ -21,8 +21,8 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-/// One seed in so many has a catalog too: opening one takes as long as a life.
-const CATALOG_EVERY: u64 = 32;
+/// One seed in so many has a catalog too: it waits for the disk, which takes longer than a life.
+const CATALOG_EVERY: u64 = 64;
 
 /// What recovery said.
 #[derive(Default)]
