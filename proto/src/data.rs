@@ -6,8 +6,10 @@
 //! never panics. Anything that does not decode ends the connection, because the next boundary is unknown.
 //! Leaves to others: what a lease is, whether a slot still holds what was asked for, checksums of the payload (part checksums).
 
+use crate::block_id::BlockId;
 use crate::error::{Code, Error};
 use crate::limits::{BATCH_BYTES_MAX, PIECES_MAX, REFUSAL_BYTES_MAX};
+use crate::space::Fingerprint;
 
 /// Bytes before every body.
 pub const HEADER_BYTES: usize = 40;
@@ -386,6 +388,22 @@ fn decode_refusal(header: &Header, status: u32, bytes: usize, rest: &[u8]) -> Re
     Ok(Answer::Refused { code, text: String::from_utf8_lossy(&rest[..bytes]).into_owned() })
 }
 
+/// Ties part checksums to the block that they are of, as its owner tells them (`PeerBlock.told_checksum`). Whoever asked computes it from
+/// the block that it wants: another block's bytes with that block's checksums are right for each other and wrong for it.
+pub fn told_checksum(
+    fingerprint: &Fingerprint,
+    id: &BlockId,
+    group: u16,
+    part_checksums: impl IntoIterator<Item = u32>,
+) -> u32 {
+    let mut checksum = crc32fast::Hasher::new();
+    checksum.update(&fingerprint.0);
+    checksum.update(&id.0);
+    checksum.update(&group.to_le_bytes());
+    part_checksums.into_iter().for_each(|part| checksum.update(&part.to_le_bytes()));
+    checksum.finalize()
+}
+
 fn payload_bytes(pieces: &[PieceAnswer]) -> u64 {
     let bytes = |piece: &PieceAnswer| match piece {
         PieceAnswer::Whole(bytes) => u64::from(*bytes),
@@ -493,6 +511,20 @@ mod tests {
         let header = Header { body_bytes: 12, body_checksum: crc32fast::hash(&longer), ..header };
         assert!(Hello::decode(&header, &longer).is_err(), "nothing more in our own minor");
         assert_eq!(Hello::decode(&Header { minor: 7, ..header }, &longer), Ok(Hello::ours()));
+    }
+
+    #[test]
+    fn what_is_told_of_a_block_holds_for_no_other() {
+        let told = |space: u8, id: u8, group, parts: [u32; 2]| {
+            told_checksum(&Fingerprint([space; 32]), &BlockId([id; 16]), group, parts)
+        };
+        let bytes = [&[1; 32][..], &[2; 16], &[3, 0], &[4, 0, 0, 0, 5, 0, 0, 0]].concat();
+        assert_eq!(told(1, 2, 3, [4, 5]), crc32fast::hash(&bytes));
+        for other in
+            [told(2, 2, 3, [4, 5]), told(1, 3, 3, [4, 5]), told(1, 2, 2, [4, 5]), told(1, 2, 3, [5, 4])]
+        {
+            assert_ne!(other, told(1, 2, 3, [4, 5]));
+        }
     }
 
     #[test]

@@ -1,9 +1,10 @@
-//! What every medium promises (`media/mod.rs`), asked of each: DRAM, NVMe by io_uring and by threads, and these wrapped by
-//! `FaultMedium` without faults; then what only faults and only NVMe promise.
+//! What every medium promises (`media/mod.rs`), asked of each: DRAM, NVMe by io_uring and by threads, these wrapped by
+//! `FaultMedium` without faults, and the device whose power can be cut; then what only faults and only NVMe promise.
 
 use kvd_tiers::checksum::{part_checksums, verify};
 use kvd_tiers::mapping::Mapping;
 use kvd_tiers::media::dram::{DramMedium, DramOptions};
+use kvd_tiers::media::fault::power::{PowerMedium, PowerOptions};
 use kvd_tiers::media::fault::{Fault, FaultMedium, Plan, Rates};
 use kvd_tiers::media::nvme::{Engine, NvmeMedium, NvmeOptions};
 use kvd_tiers::media::{Buffer, Direction, Done, Io, Medium, MediumError};
@@ -99,6 +100,17 @@ fn nvme_by_psync_conforms() {
 fn faultless_fault_media_conform() {
     conformance(|_| Box::new(FaultMedium::new(dram(), Plan::none())));
     conformance(|scratch| Box::new(FaultMedium::new(nvme(scratch, Engine::Auto), Plan::none())));
+}
+
+#[test]
+fn a_device_whose_power_stays_conforms() {
+    let options = PowerOptions {
+        segments: SEGMENTS,
+        segment_bytes: SEGMENT_BYTES,
+        queue_depth: DEPTH,
+        unreadable: true,
+    };
+    conformance(|_| Box::new(PowerMedium::new(options)));
 }
 
 /// Something that holds for a medium whose segments 0 and 1 are open.

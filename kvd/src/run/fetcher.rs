@@ -2,7 +2,7 @@
 //!
 //! Owns the connections to peers and the leases there. Invariants: every `Seek` is answered by one `Offered`, after what became of its
 //! claim if it has one (`NotYet` is the end of it); every order by one `Moved`; only members of the cluster are asked; a
-//! block counts as moved only when all its parts have the checksums that its owner told; a lease there lasts until the last batch read
+//! block counts as moved only when all its parts have the checksums that its owner told, of this very block; a lease there lasts until the last batch read
 //! under it has ended. Leaves to others: whether and from whom (`links`), what becomes of the blocks (the node).
 
 use super::dram::DramSegments;
@@ -13,6 +13,7 @@ use crate::links::{Links, common};
 use crate::node::event::{Event, FetchOrder, MoveError, Offer, Wanted};
 use kvd_client::transport::tcp::{PeerOptions, PeerPool};
 use kvd_client::transport::{Batch, Fate, Outcome, Piece, Transport as _};
+use kvd_proto::data::told_checksum;
 use kvd_proto::limits::RESERVE_WAIT_MS_MAX;
 use kvd_proto::wire::peer_client::PeerClient;
 use kvd_proto::wire::{Claim, HandOffState, HandOffStatus, PeerBlock, PeerLeaseReply, PeerLeaseRequest};
@@ -334,7 +335,7 @@ impl Shared {
                 let destination = self.fetcher.dram.get(order.to.segment).destination(order.to.slot);
                 bytes += destination.len() as u64;
                 pieces.push((piece(&block, destination.len()), destination));
-                blocks.push((order, block.part_checksums));
+                blocks.push((order, block));
             }
             let permit = peer.batches.clone().acquire_owned().await.expect("it is never closed");
             lock(&self.fetcher.links).began(&peer.address, bytes);
@@ -357,21 +358,26 @@ impl Shared {
             .as_ref()
             .map_or_else(|| "its owner has it no longer".to_owned(), |miss| format!("{miss:?}"));
         let mut inputs = Vec::with_capacity(reading.blocks.len());
-        for ((order, checksums), (destination, fate)) in reading.blocks.into_iter().zip(outcome.pieces) {
+        for ((order, block), (destination, fate)) in reading.blocks.into_iter().zip(outcome.pieces) {
             drop(destination);
             let result = match fate {
-                Fate::Whole => self.verify(&order, &checksums),
+                Fate::Whole => self.verify(&order, &block),
                 Fate::Gone | Fate::Missed => Err(MoveError::Device(why.clone())),
             };
+            let checksums = block.part_checksums;
             inputs.push(Input::Moved { token: order.token, result, elapsed_us, checksums });
         }
         self.fetcher.inbox.push_all(&mut inputs);
         drop(reading.places);
     }
 
-    fn verify(&self, order: &FetchOrder, checksums: &[u32]) -> Result<(), MoveError> {
-        let segment = self.fetcher.dram.get(order.to.segment);
-        if checksums.len() != usize::from(segment.geometry.parts) {
+    /// The bytes are those of the checksums, and the checksums those of the block that was ordered.
+    fn verify(&self, order: &FetchOrder, block: &PeerBlock) -> Result<(), MoveError> {
+        let (segment, wanted) = (self.fetcher.dram.get(order.to.segment), &order.header);
+        let checksums = &block.part_checksums;
+        let told =
+            told_checksum(&wanted.fingerprint, &wanted.id, order.group.into(), checksums.iter().copied());
+        if told != block.told_checksum || checksums.len() != usize::from(segment.geometry.parts) {
             return Err(MoveError::Checksum);
         }
         segment.verify(order.to.slot, checksums).map_err(|_| MoveError::Checksum)
@@ -380,7 +386,7 @@ impl Shared {
 
 /// A batch under way.
 struct Reading {
-    blocks: Vec<(FetchOrder, Vec<u32>)>,
+    blocks: Vec<(FetchOrder, PeerBlock)>,
     bytes: u64,
     begun: Instant,
     /// Among the peer's batches, and among those of its lease.

@@ -1,12 +1,14 @@
 //! Blocks that only another node has: they come, every byte of them, or they are misses, whatever the other node does.
 
 use crate::cluster::{Cluster, found, index_of};
+use crate::content;
 use crate::daemon::{Daemon, MIB, Setup};
-use crate::engine::{BLOCK_BYTES, Engine, read_all, space};
+use crate::engine::{BLOCK_BYTES, Engine, PART_BYTES, read_all, space};
 use crate::wait::{DEADLINE, until, within};
 use kvd_client::Tier;
 use kvd_client::transport::serve::{ServeOptions, Server, Source};
 use kvd_client::transport::{Held, Piece};
+use kvd_proto::data::told_checksum;
 use kvd_proto::delta::Delta;
 use kvd_proto::wire::index_server::{Index, IndexServer};
 use kvd_proto::wire::peer_server::{Peer, PeerServer};
@@ -97,6 +99,8 @@ async fn an_owner_that_dies_costs_misses() {
 enum Lie {
     /// Other bytes than its checksums say.
     Bytes,
+    /// Each block's place, bytes and checksums for another's: they are right for each other.
+    Crossed,
     /// Fewer checksums than a block has parts.
     Checksums,
     /// It has nothing of what it told.
@@ -125,7 +129,11 @@ impl Source for Wrong {
     }
 
     fn piece(&self, _: u64, piece: &Piece) -> Option<Held> {
-        Some(Held::shared(Arc::new(vec![7; piece.bytes as usize]), 0..piece.bytes as usize))
+        let bytes = match self.0 {
+            Lie::Crossed => content::of(u64::from(piece.slot) + 1, piece.bytes as usize),
+            _ => vec![7; piece.bytes as usize],
+        };
+        Some(Held::shared(Arc::new(bytes), 0..piece.bytes as usize))
     }
 }
 
@@ -134,6 +142,22 @@ type Replies<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 /// These, and then nothing, for ever.
 fn unending<T: Send + 'static>(replies: Vec<T>) -> Replies<T> {
     Box::pin(tokio_stream::iter(replies.into_iter().map(Ok)).chain(tokio_stream::pending()))
+}
+
+impl Liar {
+    fn ready(&self, block: u32) -> PeerBlock {
+        // what the owner has in this slot, and tells of the block's neighbour
+        let slot = if self.lie == Lie::Crossed { block ^ 1 } else { block };
+        let bytes = content::of(u64::from(slot) + 1, BLOCK_BYTES);
+        let part_checksums = match self.lie {
+            Lie::Crossed => bytes.chunks(PART_BYTES).map(crc32fast::hash).collect(),
+            Lie::Checksums => vec![1; 3],
+            _ => vec![1; 4],
+        };
+        let id = self.told[slot as usize];
+        let told_checksum = told_checksum(&space().fingerprint(), &id, 0, part_checksums.iter().copied());
+        PeerBlock { block, group: 0, segment: 0, slot, generation: 1, part_checksums, told_checksum }
+    }
 }
 
 #[tonic::async_trait]
@@ -195,15 +219,7 @@ impl Peer for Liar {
         request: Request<wire::PeerLeaseRequest>,
     ) -> Result<Response<Self::LeaseStream>, Status> {
         let blocks = request.into_inner().chain.len() as u32 / 16;
-        let parts = if self.lie == Lie::Checksums { 3 } else { 4 };
-        let ready = |block| PeerBlock {
-            block,
-            group: 0,
-            segment: 0,
-            slot: block,
-            generation: 1,
-            part_checksums: vec![1; parts],
-        };
+        let ready = |block| self.ready(block);
         let first = PeerLeaseReply {
             lease: 9,
             data_port: self.data_port.into(),
@@ -235,7 +251,7 @@ fn lie(address: &str, lie: Lie, told: Vec<BlockId>) -> Server {
 
 #[tokio::test]
 async fn a_node_that_lies_costs_misses_and_no_wrong_byte() {
-    for kind in [Lie::Bytes, Lie::Checksums, Lie::Stale, Lie::Silence, Lie::NoData] {
+    for kind in [Lie::Bytes, Lie::Crossed, Lie::Checksums, Lie::Stale, Lie::Silence, Lie::NoData] {
         let cluster = Cluster::new();
         let mut daemon: Daemon = cluster.node(1, Setup::default()).await;
         let engine = Engine::open(&daemon.socket()).await;
@@ -247,7 +263,7 @@ async fn a_node_that_lies_costs_misses_and_no_wrong_byte() {
         assert_eq!(engine.get(&names).await, 0, "none of it is true");
         assert!(asked.elapsed().as_secs() < 5, "{:?}", asked.elapsed());
         let counters = daemon.status().await.counters.unwrap();
-        let broken = matches!(kind, Lie::Bytes | Lie::Checksums);
+        let broken = matches!(kind, Lie::Bytes | Lie::Crossed | Lie::Checksums);
         assert_eq!(counters.checksum_errors, if broken { 8 } else { 0 });
         assert_eq!(within("put", engine.put(&names)).await, 8, "the slots are free again");
         assert_eq!(engine.get(&names).await, 8);

@@ -212,13 +212,13 @@ impl Got {
 
 /// Remembers one wake until a `reap` sees it.
 #[derive(Debug, Default)]
-struct Signal {
+pub(in crate::media) struct Signal {
     woken: Mutex<bool>,
     changed: Condvar,
 }
 
 impl Signal {
-    fn wait(&self, wait: Duration) {
+    pub(in crate::media) fn wait(&self, wait: Duration) {
         let woken = self.woken.lock().unwrap_or_else(PoisonError::into_inner);
         let waited = self.changed.wait_timeout_while(woken, wait, |woken| !*woken);
         *waited.unwrap_or_else(PoisonError::into_inner).0 = false;

@@ -10,6 +10,7 @@ use crate::run::dram::DramSegments;
 use crate::run::inbox::Inbox;
 use kvd_client::transport::serve::Source;
 use kvd_client::transport::{self, Piece};
+use kvd_proto::data::told_checksum;
 use kvd_proto::slot_header::FLAG_CHECKSUMMED;
 use kvd_proto::wire::{
     self, PeerBlock, PeerLeaseReply, PeerLeaseRequest, client_frame::Body as Ask, node_frame::Body as Reply,
@@ -86,7 +87,10 @@ impl Open {
         let checksummed = header.flags & FLAG_CHECKSUMMED != 0;
         let part_checksums = if checksummed { header.part_checksums } else { segment.checksums(slot.slot) };
         self.shelf.told.lock().unwrap_or_else(PoisonError::into_inner).insert(slot, generation);
-        Some(PeerBlock { block, group, segment: slot.segment, slot: slot.slot, generation, part_checksums })
+        let parts = part_checksums.iter().copied();
+        let told_checksum = told_checksum(&header.fingerprint, &header.id, header.group, parts);
+        let SlotRef { segment, slot } = slot;
+        Some(PeerBlock { block, group, segment, slot, generation, part_checksums, told_checksum })
     }
 }
 

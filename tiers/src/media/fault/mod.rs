@@ -1,9 +1,11 @@
 //! Any medium with faults: what devices do to us on bad days, on demand and the same way each time.
 //!
 //! Owns which transfer suffers what: from a script, in order of acceptance, or drawn from a seed. Without faults it behaves as
-//! what it wraps (`tests/conformance.rs`).
+//! what it wraps (`tests/conformance.rs`). [`power`] is a device of its own, whose power can be cut.
 //! Invariants: no clock and no randomness but the seed's; exactly one `Done` for each `Io`, a stalled one's after its release.
 //! Leaves to others: faults of opening (`refuse_segments` aside), and whether anyone notices a flipped bit.
+
+pub mod power;
 
 use super::{Buffer, Direction, Done, Io, Medium, MediumError, MediumInfo, Wake};
 use crate::segment::SegmentId;
@@ -143,6 +145,11 @@ impl<M: Medium> FaultMedium<M> {
     /// What is wrapped.
     pub fn inner(&self) -> &M {
         &self.inner
+    }
+
+    /// What is wrapped, as it is: what is stalled never reaches it, and nobody hears of what is under way any more.
+    pub fn into_inner(self) -> M {
+        self.inner
     }
 
     fn pass_on(&mut self, index: usize) {
@@ -329,8 +336,8 @@ impl Plan {
     }
 }
 
-/// Steele, Lea and Flood's generator: one addition a state, every seed good.
-fn splitmix64(state: &mut u64) -> u64 {
+/// Steele, Lea and Flood's generator: one addition a state, every seed good. What tests draw with, too.
+pub fn splitmix64(state: &mut u64) -> u64 {
     *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
     let mut mixed = *state;
     mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
