@@ -8,8 +8,8 @@
 use crate::catalog::record::Reader;
 use crate::segment::{Geometry, SegmentId};
 use kvd_proto::Fingerprint;
-use kvd_proto::slot_header::{FLAG_CHECKSUMMED, FLAG_TAIL, SlotHeader};
 use kvd_proto::limits::{PART_ALIGN, PARTS_MAX, SLOT_BYTES_MAX, TENANT_BYTES_MAX};
+use kvd_proto::slot_header::{FLAG_CHECKSUMMED, FLAG_TAIL, SlotHeader};
 
 /// Bytes of the page.
 pub const PAGE_BYTES: usize = PART_ALIGN as usize;
