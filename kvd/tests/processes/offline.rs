@@ -3,7 +3,6 @@
 
 use crate::daemon::{Daemon, MIB, Setup};
 use crate::engine::{BLOCK_BYTES, Engine, PART_BYTES};
-use kvd_client::Tier;
 use kvd_tiers::segment::Geometry;
 use kvd_tiers::segment_header::{PAGE_BYTES, SegmentHeader};
 use serde_json::Value;
@@ -85,10 +84,6 @@ impl Left {
             }
         }
         served
-    }
-
-    async fn copies(&self) -> u64 {
-        self.daemon.tier(Tier::Nvme).await.copies
     }
 }
 
