@@ -20,14 +20,14 @@ const USAGE: u8 = 2;
 /// What `kvd inspect` can look at.
 #[derive(Debug, Subcommand)]
 pub enum Inspect {
-    /// The file or device of an NVMe tier.
+    /// What lies in the file or device of an NVMe tier, read without a daemon and without its catalog. Writes nothing.
     Nvme(nvme::Inspect),
 }
 
 /// What `kvd repair` can mend.
 #[derive(Debug, Subcommand)]
 pub enum Repair {
-    /// The file or device of an NVMe tier.
+    /// Drops what is no good from the file or device of an NVMe tier, so that the rest can be served. Not beside a daemon.
     Nvme(nvme::Repair),
 }
 

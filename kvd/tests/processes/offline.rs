@@ -276,6 +276,35 @@ async fn a_damaged_segment_page_is_blanked_only_when_asked() {
     assert!(left.inspect().blocks() < blocks);
 }
 
+/// Spaces that no segment's page lists any more.
+#[tokio::test]
+async fn blocks_of_a_space_that_the_catalog_knows_stay() {
+    let left = Left::behind().await;
+    let blocks = left.inspect().blocks();
+    let segments = std::fs::metadata(&left.path).unwrap().len() / SEGMENT_BYTES;
+    for segment in 0..segments {
+        let mut page = [0; PAGE_BYTES];
+        left.file().read_exact_at(&mut page, segment * SEGMENT_BYTES).unwrap();
+        let mut header = SegmentHeader::decode(&page, SEGMENT_BYTES).unwrap();
+        header.spaces.clear();
+        left.file().write_all_at(&header.encode(), segment * SEGMENT_BYTES).unwrap();
+    }
+    let seen = left.inspect();
+    seen.is_well();
+    assert_eq!(seen.summary()["unknown_space"], blocks);
+    for words in [&["repair", "nvme", "--dry-run"][..], &["repair", "nvme"]] {
+        let repaired = left.kvd(words);
+        repaired.is_well();
+        assert_eq!(repaired.of("dropped"), Vec::<&Value>::new());
+    }
+    std::fs::remove_dir_all(left.daemon.folder().join("catalog")).unwrap();
+    let repaired = left.kvd(&["repair", "nvme"]);
+    repaired.is_well();
+    assert_eq!(repaired.of("dropped").len() as u64, blocks);
+    assert!(repaired.of("dropped").iter().all(|row| row["why"] == "unknown_space"));
+    assert_eq!(left.inspect().blocks(), 0);
+}
+
 #[tokio::test]
 async fn beside_a_daemon_both_refuse() {
     let mut left = Left::behind().await;

@@ -31,18 +31,25 @@ use spaces::Spaces;
 pub(super) use repair::{Repair, repair};
 
 const JSON: &str = "\
-Rows of --output json, an object a line; a program should skip kinds and fields it does not know:
-  segment  segment, tenant, slot_bytes, parts, write_epoch, slots, used, leftovers,
-           spaces [{fingerprint, model, revision, epoch}]
-  block    segment, slot, id, parent, depth, tokens, group, space, write_epoch, state
-           (good, unverified, or why it is bad)
-  bad      segment, slot, id, part, why, text; slot is null where the segment is bad, id where the header is
-           why: segment_page, unreadable, header, contradiction, misplaced, checksum
-  summary  path, segment_bytes, segments, segments_free, blocks, leftovers, verified_bytes, bad, unknown_space, dropped
-Leftovers are headers that nobody reads any more: of a segment's earlier occupant, or of another version.
-Exit code 0: all is well; 1: something is bad or cannot be read; 2: the command makes no sense.";
+Rows of --output json, an object a line (skip kinds and fields you do not know):
+  segment  segment, tenant, slot_bytes, parts, write_epoch, slots, used,
+           leftovers, spaces [{fingerprint, model, revision, epoch}]
+  block    segment, slot, id, parent, depth, tokens, group, space, write_epoch,
+           state (good, unverified, or why it is bad)
+  bad      segment, slot, id, part, why, text; slot is null where it is the
+           segment that is bad, id where the header cannot be read
+           why: segment_page, unreadable, header, contradiction, misplaced,
+           checksum
+  summary  path, segment_bytes, segments, segments_free, blocks, leftovers,
+           verified_bytes, bad, unknown_space, dropped
+Leftovers are headers that nobody reads any more: of a segment's earlier
+occupant, or of another version. Blocks of an unknown space are good where the
+catalog knows the space.
 
-/// Looks at the file or device of an NVMe tier without a daemon and without its catalog. Writes nothing.
+Exit code 0: all is well; 1: something is bad or cannot be read; 2: the command
+makes no sense.";
+
+/// What to look at, and how closely.
 #[derive(Debug, Args)]
 #[command(after_help = JSON)]
 pub struct Inspect {

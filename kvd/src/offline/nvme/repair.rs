@@ -29,18 +29,24 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 const JSON: &str = "\
-Dropped are, each by zeroing its header: damaged headers, those that do not fit their segment or their space, blocks of spaces that
-nobody knows, blocks whose bytes disagree with a checksum, and the older of two copies. No payload is written, no header made.
-What cannot be read stays. The catalog is marked not complete first, so the daemon's next start reads the headers that are left.
+Everything is verified. Dropped are, each by zeroing its header: headers that
+are damaged, or do not fit their segment or space; blocks of spaces that nobody
+knows; blocks whose bytes disagree with a checksum; the older of two copies. No
+payload is written and no header made. What cannot be read stays. The catalog is
+marked not complete first, so that the next start reads the headers left.
 
-Rows of --output json, an object a line; a program should skip kinds and fields it does not know:
-  dropped  segment, slot, id, part, why, text, dry_run; slot is null where a segment's page was blanked
-           why: header, contradiction, misplaced, checksum, unknown_space, duplicate, segment_page
-  bad      as `kvd inspect nvme`: what is bad and stays
-  summary  as `kvd inspect nvme`
-Exit code 0: all is well now; 1: something bad is left (with --dry-run: or would be dropped); 2: the command makes no sense.";
+Rows of --output json, an object a line (skip kinds and fields you do not know):
+  dropped  segment, slot, id, part, why, text, dry_run; slot is null where a
+           segment's page was blanked
+           why: header, contradiction, misplaced, checksum, unknown_space,
+           duplicate, segment_page
+  bad      what is bad and stays, as of `kvd inspect nvme`
+  summary  as of `kvd inspect nvme`
 
-/// Drops what is no good from the file or device of an NVMe tier, so that the rest can be served. Not beside a daemon.
+Exit code 0: all is well now; 1: something bad is left, or with --dry-run would
+be dropped; 2: the command makes no sense.";
+
+/// What to mend, and how much.
 #[derive(Debug, Args)]
 #[command(after_help = JSON)]
 pub struct Repair {
