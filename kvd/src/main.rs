@@ -2,6 +2,7 @@
 
 use clap::{Parser, Subcommand};
 use kvd::config::Config;
+use kvd::offline;
 use std::io::{IsTerminal as _, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -25,6 +26,12 @@ enum Command {
     Keeper(KeeperOptions),
     /// Print a complete kvd.toml: every key, its value, where it comes from and what it does.
     Config(ConfigPath),
+    /// Look at what lies in a tier, without a daemon.
+    #[command(subcommand)]
+    Inspect(offline::Inspect),
+    /// Drop from a tier what is no good, without a daemon.
+    #[command(subcommand)]
+    Repair(offline::Repair),
 }
 
 #[derive(clap::Args)]
@@ -80,6 +87,8 @@ fn run(command: Command) -> Result<ExitCode, kvd_proto::Error> {
             print(&Config::explain(path.config.as_deref())?);
             Ok(ExitCode::SUCCESS)
         }
+        Command::Inspect(what) => Ok(offline::inspect(&what)),
+        Command::Repair(what) => Ok(offline::repair(&what)),
     }
 }
 

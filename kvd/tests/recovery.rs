@@ -171,6 +171,14 @@ async fn what_was_demoted_is_whole_after_restarts() {
     read_all(&from_headers, &second).await;
     assert_eq!(counters(path).await.checksum_errors, 0);
     daemon.end(Signal::TERM);
+
+    // a catalog that was lost, or that a killed daemon left, says everything again after an orderly end
+    let daemon = Daemon::start(path);
+    assert!(daemon.said.contains("from_headers=0"), "{}", daemon.said);
+    let again = space(path).await;
+    read_all(&again, &second).await;
+    assert_eq!(counters(path).await.checksum_errors, 0);
+    daemon.end(Signal::TERM);
 }
 
 #[tokio::test]

@@ -19,6 +19,7 @@ pub const FIXED_BYTES: usize = 192;
 /// Where the live word is: generation (high half) and version (low half). Not covered by the checksum.
 pub const LIVE_WORD_OFFSET: usize = 8;
 const COVERED_FROM: usize = 16;
+const WRITE_EPOCH_OFFSET: usize = 120;
 
 /// Every part's checksum is in the table.
 pub const FLAG_CHECKSUMMED: u16 = 1;
@@ -150,6 +151,18 @@ impl SlotHeader {
     }
 }
 
+/// Whether what does not decode was a header once, rather than something else or one of another version: its magic or its
+/// checksum is right, but not both. Then the write epoch that it claims, for what that is worth.
+pub fn damaged(bytes: &[u8]) -> Option<u64> {
+    if bytes.len() < stride_bytes(1) {
+        return None;
+    }
+    let magic = bytes[..4] == MAGIC;
+    let checksum = crc32fast::hash(&bytes[COVERED_FROM..]).to_le_bytes() == bytes[4..8];
+    let mut reader = Reader { bytes, at: WRITE_EPOCH_OFFSET };
+    (magic != checksum).then(|| reader.u64())
+}
+
 struct Reader<'a> {
     bytes: &'a [u8],
     at: usize,
@@ -198,12 +211,30 @@ mod tests {
             bytes[bit / 8] ^= 1 << (bit % 8);
             let in_live_word = (LIVE_WORD_OFFSET..COVERED_FROM).contains(&(bit / 8));
             prop_assert_eq!(SlotHeader::decode(&bytes).is_some(), in_live_word);
+            prop_assert_eq!(damaged(&bytes).is_none(), in_live_word);
+            let in_epoch = (WRITE_EPOCH_OFFSET..WRITE_EPOCH_OFFSET + 8).contains(&(bit / 8));
+            if let Some(claimed) = damaged(&bytes).filter(|_| !in_epoch) {
+                prop_assert_eq!(claimed, header.write_epoch);
+            }
         }
 
         #[test]
         fn any_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..2048)) {
             prop_assert_eq!(SlotHeader::decode(&bytes), None);
         }
+    }
+
+    #[test]
+    fn another_version_and_other_bytes_are_not_damaged_headers() {
+        assert_eq!(damaged(&[0; 512]), None);
+        assert_eq!(damaged(&[0xA5; 512]), None);
+        let mut bytes = [0; 512];
+        bytes[..4].copy_from_slice(&MAGIC);
+        assert_eq!(damaged(&bytes), Some(0));
+        bytes[COVERED_FROM] = 2; // a major version to come
+        let checksum = crc32fast::hash(&bytes[COVERED_FROM..]);
+        bytes[4..8].copy_from_slice(&checksum.to_le_bytes());
+        assert_eq!((SlotHeader::decode(&bytes), damaged(&bytes)), (None, None));
     }
 
     #[test]

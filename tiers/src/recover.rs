@@ -201,8 +201,7 @@ impl Recovery<'_> {
                 self.summary.blocks_skipped += 1;
                 continue;
             };
-            let whole = u64::from(header.geometry.slot_bytes);
-            if slot_header.length != whole || slot_header.stored_length != whole || slot_header.key_id != 0 {
+            if !header.holds(&slot_header) {
                 self.summary.blocks_skipped += 1;
                 continue;
             }

@@ -9,10 +9,12 @@ use crate::catalog::record::Reader;
 use crate::segment::{Geometry, SegmentId};
 use kvd_proto::Fingerprint;
 use kvd_proto::limits::{PART_ALIGN, PARTS_MAX, SLOT_BYTES_MAX, TENANT_BYTES_MAX};
+use kvd_proto::slot_header::{FLAG_CHECKSUMMED, FLAG_TAIL, SlotHeader};
 
 /// Bytes of the page.
 pub const PAGE_BYTES: usize = PART_ALIGN as usize;
-const MAGIC: [u8; 4] = *b"KVDG";
+/// First four bytes of the page.
+pub const MAGIC: [u8; 4] = *b"KVDG";
 const MAJOR: u16 = 1;
 const MINOR: u16 = 0;
 const COVERED_FROM: usize = 8;
@@ -56,6 +58,16 @@ impl SegmentHeader {
         self.spaces.iter().any(|(listed, _)| listed == fingerprint)
     }
 
+    /// Whether a slot header may stand here: a whole block of this segment's slots, in the clear, with every checksum, and
+    /// not an earlier occupant's. Another is skipped.
+    pub fn holds(&self, header: &SlotHeader) -> bool {
+        let whole = u64::from(self.geometry.slot_bytes);
+        (header.length, header.stored_length, header.key_id) == (whole, whole, 0)
+            && header.part_checksums.len() == usize::from(self.geometry.parts)
+            && header.write_epoch >= self.write_epoch
+            && header.flags & (FLAG_CHECKSUMMED | FLAG_TAIL) == FLAG_CHECKSUMMED
+    }
+
     fn bytes(&self) -> usize {
         let spaces = self.spaces.iter().map(|(_, definition)| LISTED_BYTES + definition.len());
         FIXED_BYTES + self.tenant.len() + spaces.sum::<usize>()
@@ -96,8 +108,7 @@ impl SegmentHeader {
     /// From the page of a segment of `segment_bytes`; `None` for anything but a whole, intact header of a known major
     /// version that describes such a segment.
     pub fn decode(page: &[u8; PAGE_BYTES], segment_bytes: u64) -> Option<Self> {
-        let checksum = crc32fast::hash(&page[COVERED_FROM..]);
-        if page[..4] != MAGIC || page[4..COVERED_FROM] != checksum.to_le_bytes() {
+        if signs(page) != [true, true] {
             return None;
         }
         let mut reader = Reader(&page[COVERED_FROM..]);
@@ -115,6 +126,19 @@ impl SegmentHeader {
         let spaces = (0..spaces).map(|_| space(&mut reader)).collect::<Option<_>>()?;
         Some(Self { segment, geometry, write_epoch, tenant, spaces })
     }
+}
+
+/// Whether a page that does not decode was a segment's once: its magic or its checksum is right, but not both. With both it
+/// is whole, and of another version or segment size.
+pub fn damaged(page: &[u8; PAGE_BYTES]) -> bool {
+    let [magic, checksum] = signs(page);
+    magic != checksum
+}
+
+/// Whether the magic is right, and the checksum.
+fn signs(page: &[u8; PAGE_BYTES]) -> [bool; 2] {
+    let checksum = crc32fast::hash(&page[COVERED_FROM..]);
+    [page[..4] == MAGIC, page[4..COVERED_FROM] == checksum.to_le_bytes()]
 }
 
 /// The geometry of a size class, if segments of this size can be cut so.
@@ -176,6 +200,7 @@ mod tests {
         assert!(SegmentHeader::decode(&page, SEGMENT).is_some());
         assert_eq!(SegmentHeader::decode(&page, SEGMENT / 2), None);
         assert_eq!(SegmentHeader::decode(&page, 4096), None);
+        assert!(![page, [0; PAGE_BYTES], [0xA5; PAGE_BYTES]].iter().any(damaged));
     }
 
     /// Bytes that last: a header of version 1.0 must stay readable by every later version of this decoder.
@@ -194,8 +219,10 @@ mod tests {
             header.list(Fingerprint([1; 32]), b"definition");
             let mut page = header.encode();
             prop_assert_eq!(SegmentHeader::decode(&page, SEGMENT), Some(header));
+            prop_assert!(!damaged(&page));
             page[bit / 8] ^= 1 << (bit % 8);
             prop_assert_eq!(SegmentHeader::decode(&page, SEGMENT), None);
+            prop_assert!(damaged(&page));
         }
 
         /// Whatever a checksummed page says, decoding neither panics nor believes a wrong geometry.

@@ -46,7 +46,7 @@ fn a_million_blocks_fit_their_budget() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("catalog");
     let before = resident_bytes();
-    let behind = WriteBehind::start(Store::open(&path, 8 << 20).unwrap(), path.clone()).unwrap();
+    let behind = WriteBehind::start(Store::open(&path, 8 << 20).unwrap(), path.clone(), true).unwrap();
     for round in 0..3 {
         let started = Instant::now();
         let stride = [1, 1, 7919][round as usize];

@@ -22,7 +22,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use values::Values;
 
-pub use size::human as human_size;
+pub use size::{human as human_size, parse_text as parse_size};
 
 /// Segments are whole huge pages.
 pub const SEGMENT_ALIGN_BYTES: u64 = 2 << 20;

@@ -19,7 +19,8 @@ pub(super) fn parse(key: &str, value: &Value) -> Result<u64, Error> {
     })
 }
 
-fn parse_text(text: &str) -> Option<u64> {
+/// A text such as "512MiB" or "4096".
+pub fn parse_text(text: &str) -> Option<u64> {
     let text = text.trim();
     let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = (&text[..digits], text[digits..].trim());

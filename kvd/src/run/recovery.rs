@@ -2,7 +2,8 @@
 //!
 //! Happens before the daemon listens: recovering while serving would need the node to know a block before its parent.
 //! Bounded: the headers of all segments are read once, in sequence. Invariants: what is not
-//! whole, or not of this configuration, is skipped and counted; trouble with the catalog costs a scan, not the start.
+//! whole, or not of this configuration, is skipped and counted; trouble with the catalog costs a scan, not the start; a
+//! catalog that was not believed is made to say what the headers said, or stays not to be believed.
 //! Measured with 184,640 blocks of 4 KiB: 0.36 s from the catalog, 0.46 s from headers.
 //! Sled is opened and read on a thread with the catalog's name, so that its panics stay the catalog's.
 
@@ -11,6 +12,7 @@ use super::ledger::Ledger;
 use super::shelf::Shelf;
 use kvd_proto::wire::Tier;
 use kvd_tiers::catalog::behind::{self, WriteBehind};
+use kvd_tiers::catalog::rebuild::Rebuild;
 use kvd_tiers::catalog::store::Store;
 use kvd_tiers::header_pages::HeaderPages;
 use kvd_tiers::media::{Medium, MediumError};
@@ -74,6 +76,7 @@ fn gather(medium: &mut dyn Medium, places: Places, heap: &mut Heap) -> Result<Le
     let store = open_store(&places);
     let mut shelf = Shelf::default();
     let mut headers = HeaderPages::new().map_err(unusable)?;
+    let mut rebuild = Rebuild::begin(store.as_ref());
     let summary = recover(medium, store.as_ref(), places.extents, &mut |found| match found {
         Found::Space(space) => heap.space(space),
         Found::Segment(header) => {
@@ -83,10 +86,17 @@ fn gather(medium: &mut dyn Medium, places: Places, heap: &mut Heap) -> Result<Le
         }
         Found::Block(block) => {
             shelf.put(block.slot, &block.part_checksums);
+            rebuild.put(&block);
             heap.block(block.fingerprint, |space| found_block(&block, space));
         }
     })?;
-    let catalog = store.map(|store| WriteBehind::start(store, places.catalog)).transpose();
+    let rebuilt = rebuild.end();
+    if let Err(error) = &rebuilt {
+        tracing::warn!(%error, "the catalog does not say what headers say: the next start reads headers");
+    }
+    let faithful = rebuilt.is_ok() && summary.unreadable == 0;
+    let start = |store| WriteBehind::start(store, places.catalog, faithful);
+    let catalog = store.map(start).transpose();
     Ok(Left { shelf, headers, catalog: catalog.map_err(unusable)?, summary })
 }
 

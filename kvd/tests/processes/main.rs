@@ -23,6 +23,7 @@ mod kvctl;
 mod kvctl_top;
 mod lost_socket;
 mod metrics;
+mod offline;
 mod peers;
 mod ranks;
 mod raw;

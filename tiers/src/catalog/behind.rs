@@ -73,15 +73,16 @@ pub struct WriteBehind {
 }
 
 impl WriteBehind {
-    /// Starts the thread. From now on the store is not complete until `close`.
-    pub fn start(store: Store, path: PathBuf) -> std::io::Result<Self> {
+    /// Starts the thread. From now on the store is not complete until `close`; not even then if it is not `faithful`, that is,
+    /// does not say what the device says.
+    pub fn start(store: Store, path: PathBuf, faithful: bool) -> std::io::Result<Self> {
         let (queue, messages) = sync_channel(QUEUE_MAX);
         let told = Arc::<Told>::default();
         let mut writer = Writer {
             store: Some(store),
             path,
             told: told.clone(),
-            complete: true,
+            complete: faithful,
             removed: BTreeSet::new(),
             spaces: Vec::new(),
             chunks: BTreeMap::new(),
@@ -287,7 +288,7 @@ mod tests {
     }
 
     fn start(path: &Path) -> WriteBehind {
-        WriteBehind::start(open(path), path.to_owned()).unwrap()
+        WriteBehind::start(open(path), path.to_owned(), true).unwrap()
     }
 
     /// Segment, slot and depth of every record.
@@ -331,6 +332,8 @@ mod tests {
         let path = folder.path().join("catalog");
         start(&path).close();
         assert!(open(&path).is_complete().unwrap());
+        WriteBehind::start(open(&path), path.clone(), false).unwrap().close();
+        assert!(!open(&path).is_complete().unwrap(), "not faithful");
         let behind = start(&path);
         behind.tell(vec![Change::Set { slot: at(1, 0), record: record(1) }]);
         behind.sync();

@@ -15,6 +15,7 @@
 
 pub mod behind;
 pub mod entry;
+pub mod rebuild;
 pub mod record;
 pub mod store;
 

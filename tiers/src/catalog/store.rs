@@ -156,6 +156,11 @@ impl Store {
         Ok(())
     }
 
+    /// Forgets what was known of all slots.
+    pub fn remove_all_chunks(&self) -> Result<(), StoreError> {
+        guarded(|| self.trees().chunks.clear())
+    }
+
     fn of_segment(&self, segment: SegmentId) -> sled::Iter {
         self.trees().chunks.scan_prefix(segment.to_be_bytes())
     }

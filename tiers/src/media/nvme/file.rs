@@ -2,9 +2,9 @@
 //!
 //! Segment `n` is the bytes from `n * segment_bytes` on; bytes: `FORMAT.md`. Invariants: the path is locked against a second
 //! daemon, a mounted device is refused; a file's size is always a whole number of segments, also after a failed growth; the
-//! content of an existing file is never changed by opening it.
+//! content of an existing file is never changed by opening it; what is opened to be looked at or mended keeps its size.
 
-use super::NvmeOptions;
+use super::{Access, NvmeOptions};
 use crate::media::MediumError;
 use crate::segment::SegmentId;
 use kvd_proto::limits::PART_ALIGN;
@@ -28,6 +28,7 @@ pub(super) struct SegmentFile {
     pub(super) capacity_bytes: u64,
     pub(super) direct: bool,
     pub(super) block_device: bool,
+    access: Access,
     path: PathBuf,
     segment_bytes: u64,
 }
@@ -37,7 +38,7 @@ fn unusable(path: &Path, what: impl std::fmt::Display) -> MediumError {
 }
 
 impl SegmentFile {
-    pub(super) fn open(options: &NvmeOptions) -> Result<Self, MediumError> {
+    pub(super) fn open(options: &NvmeOptions, access: Access) -> Result<Self, MediumError> {
         let path = options.path.as_path();
         let NvmeOptions { capacity_bytes, segment_bytes, .. } = *options;
         if segment_bytes == 0 || !segment_bytes.is_multiple_of(u64::from(PART_ALIGN)) {
@@ -45,17 +46,21 @@ impl SegmentFile {
             return Err(unusable(path, what));
         }
         let block_device = is_block_device(path)?;
-        let (fd, direct) = open_direct(path, block_device)?;
+        let (fd, direct) = open_direct(path, block_device, access)?;
         let size_bytes = rustix::fs::seek(&fd, SeekFrom::End(0))
             .map_err(|errno| unusable(path, format!("its size cannot be read: {errno}")))?;
-        let capacity = if block_device { device_capacity } else { file_capacity };
-        let capacity_bytes = capacity(path, capacity_bytes, segment_bytes, size_bytes)?;
+        let capacity_bytes = match (block_device, access) {
+            (true, _) => device_capacity(path, capacity_bytes, segment_bytes, size_bytes)?,
+            (false, Access::Serve) => file_capacity(path, capacity_bytes, segment_bytes, size_bytes)?,
+            // as large as it is
+            (false, _) => whole_segments(path, segment_bytes, size_bytes)?,
+        };
         let segments = capacity_bytes / segment_bytes;
         if segments > SEGMENTS_MAX {
             let what = format!("{segments} segments exceed {SEGMENTS_MAX}; make segments larger");
             return Err(unusable(path, what));
         }
-        Ok(Self { fd, capacity_bytes, direct, block_device, path: path.into(), segment_bytes })
+        Ok(Self { fd, capacity_bytes, direct, block_device, access, path: path.into(), segment_bytes })
     }
 
     /// Where a segment starts, or why there is no such segment.
@@ -71,7 +76,7 @@ impl SegmentFile {
     /// Takes the segment's extent from the file system; bytes already there stay.
     pub(super) fn allocate(&self, segment: SegmentId) -> Result<(), MediumError> {
         let position = self.position(segment)?;
-        if self.block_device {
+        if self.block_device || self.access != Access::Serve {
             return Ok(());
         }
         let before = self.size_bytes();
@@ -148,18 +153,36 @@ fn is_block_device(path: &Path) -> Result<bool, MediumError> {
 }
 
 /// Opens past the page cache where that is possible with our alignment, else through it.
-fn open_direct(path: &Path, block_device: bool) -> Result<(OwnedFd, bool), MediumError> {
+fn open_direct(path: &Path, block_device: bool, access: Access) -> Result<(OwnedFd, bool), MediumError> {
     // On a device, O_EXCL without O_CREAT refuses what is mounted or part of an array.
-    let flags = OFlags::RDWR | OFlags::CLOEXEC | if block_device { OFlags::EXCL } else { OFlags::CREATE };
+    let kind = match (block_device, access) {
+        (true, _) => OFlags::EXCL,
+        (false, Access::Serve) => OFlags::CREATE,
+        (false, _) => OFlags::empty(),
+    };
+    let mode = if access == Access::Read { OFlags::RDONLY } else { OFlags::RDWR };
+    let flags = mode | OFlags::CLOEXEC | kind;
     let open = |flags| when_free(|| rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR));
+    let refused = |errno| open_refused(path, errno, access);
     let (fd, direct) = match open(flags | OFlags::DIRECT) {
         Ok(fd) if fits_alignment(&fd) => (fd, true),
-        Ok(_) | Err(Errno::INVAL) => (open(flags).map_err(|errno| open_refused(path, errno))?, false),
-        Err(errno) => return Err(open_refused(path, errno)),
+        Ok(_) | Err(Errno::INVAL) => (open(flags).map_err(refused)?, false),
+        Err(errno) => return Err(refused(errno)),
     };
-    match when_free(|| rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive)) {
-        Ok(()) => Ok((fd, direct)),
-        Err(Errno::WOULDBLOCK) => Err(unusable(path, "used by another process; give each daemon its own")),
+    lock(path, &fd, access)?;
+    Ok((fd, direct))
+}
+
+/// Against every other daemon; those that only look keep out of nobody's way but a daemon's.
+fn lock(path: &Path, fd: &OwnedFd, access: Access) -> Result<(), MediumError> {
+    let (operation, fix) = match access {
+        Access::Serve => (FlockOperation::NonBlockingLockExclusive, "give each daemon its own"),
+        Access::Mend => (FlockOperation::NonBlockingLockExclusive, "stop the daemon that serves from it"),
+        Access::Read => (FlockOperation::NonBlockingLockShared, "stop the daemon that serves from it"),
+    };
+    match when_free(|| rustix::fs::flock(fd, operation)) {
+        Ok(()) => Ok(()),
+        Err(Errno::WOULDBLOCK) => Err(unusable(path, format!("used by another process; {fix}"))),
         Err(errno) => Err(unusable(path, format!("cannot be locked: {errno}"))),
     }
 }
@@ -176,14 +199,17 @@ fn when_free<T>(attempt: impl Fn() -> Result<T, Errno>) -> Result<T, Errno> {
     attempt()
 }
 
-fn open_refused(path: &Path, errno: Errno) -> MediumError {
-    let fix = match errno {
-        Errno::ACCESS | Errno::PERM | Errno::ROFS => "let this user write it, or name another path",
-        Errno::NOENT | Errno::NOTDIR => "create its directory first",
-        Errno::BUSY => "it is mounted or part of an array; name an unused device",
+fn open_refused(path: &Path, errno: Errno, access: Access) -> MediumError {
+    let fix = match (errno, access) {
+        (Errno::ACCESS | Errno::PERM, Access::Read) => "let this user read it",
+        (Errno::ACCESS | Errno::PERM | Errno::ROFS, _) => "let this user write it, or name another path",
+        (Errno::NOENT, Access::Read | Access::Mend) => "name a file that is there",
+        (Errno::NOENT | Errno::NOTDIR, _) => "create its directory first",
+        (Errno::BUSY, _) => "it is mounted or part of an array; name an unused device",
         _ => "name another path",
     };
-    unusable(path, format!("cannot be opened for reading and writing: {errno}; {fix}"))
+    let what = if access == Access::Read { "reading" } else { "reading and writing" };
+    unusable(path, format!("cannot be opened for {what}: {errno}; {fix}"))
 }
 
 /// Whether direct transfers aligned to `PART_ALIGN` are accepted; kernels that cannot tell are believed to.
@@ -212,13 +238,7 @@ fn file_capacity(path: &Path, wanted: u64, segment: u64, size: u64) -> Result<u6
         );
         return Err(unusable(path, what));
     }
-    if !size.is_multiple_of(segment) {
-        let what = format!(
-            "wrongly sized: {size} bytes are no whole number of segments of {segment}; \
-             set the segment size it was made with, or remove the file to lose what it holds"
-        );
-        return Err(unusable(path, what));
-    }
+    whole_segments(path, segment, size)?;
     if size > wanted {
         let what = format!(
             "wrongly sized: {size} bytes exceed the capacity of {wanted}; \
@@ -229,9 +249,20 @@ fn file_capacity(path: &Path, wanted: u64, segment: u64, size: u64) -> Result<u6
     Ok(wanted)
 }
 
+fn whole_segments(path: &Path, segment: u64, size: u64) -> Result<u64, MediumError> {
+    if !size.is_multiple_of(segment) {
+        let what = format!(
+            "wrongly sized: {size} bytes are no whole number of segments of {segment}; \
+             set the segment size it was made with, or remove the file to lose what it holds"
+        );
+        return Err(unusable(path, what));
+    }
+    Ok(size)
+}
+
 #[cfg(test)]
 mod tests {
-    use super::super::{Engine, NvmeOptions};
+    use super::super::{Access, Engine, NvmeOptions};
     use super::*;
 
     const SEGMENT: u64 = 1 << 20;
@@ -249,7 +280,7 @@ mod tests {
     }
 
     fn refusal(path: &Path, capacity_bytes: u64) -> String {
-        let text = SegmentFile::open(&options(path, capacity_bytes)).unwrap_err().to_string();
+        let text = SegmentFile::open(&options(path, capacity_bytes), Access::Serve).unwrap_err().to_string();
         assert!(text.contains(path.to_str().unwrap()), "{text} names the path");
         text
     }
@@ -284,7 +315,7 @@ mod tests {
         assert!(refusal(&path, 4 * SEGMENT).contains("wrongly sized: 5000 bytes"));
         std::fs::write(&path, vec![1; 3 << 20]).unwrap();
         assert!(refusal(&path, 2 * SEGMENT).contains("wrongly sized: 3145728 bytes exceed"));
-        SegmentFile::open(&options(&path, 4 * SEGMENT)).unwrap();
+        SegmentFile::open(&options(&path, 4 * SEGMENT), Access::Serve).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), vec![1; 3 << 20], "opening changes nothing");
     }
 
@@ -292,15 +323,39 @@ mod tests {
     fn a_second_daemon_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("segments");
-        let _first = SegmentFile::open(&options(&path, SEGMENT)).unwrap();
+        let _first = SegmentFile::open(&options(&path, SEGMENT), Access::Serve).unwrap();
         assert!(refusal(&path, SEGMENT).contains("used by another process"));
+    }
+
+    /// Those that look share it; who mends or serves has it alone.
+    #[test]
+    fn who_looks_or_mends_takes_the_file_as_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("segments");
+        let open = |access| SegmentFile::open(&options(&path, 9 * SEGMENT), access);
+        for access in [Access::Read, Access::Mend] {
+            assert!(open(access).unwrap_err().to_string().contains("name a file that is there"));
+        }
+        assert!(!path.exists());
+        std::fs::write(&path, vec![1; 2 << 20]).unwrap();
+        {
+            let (first, _second) = (open(Access::Read).unwrap(), open(Access::Read).unwrap());
+            assert_eq!(first.capacity_bytes, 2 * SEGMENT);
+            assert!(open(Access::Serve).unwrap_err().to_string().contains("used by another process"));
+            assert!(matches!(first.allocate(2), Err(MediumError::NoSpace(_))));
+            first.allocate(1).unwrap();
+            assert_eq!(rustix::io::write(&first.fd, b"x"), Err(Errno::BADF));
+        }
+        let _mending = open(Access::Mend).unwrap();
+        assert!(open(Access::Read).unwrap_err().to_string().contains("stop the daemon"));
+        assert_eq!(std::fs::read(&path).unwrap(), vec![1; 2 << 20]);
     }
 
     #[test]
     fn a_file_grows_by_segments_and_stops_at_its_capacity() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("segments");
-        let file = SegmentFile::open(&options(&path, 3 * SEGMENT)).unwrap();
+        let file = SegmentFile::open(&options(&path, 3 * SEGMENT), Access::Serve).unwrap();
         assert_eq!(file.size_bytes(), Some(0));
         file.allocate(1).unwrap();
         assert_eq!(file.size_bytes(), Some(2 * SEGMENT));
@@ -323,7 +378,7 @@ mod tests {
         };
         let path = folder.path().join("segments");
         let huge = NvmeOptions { segment_bytes: TOO_MUCH, ..options(&path, TOO_MUCH) };
-        let file = SegmentFile::open(&huge).unwrap();
+        let file = SegmentFile::open(&huge, Access::Serve).unwrap();
         let refused = file.allocate(0).unwrap_err();
         assert!(
             matches!(&refused, MediumError::NoSpace(text) if text.contains(path.to_str().unwrap())),

@@ -56,6 +56,17 @@ pub struct NvmeOptions {
     pub iopoll: bool,
 }
 
+/// What the file or device is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// A daemon's: made if missing, grows, is written.
+    Serve,
+    /// Only read, to the end that it has; may be shared with others that only read.
+    Read,
+    /// Read and overwritten in place; neither made nor grown.
+    Mend,
+}
+
 /// See the file's head.
 pub struct NvmeMedium {
     mover: Box<dyn Mover>,
@@ -97,12 +108,17 @@ trait Mover: Send {
 impl NvmeMedium {
     /// Opens the file or device and picks the engine; `info().description` says which and why.
     pub fn open(options: NvmeOptions) -> Result<Self, MediumError> {
+        Self::open_for(Access::Serve, options)
+    }
+
+    /// Likewise, for less than serving. The capacity of a file is then what it has, whatever the options say.
+    pub fn open_for(access: Access, options: NvmeOptions) -> Result<Self, MediumError> {
         let depth = options.queue_depth;
         if !(1..=QUEUE_DEPTH_MAX).contains(&depth) {
             let text = format!("a queue of {depth} transfers; set 1 to {QUEUE_DEPTH_MAX}");
             return Err(MediumError::Unusable(text));
         }
-        let file = Arc::new(SegmentFile::open(&options)?);
+        let file = Arc::new(SegmentFile::open(&options, access)?);
         let (mover, engine) = choose(&options, &file)?;
         let segments = (file.capacity_bytes / options.segment_bytes) as usize;
         let kind = if file.block_device { "block device" } else { "file" };
