@@ -7,6 +7,7 @@ use crate::error::Error;
 use crate::layout::Layout;
 use crate::limits::{MODEL_BYTES_MAX, REVISION_BYTES_MAX, TENANT_BYTES_MAX};
 use crate::wire;
+use prost::Message as _;
 use std::fmt;
 
 pub use crate::wire::IdScheme;
@@ -70,6 +71,13 @@ impl Space {
         }
         self.layout.push_canonical(&mut bytes);
         Fingerprint(blake3::derive_key(CONTEXT, &bytes))
+    }
+
+    /// From the bytes of its message, which stand beside its fingerprint on a device; `None`: they are not of this space.
+    pub fn from_stored(tenant: &str, definition: &[u8], fingerprint: &Fingerprint) -> Option<Self> {
+        let definition = wire::Space::decode(definition).ok()?;
+        let space = Self::from_wire(tenant, &definition).ok()?;
+        (space.fingerprint() == *fingerprint).then_some(space)
     }
 
     /// From the wire, checked; the tenant is the session's.

@@ -43,9 +43,15 @@ impl Node {
             read_latency_us: self.movement.read_speed(*tier).latency_us(),
             read_bytes_per_us: self.movement.read_speed(*tier).bytes_per_us(),
             write_us: if *tier == Tier::Nvme { self.movement.write_us(largest.into()) } else { 0 },
+            trouble: self.tier_trouble(*tier),
             ..self.memory.status(*tier)
         };
         Answer::Tiers(wire::ListTiersReply { tiers: tiers.map(status).collect() })
+    }
+
+    pub(super) fn tier_trouble(&self, tier: Tier) -> String {
+        let device = if tier == Tier::Nvme { self.movement.trouble(self.now_us) } else { String::new() };
+        if device.is_empty() { self.memory.trouble(tier) } else { device }
     }
 
     pub(super) fn list_spaces(&self) -> Answer {

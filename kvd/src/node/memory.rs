@@ -67,6 +67,8 @@ struct TierSpace {
     next_segment: SegmentId,
     eviction: String,
     refused_until_us: u64,
+    /// Why the last segment could not be had; empty: it could.
+    refused_why: String,
 }
 
 #[derive(Debug)]
@@ -96,6 +98,7 @@ impl Memory {
             next_segment: 0,
             eviction: eviction.to_owned(),
             refused_until_us: 0,
+            refused_why: String::new(),
         };
         let mut dram = tier(config.dram_bytes, config.dram_segment_bytes, &config.dram_eviction);
         if config.numa_nodes.len() > 1 {
@@ -212,6 +215,12 @@ impl Memory {
         }
     }
 
+    /// Why the tier has not grown when it was to; empty: it has.
+    pub(super) fn trouble(&self, tier: Tier) -> String {
+        let why = &self.tiers[at(tier)].refused_why;
+        if why.is_empty() { String::new() } else { format!("no new segment: {why}") }
+    }
+
     pub(super) fn status(&self, tier: Tier) -> wire::TierStatus {
         let pools = || self.pools.iter().filter(|pool| pool.tier == tier);
         let bytes = |slots: fn(&SlotPool) -> u64| {
@@ -313,6 +322,7 @@ impl Node {
         assert!(std::mem::replace(&mut state.opening, false), "segment {segment} was not ordered");
         match result {
             Ok(()) => {
+                self.memory.tiers[at(tier)].refused_why.clear();
                 state.slots.add_segment(segment, state.geometry.slots, node);
                 if tier == Tier::Dram {
                     let state = &self.memory.pools[pool];
@@ -326,6 +336,7 @@ impl Node {
                 space.taken_bytes -= space.segment_bytes;
                 space.nodes[node].taken_bytes -= space.segment_bytes;
                 space.refused_until_us = self.now_us + REFUSED_US;
+                space.refused_why.clone_from(&why);
                 if tier == Tier::Nvme {
                     self.counters.nvme_errors += 1;
                 }

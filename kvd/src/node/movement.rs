@@ -20,7 +20,7 @@ const PROMOTIONS_MAX: usize = 4096;
 const FETCHES_MAX: usize = 4096;
 /// Demotions under way, as a multiple of the queue that keeps the device busy. At the limit: no new one starts.
 const DEMOTIONS_PER_DEPTH: usize = 2;
-/// Errors in a row after which nothing is written for `SICK_US`; so long nothing is read after a load has stalled.
+/// Errors in a row after which nothing is written or read for `SICK_US`; so long nothing is read after a load has stalled.
 const ERRORS_MAX: u32 = 8;
 const SICK_US: u64 = 10_000_000;
 
@@ -44,6 +44,8 @@ pub(super) struct Movement {
     errors_in_row: u32,
     sick_until_us: u64,
     stalled_until_us: u64,
+    /// The device's last word when it was found sick; empty once it has done something since.
+    sick_why: String,
 }
 
 pub(super) struct Move {
@@ -86,6 +88,7 @@ impl Default for Movement {
             errors_in_row: 0,
             sick_until_us: 0,
             stalled_until_us: 0,
+            sick_why: String::new(),
         }
     }
 }
@@ -119,6 +122,22 @@ impl Movement {
 
     pub(super) fn observe_dram(&mut self, bytes: u64, elapsed_us: u64) {
         self.dram_reads.observe(bytes, elapsed_us, 1);
+    }
+
+    /// What is wrong with the device, as far as anything has shown, until something shows that it is not; empty: nothing.
+    pub(super) fn trouble(&self, now_us: u64) -> String {
+        let again = |until_us: u64| match until_us.saturating_sub(now_us).div_ceil(1_000_000) {
+            0 => "with what comes next".to_owned(),
+            left_s => format!("in {left_s} s"),
+        };
+        if !self.sick_why.is_empty() {
+            let again = again(self.sick_until_us);
+            return format!("{ERRORS_MAX} errors in a row, tried again {again}: {}", self.sick_why);
+        }
+        if self.stalled_until_us > 0 {
+            return format!("did not answer in time, read again {}", again(self.stalled_until_us));
+        }
+        String::new()
     }
 
     /// Whoever asks next neither waits for this block nor orders another: the device does not answer (law 3).
@@ -182,7 +201,8 @@ impl Movement {
 impl Node {
     /// Orders the block's bytes from NVMe into a DRAM slot, in memory node `near` if it can be; `None`: no slot, or too much is under way.
     pub(super) fn start_promotion(&mut self, handle: Handle, near: usize) -> Option<SlotRef> {
-        if self.movement.promotions >= PROMOTIONS_MAX || self.now_us < self.movement.stalled_until_us {
+        let left_alone_until_us = self.movement.stalled_until_us.max(self.movement.sick_until_us);
+        if self.movement.promotions >= PROMOTIONS_MAX || self.now_us < left_alone_until_us {
             return None;
         }
         let from = self.catalog.get(handle).readable(Tier::Nvme)?;
@@ -281,6 +301,7 @@ impl Node {
                 if self.movement.errors_in_row == ERRORS_MAX {
                     self.movement.errors_in_row = 0;
                     self.movement.sick_until_us = self.now_us + SICK_US;
+                    self.movement.sick_why.clone_from(why);
                 }
                 let why = why.clone();
                 self.note("error", || why);
@@ -290,6 +311,7 @@ impl Node {
 
     fn count_transfer(&mut self, kind: MoveKind, bytes: u64, elapsed_us: u64) {
         self.movement.errors_in_row = 0;
+        self.movement.sick_why.clear();
         if kind == MoveKind::Promotion {
             self.movement.nvme_reads.observe(bytes, elapsed_us, self.movement.promotions);
             self.counters.nvme_read_bytes += bytes;

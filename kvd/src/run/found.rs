@@ -7,7 +7,7 @@ use crate::node::event::{Effect, Event, MemberId};
 use crate::node::{EVENTS_PER_CALL_MAX, Node};
 use kvd_proto::slot_header::{FLAG_CHECKSUMMED, SlotHeader};
 use kvd_proto::wire::Tier;
-use kvd_proto::{BlockId, Fingerprint, Space, wire};
+use kvd_proto::{BlockId, Fingerprint, Space};
 use kvd_tiers::catalog::record::SpaceRecord;
 use kvd_tiers::segment::{Geometry, SegmentId, SlotRef};
 use kvd_tiers::table::Filler;
@@ -81,7 +81,8 @@ impl Heap {
         let fingerprints: HashMap<u32, Fingerprint> =
             self.index.iter().map(|(fingerprint, index)| (*index, *fingerprint)).collect();
         let known = self.spaces.iter().flatten();
-        let spaces: Vec<_> = known.clone().filter_map(decode).map(Box::new).collect();
+        let space = |known: &SpaceRecord| Space::from_stored(&known.tenant, &known.space, &known.fingerprint);
+        let spaces: Vec<_> = known.clone().filter_map(space).map(Box::new).collect();
         let damaged = known.count() - spaces.len();
         let mut taken = apply(node, spaces.into_iter().map(|space| Event::RecoveredSpace { space }));
         let orphan = |(member, filler, client)| Event::Orphan { member, filler, client };
@@ -99,12 +100,6 @@ impl Heap {
         }
         taken
     }
-}
-
-fn decode(record: &SpaceRecord) -> Option<Space> {
-    let space = wire::Space::decode(record.space.as_slice()).ok()?;
-    let space = Space::from_wire(&record.tenant, &space).ok()?;
-    (space.fingerprint() == record.fingerprint).then_some(space)
 }
 
 /// Time has not begun: the node's clock starts when it serves. The spaces that it wants known.

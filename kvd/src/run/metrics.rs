@@ -181,13 +181,18 @@ fn by_node(registry: &Registry, nodes: &[NodeStatus]) -> Result<(), prometheus::
 
 fn by_tier(registry: &Registry, tiers: &[TierStatus]) -> Result<(), prometheus::Error> {
     type Read = fn(&TierStatus) -> u64;
-    let metrics: [(&str, &str, Read); 6] = [
+    let metrics: [(&str, &str, Read); 7] = [
         ("kvd_tier_capacity_bytes", "Bytes the tier may take", |tier| tier.capacity_bytes),
         ("kvd_tier_segments_bytes", "Bytes of the tier's segments", |tier| tier.segment_bytes_total),
         ("kvd_tier_used_bytes", "Bytes of slots that hold or get a block", |tier| tier.used_bytes),
         ("kvd_tier_quarantined_bytes", "Bytes of slots in quarantine", |tier| tier.quarantined_bytes),
         ("kvd_tier_populated_bytes", "Bytes touched ahead of use", |tier| tier.populated_bytes),
         ("kvd_tier_copies", "Copies in the tier", |tier| tier.copies),
+        (
+            "kvd_tier_degraded",
+            "1 while less is done with the tier than could be; `kvctl tiers` says why",
+            |tier| u64::from(!tier.trouble.is_empty()),
+        ),
     ];
     for (name, help, read) in metrics {
         let gauges = IntGaugeVec::new(Opts::new(name, help), &["tier"])?;

@@ -24,6 +24,12 @@ impl Small {
         Ok(Self { folder })
     }
 
+    fn grow(&self, bytes: u64) {
+        let options = format!("remount,size={bytes}");
+        let grown = Command::new("mount").args(["-o", &options]).arg(self.path()).status().unwrap();
+        assert!(grown.success(), "it was mounted by us");
+    }
+
     fn path(&self) -> &Path {
         self.folder.path()
     }
@@ -67,5 +73,16 @@ async fn puts_go_on_and_what_is_lost_is_counted() {
         whole += engine.get(names).await; // asserts every byte
     }
     assert!((100..512).contains(&whole), "{whole} of 512 blocks");
+    assert!(nvme.trouble.contains("no new segment") && nvme.trouble.contains("space"), "{}", nvme.trouble);
+
+    small.grow(80 * MIB);
+    until("the tier is well again", DEADLINE, async || {
+        for names in &chains {
+            engine.put(names).await;
+        }
+        daemon.tier(Tier::Nvme).await.trouble.is_empty().then_some(())
+    })
+    .await;
+    assert!(daemon.tier(Tier::Nvme).await.segment_bytes_total > 10 * MIB);
     daemon.is_well().await;
 }

@@ -333,6 +333,7 @@ impl Show for wire::ListTiersReply {
                 status.eviction.clone(),
                 duration_us(status.read_us),
                 duration_us(status.write_us),
+                if status.trouble.is_empty() { "ok" } else { "degraded" }.to_owned(),
                 status.medium.clone(),
             ]
         };
@@ -347,10 +348,15 @@ impl Show for wire::ListTiersReply {
             "EVICTION",
             "READ",
             "WRITE",
+            "HEALTH",
             "MEDIUM",
         ];
         let right = ["CAPACITY", "USED", "", "QUARANTINE", "SEGMENTS", "COPIES", "READ", "WRITE"];
-        columns(&header, &right, self.tiers.iter().map(row).collect())
+        let mut shown = columns(&header, &right, self.tiers.iter().map(row).collect());
+        for status in self.tiers.iter().filter(|status| !status.trouble.is_empty()) {
+            write!(shown, "\n{}: {}", tier(status.tier), status.trouble).expect("writing to a string");
+        }
+        shown
     }
 
     fn objects(&self) -> Vec<Value> {
@@ -360,7 +366,7 @@ impl Show for wire::ListTiersReply {
                 "segment_bytes_total": status.segment_bytes_total, "used_bytes": status.used_bytes,
                 "quarantined_bytes": status.quarantined_bytes, "populated_bytes": status.populated_bytes,
                 "segments": status.segments, "copies": status.copies, "eviction": status.eviction,
-                "read_us": status.read_us, "write_us": status.write_us,
+                "read_us": status.read_us, "write_us": status.write_us, "trouble": status.trouble,
                 "read_latency_us": status.read_latency_us, "read_bytes_per_us": status.read_bytes_per_us,
             })
         };

@@ -5,9 +5,8 @@
 use super::segment::Wrong;
 use kvd_proto::limits::SPACES_MAX;
 use kvd_proto::slot_header::SlotHeader;
-use kvd_proto::{Error, Fingerprint, Space, wire};
+use kvd_proto::{Error, Fingerprint, Space};
 use kvd_tiers::segment_header::SegmentHeader;
-use prost::Message as _;
 use std::collections::HashMap;
 
 /// What is kept of them. At the limit: refused, as which blocks are good cannot be told any more. A daemon takes fewer.
@@ -27,9 +26,7 @@ impl Spaces {
         fingerprint: Fingerprint,
         definition: &[u8],
     ) -> Result<(), Error> {
-        let wire = wire::Space::decode(definition).ok();
-        let space = wire.and_then(|space| Space::from_wire(tenant, &space).ok());
-        if let Some(space) = space.filter(|space| space.fingerprint() == fingerprint) {
+        if let Some(space) = Space::from_stored(tenant, definition, &fingerprint) {
             let number = self.known.len() as u32;
             self.known.entry(fingerprint).or_insert((number, space));
         }
