@@ -213,7 +213,7 @@ def report(
     for kill in killer.kills:
         landed.update([*kill.seen, "before lookup"] if kill.wanted == "before lookup" else kill.seen or ["between"])
     return {
-        "seed": options.seed, "load": options.load, "kills": len(killer.kills), "wanted": dict(Counter(kill.wanted for kill in killer.kills)),
+        "seed": options.seed, "load": options.load, "keep_ms": options.keep_ms, "kills": len(killer.kills), "wanted": dict(Counter(kill.wanted for kill in killer.kills)),
         "landed": dict(landed), "outages_s": round(sum(kill.outage_s for kill in killer.kills), 1),
         "requests": came.requests, "differing": came.differing,
         "control_requests": control.requests, "control_differing": control.differing,
@@ -234,7 +234,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     control = engine.flow(prompts, right, random.Random(options.seed), lambda requests: requests >= 3 * len(prompts))
     control_step_s = engine.longest_step_s
     engine.close()
-    with Daemon(folder, dram=DRAM, segment=SEGMENT, nvme=NVME) as daemon:
+    with Daemon(folder, dram=DRAM, segment=SEGMENT, nvme=NVME, keep_ms=options.keep_ms) as daemon:
         killer = Killer(daemon, options.kills, options.seed)
         engine = Engine(
             model, {"socket": str(daemon.socket), "load": options.load, "layerwise_us": options.layerwise_us}
@@ -273,6 +273,7 @@ def main() -> None:
     words.add_argument("--seed", type=int, default=7)
     words.add_argument("--load", choices=["auto", "async", "layerwise"], default="auto")
     words.add_argument("--layerwise-us", type=int, default=8000, help="so that auto chooses each about as often")
+    words.add_argument("--keep-ms", type=int, default=60_000, help="how long memory outlives a daemon; 0: it does not")
     words.add_argument("--folder", type=Path, help="where the model and the daemon's files are kept")
     options = words.parse_args()
     answers = os.fdopen(os.dup(1), "w")
