@@ -6,7 +6,7 @@
 
 use crate::failure::Failure;
 use crate::usage::Usage;
-use rustix::process::{Signal, set_parent_process_death_signal};
+use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal};
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -176,6 +176,19 @@ impl Daemon {
     pub(crate) fn kill(&mut self) -> Result<(), Failure> {
         self.child.kill()?;
         self.child.wait()?;
+        Ok(())
+    }
+
+    /// Asks it to end (SIGTERM) and lets others run until it has.
+    pub(crate) async fn stop(&mut self) -> Result<(), Failure> {
+        kill_process(Pid::from_child(&self.child), Signal::TERM)?;
+        let start = Instant::now();
+        while self.child.try_wait()?.is_none() {
+            if start.elapsed() > START_WAIT_MAX {
+                return Err(format!("it has not ended within {START_WAIT_MAX:?}").into());
+            }
+            tokio::time::sleep(START_POLL).await;
+        }
         Ok(())
     }
 

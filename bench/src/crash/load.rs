@@ -6,7 +6,7 @@ use super::open;
 use crate::content;
 use crate::failure::Failure;
 use kvd_client::{Read, SpaceHandle, Tier};
-use kvd_proto::{BlockId, Chain, IdScheme, Layout, Space, block_id};
+use kvd_proto::{BlockId, Chain, Code, IdScheme, Layout, Space, block_id};
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -66,12 +66,12 @@ impl Client {
         Ok(right)
     }
 
-    /// One chain: read as far as it is there, stored from there on. The blocks that were wrong.
-    async fn turn(&self, first: u64) -> Result<u64, kvd_proto::Error> {
+    /// One chain: read as far as it is there, stored from there on. The blocks that were had, and that were wrong.
+    async fn turn(&self, first: u64) -> Result<(u64, u64), kvd_proto::Error> {
         let names: Vec<u64> = (first..first + CHAIN_BLOCKS).collect();
         let chain = self.chain(names.iter().copied());
         let found = self.space.match_prefix(b"", &chain, 0).await?;
-        let (mut bytes, mut wrong, mut whole) = (vec![0; BLOCK_BYTES], 0, 0);
+        let (mut bytes, mut wrong, mut whole) = (vec![0; BLOCK_BYTES], 0, 0_u64);
         for block in 0..found.blocks() {
             if !found.wait_ready(block).await || found.read(block, 0, &mut bytes) != Read::Whole {
                 break;
@@ -80,7 +80,7 @@ impl Client {
             whole += 1;
         }
         found.release().await?;
-        if whole < names.len() {
+        if whole < CHAIN_BLOCKS {
             let root = block_id::root(&self.space.fingerprint(), b"", b"")?;
             let fill = self.space.reserve(b"", root, 0, &chain, Duration::from_millis(500)).await?;
             for block in fill.granted() {
@@ -89,8 +89,22 @@ impl Client {
             }
             fill.commit().await?;
         }
-        Ok(wrong)
+        Ok((whole, wrong))
     }
+}
+
+/// What came of the load since it was last asked.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Tally {
+    /// Blocks that were asked for.
+    pub(super) asked: u64,
+    /// Of these, had whole.
+    pub(super) had: u64,
+    pub(super) wrong: u64,
+    /// Turns that ended because the node was away: misses, to an engine.
+    pub(super) away: u64,
+    /// Turns that ended with any other error.
+    pub(super) errors: u64,
 }
 
 /// Tasks that go through chains, drawn at random, from `go_on` to `halt`.
@@ -99,7 +113,7 @@ pub(super) struct Load {
     tasks: Vec<JoinHandle<()>>,
     blocks: u64,
     draw: u64,
-    wrong: Rc<Cell<u64>>,
+    tally: Rc<Cell<Tally>>,
 }
 
 impl Load {
@@ -108,13 +122,13 @@ impl Load {
         for _ in 0..TASKS {
             clients.push(Client::open(socket).await?);
         }
-        Ok(Self { clients, tasks: Vec::new(), blocks, draw: seed, wrong: Rc::default() })
+        Ok(Self { clients, tasks: Vec::new(), blocks, draw: seed, tally: Rc::default() })
     }
 
     pub(super) fn go_on(&mut self) {
         for client in &self.clients {
             self.draw = content::mix(self.draw);
-            let work = work(client.clone(), self.wrong.clone(), self.blocks, self.draw);
+            let work = work(client.clone(), self.tally.clone(), self.blocks, self.draw);
             self.tasks.push(tokio::task::spawn_local(work));
         }
     }
@@ -127,19 +141,33 @@ impl Load {
         }
     }
 
-    pub(super) fn take_wrong(&self) -> u64 {
-        self.wrong.take()
+    pub(super) fn take(&self) -> Tally {
+        self.tally.take()
     }
 }
 
-async fn work(client: Client, wrong: Rc<Cell<u64>>, blocks: u64, mut draw: u64) {
+async fn work(client: Client, tally: Rc<Cell<Tally>>, blocks: u64, mut draw: u64) {
     loop {
-        if !client.space.session().connected() {
-            tokio::time::sleep(AWAY_PAUSE).await;
-            continue;
-        }
         draw = content::mix(draw);
         let came = client.turn(draw % (blocks / CHAIN_BLOCKS) * CHAIN_BLOCKS).await;
-        wrong.set(wrong.get() + came.unwrap_or(0)); // an error: the node is away
+        let mut now = tally.get();
+        now.asked += CHAIN_BLOCKS;
+        match came {
+            Ok((had, wrong)) => (now.had, now.wrong) = (now.had + had, now.wrong + wrong),
+            Err(error) if is_away(error.code) => now.away += 1,
+            Err(error) => {
+                eprintln!("bench: {error}");
+                now.errors += 1;
+            }
+        }
+        tally.set(now);
+        if !client.space.session().connected() {
+            tokio::time::sleep(AWAY_PAUSE).await; // an engine computes meanwhile
+        }
     }
+}
+
+/// As a connector sees it: nothing is there now.
+fn is_away(code: Code) -> bool {
+    matches!(code, Code::Unavailable | Code::UnknownLease | Code::UnknownSession | Code::UnknownSpace)
 }

@@ -30,7 +30,7 @@ const HIT_WAIT_MAX: Duration = Duration::from_secs(30);
 
 /// A daemon under load, killed with -9 again and again; in half of the rounds its NVMe file or its memory is damaged before the next start. Counts wrong
 /// bytes (of everything ever served), how many blocks of those that were on NVMe a second before the kill, and of those in memory at the kill, are
-/// served after it, and how long it takes from exec to the first hit. With --recover, how long that takes with so many blocks of 4 KiB, in memory and on NVMe.
+/// served after it, and how long it takes from exec to the first hit. With --upgrade-s, the hit ratio before and after an orderly restart under load. With --recover, how long a start takes with so many blocks of 4 KiB, in memory and on NVMe.
 /// Ends with an error when a byte was wrong.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Args {
@@ -49,6 +49,9 @@ pub(crate) struct Args {
     /// The daemon's NVMe tier; holds all blocks.
     #[arg(long, default_value = "1GiB", value_parser = parse_bytes)]
     nvme: u64,
+    /// Seconds of load before, and after, a daemon is stopped with SIGTERM and started again, as for an upgrade; 0: none is.
+    #[arg(long, default_value_t = 0)]
+    upgrade_s: u64,
     /// Measures recovery with so many small blocks, too; 0: does not.
     #[arg(long, default_value_t = 0)]
     recover: u64,
@@ -86,6 +89,9 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
             rounds.push(came);
         }
         summary(&args, &rounds)?;
+    }
+    if args.upgrade_s > 0 {
+        upgrade(&args, folder.path()).await?;
     }
     if args.recover > 0 {
         recover(&args, folder.path()).await?;
@@ -129,7 +135,7 @@ async fn one(
         came.nvme_before += 1;
         came.nvme_served += u64::from(client.serves(name, &mut came.wrong).await?);
     }
-    came.wrong += load.take_wrong();
+    came.wrong += load.take().wrong;
     Ok(came)
 }
 
@@ -168,6 +174,36 @@ fn summary(args: &Args, rounds: &[Round]) -> Result<(), Failure> {
         said.insert("first_hit_ms_max", percentile(hits, 1.0).into());
     }
     print(args.output, "all", &said)
+}
+
+/// A daemon that ends as it is asked to, under load, and one that follows it.
+async fn upgrade(args: &Args, folder: &Path) -> Result<(), Failure> {
+    let place = folder.join("upgrade");
+    std::fs::create_dir(&place)?;
+    let mut daemon = Daemon::start_kept(&place, args.dram, args.nvme, KEEP_MS)?;
+    let mut load = Load::open(daemon.socket(), args.blocks, args.seed).await?;
+    load.go_on();
+    tokio::time::sleep(Duration::from_secs(args.upgrade_s / 2)).await; // until it is full
+    load.take();
+    tokio::time::sleep(Duration::from_secs(args.upgrade_s)).await;
+    let before = load.take();
+    let began = Instant::now();
+    daemon.stop().await?;
+    let stopped_ms = began.elapsed().as_secs_f64() * 1e3;
+    daemon.start_again()?;
+    let away_ms = began.elapsed().as_secs_f64() * 1e3;
+    tokio::time::sleep(Duration::from_secs(args.upgrade_s)).await;
+    let after = load.take();
+    load.halt().await;
+    let ratio = |tally: &load::Tally| tally.had as f64 / tally.asked.max(1) as f64;
+    let said = serde_json::json!({
+        "seconds": args.upgrade_s, "stopped_ms": stopped_ms, "away_ms": away_ms,
+        "asked_before": before.asked, "hit_ratio_before": ratio(&before),
+        "asked_after": after.asked, "hit_ratio_after": ratio(&after),
+        "after_of_before": ratio(&after) / ratio(&before),
+        "away_turns": after.away, "errors": before.errors + after.errors, "wrong_blocks": before.wrong + after.wrong,
+    });
+    print(args.output, "upgrade", &said)
 }
 
 /// With many small blocks: first in memory, which a keeper holds, then on NVMe, without one.
