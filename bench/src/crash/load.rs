@@ -18,7 +18,8 @@ use tokio::task::JoinHandle;
 pub(super) const BLOCK_BYTES: usize = 64 << 10;
 const CHAIN_BLOCKS: u64 = 32;
 const TASKS: u64 = 4;
-const AWAY_PAUSE: Duration = Duration::from_millis(5);
+/// A node that is away costs what computing a chain would: an engine does not ask again at once.
+const AWAY_PAUSE: Duration = Duration::from_millis(50);
 
 /// One client: a session and its space.
 #[derive(Clone)]
@@ -162,7 +163,7 @@ async fn work(client: Client, tally: Rc<Cell<Tally>>, blocks: u64, mut draw: u64
         }
         tally.set(now);
         if !client.space.session().connected() {
-            tokio::time::sleep(AWAY_PAUSE).await; // an engine computes meanwhile
+            tokio::time::sleep(AWAY_PAUSE).await;
         }
     }
 }
