@@ -5,7 +5,8 @@ use kvd_client::grpc::Client;
 use kvd_proto::BlockId;
 use kvd_proto::wire::admin_client::AdminClient;
 use kvd_proto::wire::{self, StatusReply, Tier, TierStatus};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -96,10 +97,20 @@ impl Setup {
     }
 }
 
-/// `kvd <command> --config <config>`, to its end.
+/// `kvd <command> --config <config>`, to its end, which must come.
 pub(crate) fn run(command: &str, config: &Path) -> Output {
     let mut kvd = Command::new(env!("CARGO_BIN_EXE_kvd"));
-    kvd.arg(command).arg("--config").arg(config).stdin(Stdio::null()).output().unwrap()
+    kvd.arg(command).arg("--config").arg(config);
+    let mut child = kvd.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let process = rustix::process::pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
+    let wait = Timespec { tv_sec: DEADLINE.as_secs() as i64, tv_nsec: 0 };
+    let ended = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&wait)).unwrap();
+    if ended == 0 {
+        child.kill().unwrap();
+    }
+    let output = child.wait_with_output().unwrap();
+    assert!(ended > 0, "it goes on: {}", String::from_utf8_lossy(&output.stderr));
+    output
 }
 
 pub(crate) struct Daemon {

@@ -86,6 +86,7 @@ async fn nodes_find_each_other_fetch_die_leave_and_come_back() {
 async fn a_name_that_is_taken_and_an_etcd_that_is_away_at_start() {
     let Some(mut known) = Known::new() else { return };
     let mut a = known.node(0, "same").await;
+    until_there_are(&a, 1).await; // it has its name
     let folder = tempfile::tempdir().unwrap();
     let second = run("serve", &known.setup(1, "same").write(folder.path()));
     let said = String::from_utf8_lossy(&second.stderr);
