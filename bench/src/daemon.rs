@@ -4,6 +4,7 @@
 //! the `Daemon` is dropped, and by the kernel when the process that started it dies.
 //! Leaves to others: everything the daemon does (kvd).
 
+use crate::disk::BadDisk;
 use crate::failure::Failure;
 use crate::usage::Usage;
 use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal};
@@ -51,6 +52,12 @@ pub(crate) struct Args {
     /// How long its memory outlives it.
     #[arg(long, default_value_t = 0)]
     keep_ms: u32,
+    /// A file that says what ails its disk.
+    #[arg(long)]
+    ailment: Option<PathBuf>,
+    /// HTTP, for /metrics.
+    #[arg(long)]
+    metrics_address: Option<SocketAddr>,
 }
 
 /// What holds the memory of a daemon that a benchmark kills.
@@ -101,7 +108,11 @@ pub(crate) fn serve(args: &Args) -> Result<(), Failure> {
     if let Some(token_ns) = args.recompute_token_ns {
         config.recompute.token_ns = token_ns;
     }
-    Ok(kvd::run::serve(&config)?)
+    config.listen.metrics_address = args.metrics_address;
+    match &args.ailment {
+        Some(path) => Ok(kvd::run::serve_over(&config, |device| Box::new(BadDisk::new(device, path)))?),
+        None => Ok(kvd::run::serve(&config)?),
+    }
 }
 
 /// A daemon process of ours.
@@ -151,7 +162,8 @@ impl Daemon {
         })
     }
 
-    fn start_as(
+    /// As `start`, with more words for it.
+    pub(crate) fn start_as(
         folder: &Path,
         dram_bytes: u64,
         nvme_bytes: u64,

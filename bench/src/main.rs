@@ -9,6 +9,7 @@ mod content;
 mod crash;
 mod daemon;
 mod demo;
+mod disk;
 mod engine;
 mod etcd;
 mod failure;
@@ -44,6 +45,7 @@ enum Command {
     Sim(sim::Args),
     Chaos(chaos::Args),
     Crash(crash::Args),
+    Disk(disk::Args),
     Front(front::Args),
     Engine(engine::serve::Args),
     /// The daemon that a benchmark starts for itself.
@@ -78,6 +80,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Daemon(args) => daemon::serve(&args),
         Command::Keeper(args) => daemon::keep(&args),
         Command::Crash(args) => block_on(crash::run(args)),
+        Command::Disk(args) => block_on(disk::run(args)),
         Command::Demo(args) => block_on(demo::run(args)),
         Command::Replay(args) => block_on(replay::run(args)),
         Command::Local(args) => block_on(local::run(args)),

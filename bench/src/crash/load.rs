@@ -15,7 +15,7 @@ use std::time::Duration;
 use tokio::task::JoinHandle;
 
 /// Of one block.
-pub(super) const BLOCK_BYTES: usize = 64 << 10;
+pub(crate) const BLOCK_BYTES: usize = 64 << 10;
 const CHAIN_BLOCKS: u64 = 32;
 const TASKS: u64 = 4;
 /// A node that is away costs what computing a chain would: an engine does not ask again at once.
@@ -23,12 +23,12 @@ const AWAY_PAUSE: Duration = Duration::from_millis(50);
 
 /// One client: a session and its space.
 #[derive(Clone)]
-pub(super) struct Client {
+pub(crate) struct Client {
     space: SpaceHandle,
 }
 
 impl Client {
-    pub(super) async fn open(socket: &Path) -> Result<Self, Failure> {
+    pub(crate) async fn open(socket: &Path) -> Result<Self, Failure> {
         let space = Space {
             tenant: "default".to_owned(),
             model: "crash".to_owned(),
@@ -47,7 +47,7 @@ impl Client {
     }
 
     /// Where each block is that is anywhere: the slower tier that must be asked.
-    pub(super) async fn where_all(&self, blocks: u64) -> Result<BTreeMap<u64, Tier>, Failure> {
+    pub(crate) async fn where_all(&self, blocks: u64) -> Result<BTreeMap<u64, Tier>, Failure> {
         let mut found = BTreeMap::new();
         for name in 0..blocks {
             let tiers = self.space.exists(&self.chain(std::iter::once(name))).await?;
@@ -57,7 +57,7 @@ impl Client {
     }
 
     /// Whether a block can be had whole; bytes that are another's are counted.
-    pub(super) async fn serves(&self, name: u64, wrong: &mut u64) -> Result<bool, Failure> {
+    pub(crate) async fn serves(&self, name: u64, wrong: &mut u64) -> Result<bool, Failure> {
         let found = self.space.match_prefix(b"", &self.chain(std::iter::once(name)), 0).await?;
         let mut bytes = vec![0; BLOCK_BYTES];
         let whole =
@@ -96,20 +96,20 @@ impl Client {
 
 /// What came of the load since it was last asked.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Tally {
+pub(crate) struct Tally {
     /// Blocks that were asked for.
-    pub(super) asked: u64,
+    pub(crate) asked: u64,
     /// Of these, had whole.
-    pub(super) had: u64,
-    pub(super) wrong: u64,
+    pub(crate) had: u64,
+    pub(crate) wrong: u64,
     /// Turns that ended because the node was away: misses, to an engine.
-    pub(super) away: u64,
+    pub(crate) away: u64,
     /// Turns that ended with any other error.
-    pub(super) errors: u64,
+    pub(crate) errors: u64,
 }
 
 /// Tasks that go through chains, drawn at random, from `go_on` to `halt`.
-pub(super) struct Load {
+pub(crate) struct Load {
     clients: Vec<Client>,
     tasks: Vec<JoinHandle<()>>,
     blocks: u64,
@@ -118,7 +118,7 @@ pub(super) struct Load {
 }
 
 impl Load {
-    pub(super) async fn open(socket: &Path, blocks: u64, seed: u64) -> Result<Self, Failure> {
+    pub(crate) async fn open(socket: &Path, blocks: u64, seed: u64) -> Result<Self, Failure> {
         let mut clients = Vec::new();
         for _ in 0..TASKS {
             clients.push(Client::open(socket).await?);
@@ -126,7 +126,7 @@ impl Load {
         Ok(Self { clients, tasks: Vec::new(), blocks, draw: seed, tally: Rc::default() })
     }
 
-    pub(super) fn go_on(&mut self) {
+    pub(crate) fn go_on(&mut self) {
         for client in &self.clients {
             self.draw = content::mix(self.draw);
             let work = work(client.clone(), self.tally.clone(), self.blocks, self.draw);
@@ -135,14 +135,14 @@ impl Load {
     }
 
     /// Whatever they are in the middle of is dropped, as by a client that is cancelled.
-    pub(super) async fn halt(&mut self) {
+    pub(crate) async fn halt(&mut self) {
         for task in self.tasks.drain(..) {
             task.abort();
             let _ = task.await;
         }
     }
 
-    pub(super) fn take(&self) -> Tally {
+    pub(crate) fn take(&self) -> Tally {
         self.tally.take()
     }
 }

@@ -4,7 +4,7 @@
 //! was where is asked before the kill, not assumed; nothing is stored between the kill and the count of what is left.
 
 mod damage;
-mod load;
+pub(crate) mod load;
 
 use crate::content::mix;
 use crate::daemon::Daemon;

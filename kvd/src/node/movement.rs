@@ -20,7 +20,7 @@ const PROMOTIONS_MAX: usize = 4096;
 const FETCHES_MAX: usize = 4096;
 /// Demotions under way, as a multiple of the queue that keeps the device busy. At the limit: no new one starts.
 const DEMOTIONS_PER_DEPTH: usize = 2;
-/// Errors in a row after which nothing is written or read for `SICK_US`; so long nothing is read after a load has stalled.
+/// Errors in a row after which nothing is read, or written, for `SICK_US`; so long nothing is read after a load has stalled.
 const ERRORS_MAX: u32 = 8;
 const SICK_US: u64 = 10_000_000;
 
@@ -41,11 +41,48 @@ pub(super) struct Movement {
     nvme_reads: Estimate,
     nvme_writes: Estimate,
     dram_reads: Estimate,
-    errors_in_row: u32,
-    sick_until_us: u64,
+    /// Of reads and of writes: a device that is full still reads.
+    reads: Health,
+    writes: Health,
     stalled_until_us: u64,
+}
+
+/// How the device takes one direction.
+#[derive(Default)]
+struct Health {
+    errors_in_row: u32,
+    left_alone_until_us: u64,
     /// The device's last word when it was found sick; empty once it has done something since.
-    sick_why: String,
+    why: String,
+}
+
+impl Health {
+    fn failed(&mut self, why: &str, now_us: u64) {
+        self.errors_in_row += 1;
+        if self.errors_in_row == ERRORS_MAX {
+            self.errors_in_row = 0;
+            self.left_alone_until_us = now_us + SICK_US;
+            why.clone_into(&mut self.why);
+        }
+    }
+
+    fn worked(&mut self) {
+        self.errors_in_row = 0;
+        self.why.clear();
+    }
+
+    fn trouble(&self, what: &str, now_us: u64) -> Option<String> {
+        let again = again(self.left_alone_until_us, now_us);
+        let why = &self.why;
+        (!why.is_empty()).then(|| format!("{ERRORS_MAX} {what} in a row failed, tried again {again}: {why}"))
+    }
+}
+
+fn again(until_us: u64, now_us: u64) -> String {
+    match until_us.saturating_sub(now_us).div_ceil(1_000_000) {
+        0 => "with what comes next".to_owned(),
+        left_s => format!("in {left_s} s"),
+    }
 }
 
 pub(super) struct Move {
@@ -85,10 +122,9 @@ impl Default for Movement {
             nvme_reads: Estimate::new(NVME_PRIOR.0, NVME_PRIOR.1),
             nvme_writes: Estimate::new(NVME_PRIOR.0, NVME_PRIOR.1),
             dram_reads: Estimate::new(DRAM_PRIOR.0, DRAM_PRIOR.1),
-            errors_in_row: 0,
-            sick_until_us: 0,
+            reads: Health::default(),
+            writes: Health::default(),
             stalled_until_us: 0,
-            sick_why: String::new(),
         }
     }
 }
@@ -126,18 +162,11 @@ impl Movement {
 
     /// What is wrong with the device, as far as anything has shown, until something shows that it is not; empty: nothing.
     pub(super) fn trouble(&self, now_us: u64) -> String {
-        let again = |until_us: u64| match until_us.saturating_sub(now_us).div_ceil(1_000_000) {
-            0 => "with what comes next".to_owned(),
-            left_s => format!("in {left_s} s"),
-        };
-        if !self.sick_why.is_empty() {
-            let again = again(self.sick_until_us);
-            return format!("{ERRORS_MAX} errors in a row, tried again {again}: {}", self.sick_why);
-        }
-        if self.stalled_until_us > 0 {
-            return format!("did not answer in time, read again {}", again(self.stalled_until_us));
-        }
-        String::new()
+        let stalled =
+            || format!("did not answer in time, read again {}", again(self.stalled_until_us, now_us));
+        let reads = self.reads.trouble("reads", now_us);
+        let writes = || self.writes.trouble("writes", now_us);
+        reads.or_else(writes).or_else(|| (self.stalled_until_us > 0).then(stalled)).unwrap_or_default()
     }
 
     /// Whoever asks next neither waits for this block nor orders another: the device does not answer (law 3).
@@ -201,7 +230,7 @@ impl Movement {
 impl Node {
     /// Orders the block's bytes from NVMe into a DRAM slot, in memory node `near` if it can be; `None`: no slot, or too much is under way.
     pub(super) fn start_promotion(&mut self, handle: Handle, near: usize) -> Option<SlotRef> {
-        let left_alone_until_us = self.movement.stalled_until_us.max(self.movement.sick_until_us);
+        let left_alone_until_us = self.movement.stalled_until_us.max(self.movement.reads.left_alone_until_us);
         if self.movement.promotions >= PROMOTIONS_MAX || self.now_us < left_alone_until_us {
             return None;
         }
@@ -226,7 +255,7 @@ impl Node {
 
     /// Whether what leaves DRAM may go to NVMe now.
     pub(super) fn can_demote(&self) -> bool {
-        self.config.nvme.is_some() && self.now_us >= self.movement.sick_until_us
+        self.config.nvme.is_some() && self.now_us >= self.movement.writes.left_alone_until_us
     }
 
     /// Orders a checksummed DRAM block to NVMe; `false`: the device is busy, sick or has no room.
@@ -295,14 +324,12 @@ impl Node {
             (Err(MoveError::Checksum), _) => self.counters.checksum_errors += 1,
             // the link to another node has a health of its own, which the shell keeps
             (Err(MoveError::Device(_)), MoveKind::Fetch { .. }) => self.counters.peer_errors += 1,
-            (Err(MoveError::Device(why)), _) => {
+            (Err(MoveError::Device(why)), kind) => {
                 self.counters.nvme_errors += 1;
-                self.movement.errors_in_row += 1;
-                if self.movement.errors_in_row == ERRORS_MAX {
-                    self.movement.errors_in_row = 0;
-                    self.movement.sick_until_us = self.now_us + SICK_US;
-                    self.movement.sick_why.clone_from(why);
-                }
+                let movement = &mut self.movement;
+                let reads = kind == MoveKind::Promotion;
+                let health = if reads { &mut movement.reads } else { &mut movement.writes };
+                health.failed(why, self.now_us);
                 let why = why.clone();
                 self.note("error", || why);
             }
@@ -310,13 +337,13 @@ impl Node {
     }
 
     fn count_transfer(&mut self, kind: MoveKind, bytes: u64, elapsed_us: u64) {
-        self.movement.errors_in_row = 0;
-        self.movement.sick_why.clear();
         if kind == MoveKind::Promotion {
+            self.movement.reads.worked();
             self.movement.nvme_reads.observe(bytes, elapsed_us, self.movement.promotions);
             self.counters.nvme_read_bytes += bytes;
             self.movement.stalled_until_us = 0; // it answers
         } else {
+            self.movement.writes.worked();
             self.movement.nvme_writes.observe(bytes, elapsed_us, self.movement.demotions);
             self.counters.nvme_write_bytes += bytes;
         }

@@ -27,14 +27,14 @@ mod workers;
 
 use crate::config::{Config, Engine, Wish};
 use crate::keeper::Thing;
-use crate::node::{Node, NodeConfig, NvmeConfig};
+use crate::node::{Node, NodeConfig, NvmeConfig, Recovered};
 use dram::DramSegments;
 use found::Heap;
 use inbox::Inbox;
 use keeping::Keeping;
 use kvd_proto::cost::PrefillProfile;
 use kvd_proto::{Code, Error};
-use kvd_tiers::media::Medium as _;
+use kvd_tiers::media::Medium;
 use kvd_tiers::media::dram::DramOptions;
 use kvd_tiers::media::nvme::{self, NvmeMedium, NvmeOptions};
 use ledger::Ledger;
@@ -58,6 +58,11 @@ const DRAM_QUEUE_DEPTH: usize = 64;
 
 /// Runs a node until it is told to stop (SIGTERM, SIGINT).
 pub fn serve(config: &Config) -> Result<(), Error> {
+    serve_over(config, |device| Box::new(device))
+}
+
+/// As `serve`, over what is made of its NVMe device: one with bad days, to see how they are taken.
+pub fn serve_over(config: &Config, made: impl FnOnce(NvmeMedium) -> Box<dyn Medium>) -> Result<(), Error> {
     config.check()?;
     end_with_any_thread();
     let started = Instant::now();
@@ -77,7 +82,7 @@ pub fn serve(config: &Config) -> Result<(), Error> {
     let mut keeping = Keeping { keeper, epoch };
     let (nvme, reattached) = take_in(config, &dram, &mut node, &mut keeping, things)?;
     let start = |(medium, left)| {
-        Mover::start(Box::new(medium), config.nvme.segment_bytes, left, dram.clone(), inbox.clone())
+        Mover::start(made(medium), config.nvme.segment_bytes, left, dram.clone(), inbox.clone())
     };
     let (mover, moving) = nvme.map(start).unzip();
     let listeners = Listeners::bind(config)?;
@@ -216,6 +221,9 @@ fn take_in(
         taken
     });
     let (taken, seconds) = (node.recovered(), started.elapsed().as_secs_f64());
+    if taken == Recovered::default() {
+        return Ok((nvme, reattached)); // there was none
+    }
     tracing::info!(
         spaces = taken.spaces,
         segments = taken.segments,
@@ -224,7 +232,7 @@ fn take_in(
         orphans = reattached.orphans.len(),
         quarantined = taken.quarantined_slots,
         seconds,
-        "recovered"
+        "recovered from an earlier daemon"
     );
     let refused = [taken.refused_spaces, taken.refused_segments, taken.refused_blocks];
     if refused.iter().sum::<u64>() > 0 {

@@ -159,12 +159,12 @@ fn a_write_that_fails_loses_nothing_and_a_sick_device_is_left_alone() {
     assert!(errors >= 8, "{errors}");
     assert_eq!(world.node.catalog.len(), 16);
     let trouble = |world: &World| world.node.tier_trouble(Tier::Nvme);
-    assert_eq!(trouble(&world), "8 errors in a row, tried again in 10 s: EIO");
+    assert_eq!(trouble(&world), "8 writes in a row failed, tried again in 10 s: EIO");
     world.pass_ms(9_999);
     assert!(world.moves.is_empty());
     world.pass_ms(1);
     assert!(!world.moves.is_empty(), "tried again");
-    assert_eq!(trouble(&world), "8 errors in a row, tried again with what comes next: EIO");
+    assert_eq!(trouble(&world), "8 writes in a row failed, tried again with what comes next: EIO");
     world.settle();
     assert!(world.counters().nvme_write_bytes > 0);
     assert_eq!(trouble(&world), "", "it has written");
