@@ -13,6 +13,7 @@ pub mod mapping;
 pub mod measure;
 pub mod media;
 pub mod recover;
+pub mod s3;
 pub mod segment;
 pub mod segment_header;
 pub mod slots;
