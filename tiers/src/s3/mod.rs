@@ -6,15 +6,25 @@
 //! footer agreed with the object's name and the part with the footer; every request ends by its deadline.
 //! Leaves to others: what is worth storing or fetching, when, and for whom (kvd).
 
+mod attempt;
+pub mod bucket;
+pub mod check;
+pub mod connect;
 mod envelope;
 pub mod footer;
 pub mod index;
+mod join;
 pub mod manifest;
 pub mod name;
 pub mod pack;
+pub mod reader;
+mod single_flight;
+pub mod upload;
 
+pub use bucket::{Bucket, BucketConfig, Listed};
 pub use footer::{Definition, Footer, Trailer};
 pub use index::S3Index;
 pub use manifest::{Added, Manifest};
 pub use name::ObjectName;
 pub use pack::{Packer, Sealed};
+pub use reader::{ObjectReader, ObjectRef};
