@@ -53,6 +53,11 @@ async fn an_object_that_is_shorter_than_asked_for_is_no_answer() {
     rig.bucket.put_if_absent("kvd/a", &[content(1000, 1)], soon()).await.unwrap();
     assert_eq!(rig.bucket.get_bytes("kvd/a", 0..1001, soon()).await, Err(BucketError::Truncated));
     assert_eq!(rig.bucket.get_bytes("kvd/a", 1000..1001, soon()).await, Err(BucketError::Truncated));
+    assert_eq!(rig.bucket.get_bytes("kvd/a", 0..0, soon()).await, Ok(Bytes::new()));
+    assert!(matches!(
+        rig.bucket.get_bytes("kvd/a", 0..1 << 40, soon()).await,
+        Err(BucketError::Unexpected(_))
+    ));
 }
 
 #[tokio::test]

@@ -128,7 +128,7 @@ mod tests {
 
     #[tokio::test]
     async fn tries_end_with_their_number_the_deadline_or_an_answer() {
-        let minute = Duration::from_secs(60);
+        let minute = Duration::from_mins(1);
         assert_eq!(tried(3, minute, || Failure::Passing(BucketError::Busy)).await, (3, BucketError::Busy));
         assert_eq!(tried(3, minute, || Failure::Final(BucketError::Gone)).await, (1, BucketError::Gone));
         let (before, most) = (Instant::now(), Duration::from_millis(100));

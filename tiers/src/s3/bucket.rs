@@ -21,7 +21,8 @@ use tokio::time::{Instant, timeout};
 
 /// Names of one page of a listing, as the protocol has it.
 const PAGE_NAMES: i32 = 1000;
-/// Most bytes that a whole read may keep. At the limit: asserted; whoever wants more gives a sink.
+/// Most bytes that a whole read may keep: above the largest manifest and footer. At the limit: an error; whoever wants more
+/// gives a sink.
 pub const WHOLE_BYTES_MAX: u64 = 32 << 20;
 
 /// How to reach a bucket.
@@ -248,7 +249,9 @@ impl Bucket {
         sink: &mut S,
         deadline: Instant,
     ) -> Result<(), BucketError> {
-        assert!(range.start < range.end, "an empty range of {key}");
+        if range.is_empty() {
+            return Ok(());
+        }
         let mut progress = Progress { got: 0, etag: None };
         let mut tries = self.tries(deadline);
         loop {
@@ -281,8 +284,10 @@ impl Bucket {
         range: Range<u64>,
         deadline: Instant,
     ) -> Result<Bytes, BucketError> {
-        let bytes = range.end - range.start;
-        assert!(bytes <= WHOLE_BYTES_MAX, "{bytes} bytes of {key} at once");
+        let bytes = range.end.saturating_sub(range.start);
+        if bytes > WHOLE_BYTES_MAX {
+            return Err(BucketError::Unexpected("with an object that is larger than any of ours"));
+        }
         let fetch = async {
             let mut sink = Vec::with_capacity(bytes as usize);
             self.get_range(key, range.clone(), &mut sink, deadline).await?;
@@ -299,9 +304,6 @@ impl Bucket {
         deadline: Instant,
     ) -> Result<(Bytes, u64), BucketError> {
         let size = self.head(key, deadline).await?.ok_or(BucketError::Gone)?;
-        if size == 0 {
-            return Ok((Bytes::new(), 0));
-        }
         Ok((self.get_bytes(key, size.saturating_sub(bytes)..size, deadline).await?, size))
     }
 
@@ -321,7 +323,7 @@ impl Bucket {
             .bucket(&self.config.bucket)
             .key(key)
             .range(format!("bytes={first}-{last}"));
-        let answer = timeout(self.patience(), request.send()).await;
+        let answer = timeout(self.patience(), Box::pin(request.send())).await;
         let mut answer = answer.map_err(|_| Failure::Passing(BucketError::Timeout))?.map_err(failure_of)?;
         fits(&answer, first, last)?;
         if progress.got > 0 && progress.etag != answer.e_tag {
@@ -353,7 +355,7 @@ impl Bucket {
         loop {
             count(&self.counters.others, 1);
             let request = self.client.head_object().bucket(&self.config.bucket).key(key);
-            let head = async { request.send().await.map_err(failure_of) };
+            let head = async { Box::pin(request.send()).await.map_err(failure_of) };
             match tries.run(self.patience(), head).await {
                 Ok(answer) => return Ok(answer.content_length.map(|bytes| bytes.max(0) as u64)),
                 Err(Failure::Final(BucketError::Gone)) => return Ok(None),
@@ -396,7 +398,8 @@ impl Bucket {
             count(&self.counters.others, 1);
             let request =
                 self.client.list_objects_v2().bucket(&self.config.bucket).prefix(prefix).max_keys(names);
-            let list = async { request.set_start_after(after.clone()).send().await.map_err(failure_of) };
+            let list =
+                async { Box::pin(request.set_start_after(after.clone()).send()).await.map_err(failure_of) };
             match tries.run(self.patience(), list).await {
                 Ok(answer) => {
                     let more = answer.is_truncated.unwrap_or(false);
@@ -422,7 +425,7 @@ impl Bucket {
         loop {
             count(&self.counters.others, 1);
             let request = self.client.delete_object().bucket(&self.config.bucket).key(key);
-            let delete = async { request.send().await.map_err(failure_of) };
+            let delete = async { Box::pin(request.send()).await.map_err(failure_of) };
             match tries.run(self.patience(), delete).await {
                 Ok(_) | Err(Failure::Final(BucketError::Gone)) => return Ok(()),
                 Err(failure) => self.again(&mut tries, failure).await?,
@@ -449,8 +452,6 @@ fn fits(answer: &GetObjectOutput, first: u64, last: u64) -> Result<(), Failure> 
         None => first == 0,
     };
     let length = answer.content_length.is_none_or(|bytes| bytes == (last - first + 1) as i64);
-    match whole && length {
-        true => Ok(()),
-        false => Err(Failure::Passing(BucketError::Unexpected("with another range"))),
-    }
+    let wrong = BucketError::Unexpected("with another range");
+    if whole && length { Ok(()) } else { Err(Failure::Passing(wrong)) }
 }

@@ -25,8 +25,7 @@ impl Bucket {
     /// Tries what kvd needs of a bucket, in order; what cannot work without an earlier step is left out.
     pub async fn check(&self, deadline: Instant) -> Vec<Finding> {
         let key = self.below(&format!(".kvd-check-{:016x}", RandomState::new().hash_one(())));
-        let mut findings =
-            vec![finding("list", self.list(&key, "", 1, deadline).await, |listed| listed.is_empty())];
+        let mut findings = vec![finding("list", self.list(&key, "", 1, deadline).await, Vec::is_empty)];
         let content = [Bytes::from_static(CONTENT)];
         let put = self.put_if_absent(&key, &content, deadline).await;
         let written = put.is_ok();

@@ -16,20 +16,18 @@ use aws_sdk_s3::config::{
 use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
 use aws_smithy_http_client::tls::{Provider, TlsContext, TrustStore};
 use kvd_proto::Error;
+use rustls::RootCertStore;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
 use std::time::Duration;
-
-/// What a certificate file has in it, once for each.
-const PEM_BEGIN: &str = "-----BEGIN CERTIFICATE-----";
-const PEM_END: &str = "-----END CERTIFICATE-----";
 
 /// A client; it connects when it is used. Public for those who measure the SDK alone beside a `Bucket`.
 pub async fn client(config: &BucketConfig) -> Result<Client, Error> {
-    let http = http_client(config)?;
     let region = Region::new(config.region.clone());
     let mut builder = Builder::new()
         .behavior_version(BehaviorVersion::latest())
-        .credentials_provider(credentials(config, &http, &region).await)
-        .http_client(http)
+        .credentials_provider(credentials(config, &region).await?)
+        .http_client(http_client(config)?)
         .region(region)
         .force_path_style(config.path_style)
         .retry_config(RetryConfig::disabled())
@@ -45,17 +43,15 @@ pub async fn client(config: &BucketConfig) -> Result<Client, Error> {
     Ok(Client::from_conf(builder.build()))
 }
 
-async fn credentials(
-    config: &BucketConfig,
-    http: &SharedHttpClient,
-    region: &Region,
-) -> SharedCredentialsProvider {
+async fn credentials(config: &BucketConfig, region: &Region) -> Result<SharedCredentialsProvider, Error> {
     if let Some((key, secret)) = &config.keys {
-        return SharedCredentialsProvider::new(Credentials::new(key, secret, None, None, "kvd.toml"));
+        return Ok(SharedCredentialsProvider::new(Credentials::new(key, secret, None, None, "kvd.toml")));
     }
-    let provider =
-        ProviderConfig::without_region().with_region(Some(region.clone())).with_http_client(http.clone());
-    SharedCredentialsProvider::new(DefaultCredentialsChain::builder().configure(provider).build().await)
+    // Whoever gives credentials out is not behind the bucket's endpoint, and has the system's trust.
+    let provider = ProviderConfig::without_region()
+        .with_region(Some(region.clone()))
+        .with_http_client(https_client(aws_smithy_http_client::Builder::new(), TrustStore::default())?);
+    Ok(SharedCredentialsProvider::new(DefaultCredentialsChain::builder().configure(provider).build().await))
 }
 
 fn http_client(config: &BucketConfig) -> Result<SharedHttpClient, Error> {
@@ -63,42 +59,33 @@ fn http_client(config: &BucketConfig) -> Result<SharedHttpClient, Error> {
     if config.endpoint.starts_with("http://") {
         return Ok(builder.build_http());
     }
-    let mut trust = TrustStore::default();
-    if let Some(pem) = &config.ca_pem {
-        check_pem(pem)?;
-        trust = TrustStore::empty().with_pem_certificate(pem.clone());
+    match &config.ca_pem {
+        None => https_client(builder, TrustStore::default()),
+        Some(pem) => {
+            check_pem(pem)?;
+            https_client(builder, TrustStore::empty().with_pem_certificate(pem.clone()))
+        }
     }
+}
+
+fn https_client(
+    builder: aws_smithy_http_client::Builder,
+    trust: TrustStore,
+) -> Result<SharedHttpClient, Error> {
     let context = TlsContext::builder().with_trust_store(trust).build();
     let context = context.map_err(|error| not_certificates(error.to_string()))?;
     Ok(builder.tls_provider(Provider::Rustls(CryptoMode::Ring)).tls_context(context).build_https())
 }
 
-/// The TLS library takes what is no certificate for a broken promise and panics, so it is looked at first.
+/// The SDK takes what is no certificate for a broken promise and panics, so it is looked at first.
 fn check_pem(pem: &[u8]) -> Result<(), Error> {
-    let text = std::str::from_utf8(pem).map_err(|_| not_certificates("it is no text"))?;
-    let mut blocks = text.split(PEM_BEGIN).skip(1).peekable();
-    if blocks.peek().is_none() {
-        return Err(not_certificates("it has none"));
-    }
-    for block in blocks {
-        let (body, _) = block.split_once(PEM_END).ok_or_else(|| not_certificates("one has no end"))?;
-        let digits: String = body.split_whitespace().collect();
-        let der =
-            aws_smithy_types::base64::decode(digits).map_err(|_| not_certificates("one is no base64"))?;
-        if !is_sequence(&der) {
-            return Err(not_certificates("one is no DER"));
-        }
-    }
-    Ok(())
-}
-
-/// Whether it is one DER sequence and nothing after it, which is as far as a certificate's frame goes.
-fn is_sequence(der: &[u8]) -> bool {
-    match der {
-        [0x30, 0x82, high, low, rest @ ..] => usize::from(*high) << 8 | usize::from(*low) == rest.len(),
-        [0x30, 0x81, length, rest @ ..] => usize::from(*length) == rest.len(),
-        [0x30, length @ 0..=0x7F, rest @ ..] => usize::from(*length) == rest.len(),
-        _ => false,
+    let certificates: Vec<CertificateDer> = CertificateDer::pem_slice_iter(pem)
+        .collect::<Result<_, _>>()
+        .map_err(|error| not_certificates(error.to_string()))?;
+    match RootCertStore::empty().add_parsable_certificates(certificates) {
+        (0, 0) => Err(not_certificates("it has none")),
+        (_, 0) => Ok(()),
+        (_, bad) => Err(not_certificates(format!("{bad} of them cannot be read"))),
     }
 }
 
@@ -114,14 +101,38 @@ fn not_certificates(why: impl Into<String>) -> Error {
 mod tests {
     use super::*;
 
+    /// Of `localhost`, signed by itself, until 2126.
+    const CERTIFICATE: &str = "-----BEGIN CERTIFICATE-----\n\
+        MIIBlDCCATugAwIBAgIUcBQKaUUfVMzAzAKyk5xojp12WjcwCgYIKoZIzj0EAwIw\n\
+        FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyMTE1Mjg0OVoYDzIxMjYxMDI4\n\
+        MTUyODQ5WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO\n\
+        PQMBBwNCAAR0fxoi2ASmnJ6KNWbXv0SGkahC8rQmB5FQ1iKDneMxF5IYUTI2w4g/\n\
+        wDjI+y8nb+ag6jvHDT6m6PIAP6YY4Gwho2kwZzAdBgNVHQ4EFgQUp3N2urDWFPbY\n\
+        okq3fQOX/YVPIIMwHwYDVR0jBBgwFoAUp3N2urDWFPbYokq3fQOX/YVPIIMwDwYD\n\
+        VR0TAQH/BAUwAwEB/zAUBgNVHREEDTALgglsb2NhbGhvc3QwCgYIKoZIzj0EAwID\n\
+        RwAwRAIgYbENP7oUDadxGldGQyPwROM6fLZKJsipQjf6yd6h1RUCIEsZTcaaKCUg\n\
+        HvnmeHsd5tYxtN76xfeM3jFKYcNbH3iw\n\
+        -----END CERTIFICATE-----";
+
     #[test]
     fn what_is_no_certificate_is_said_to_be_none() {
-        let block = |body: &str| format!("{PEM_BEGIN}\n{body}\n{PEM_END}\n");
-        for bad in ["", "hello", PEM_BEGIN, &block("!!!"), &block("AAAA"), &block("MAQB")] {
+        let block = |body: &str| format!("-----BEGIN CERTIFICATE-----\n{body}\n-----END CERTIFICATE-----\n");
+        let half = &CERTIFICATE[..CERTIFICATE.len() / 2];
+        for bad in
+            ["", "hello", half, &block("!!!"), &block("AAAA"), &format!("{CERTIFICATE}\n{}", block("MAQB"))]
+        {
             let error = check_pem(bad.as_bytes()).unwrap_err();
             assert!(error.to_string().contains("not certificates"), "{bad}: {error}");
         }
         assert!(check_pem(&[0xFF]).is_err());
-        assert_eq!(check_pem(block("MAMB\nAgM=").as_bytes()), Ok(()));
+        assert_eq!(check_pem(CERTIFICATE.as_bytes()), Ok(()));
+    }
+
+    #[tokio::test]
+    async fn a_client_with_a_certificate_of_its_own_is_made() {
+        let config = BucketConfig { ca_pem: Some(CERTIFICATE.into()), ..BucketConfig::default() };
+        client(&config).await.unwrap();
+        let refused = client(&BucketConfig { ca_pem: Some(b"hello".to_vec()), ..config }).await;
+        assert_eq!(refused.unwrap_err().field, "s3.ca_file");
     }
 }

@@ -115,7 +115,9 @@ impl Manifest {
         let (tenant, node) = (text(&mut reader, tenant_bytes)?, text(&mut reader, node_bytes)?);
         let mut known = Vec::new();
         for _ in 0..entries {
-            known.extend(Entry::read(&mut reader, newer)?);
+            if let Read::Known(entry) = Entry::read(&mut reader, newer)? {
+                known.push(entry);
+            }
         }
         let key = ManifestKey { tenant, node, write_epoch, sequence };
         let manifest = Self { key, replaces_before, entries: known };
@@ -138,6 +140,13 @@ impl Manifest {
         (1..=TENANT_BYTES_MAX).contains(&self.key.tenant.len())
             && (1..=NODE_BYTES_MAX).contains(&self.key.node.len())
     }
+}
+
+/// An entry as it was read.
+enum Read {
+    Known(Entry),
+    /// Of a kind that is not known.
+    Skipped,
 }
 
 impl Entry {
@@ -164,8 +173,8 @@ impl Entry {
         assert_eq!(out.len() - from, self.bytes());
     }
 
-    /// `Some(None)`: of a kind that is not known. `newer`: written by a higher minor version, which may have added fields.
-    fn read(reader: &mut Reader, newer: bool) -> Option<Option<Self>> {
+    /// `newer`: written by a higher minor version, which may have added fields.
+    fn read(reader: &mut Reader, newer: bool) -> Option<Read> {
         let bytes = reader.u32()? as usize;
         let mut reader = Reader(reader.take(bytes.checked_sub(4)?)?);
         let (kind, parts) = (reader.u16()?, reader.u16()?);
@@ -173,9 +182,9 @@ impl Entry {
         let entry = match kind {
             ADDED => Self::Added(Added::read(object, parts, &mut reader)?),
             REMOVED => Self::Removed(object),
-            _ => return Some(None),
+            _ => return Some(Read::Skipped),
         };
-        (newer || reader.0.is_empty()).then_some(Some(entry))
+        (newer || reader.0.is_empty()).then_some(Read::Known(entry))
     }
 }
 

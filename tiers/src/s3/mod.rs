@@ -4,6 +4,7 @@
 //! into which object (`pack`), what is in the bucket (`index`), requests (`bucket`, `upload`, `check`), verified reads (`reader`).
 //! Invariants: `pack`, `index` and the codecs have no clock, socket or thread; a byte leaves `reader` as good only after the
 //! footer agreed with the object's name and the part with the footer; every request ends by its deadline.
+//! The SDK's futures are boxed where they are made: they are kilobytes each, and would sit in everything that waits for them.
 //! Leaves to others: what is worth storing or fetching, when, and for whom (kvd).
 
 mod attempt;

@@ -188,7 +188,7 @@ impl ObjectReader {
         loop {
             left -= 1;
             let bytes = self.bucket.get_bytes(&self.key(object), object.footer_range(), deadline).await?;
-            match self.judge_footer(&object.tenant, object.object, &bytes) {
+            match judge_footer(&object.tenant, object.object, &bytes) {
                 Ok(footer) if is_like(&footer, object) => {
                     return Ok(self.footers().keep(object, footer, bytes.len()));
                 }
@@ -219,7 +219,7 @@ impl ObjectReader {
             Some(at) => tail.slice(at as usize..(to + tail.len() as u64 - size) as usize),
             None => self.bucket.get_bytes(&key, from..to, deadline).await?,
         };
-        let footer = self.judge_footer(tenant, object, &bytes)?;
+        let footer = judge_footer(tenant, object, &bytes)?;
         let (slot_bytes, parts, slots) = (footer.slot_bytes, footer.parts, footer.slots.len() as u32);
         let found = ObjectRef {
             tenant: tenant.to_owned(),
@@ -233,14 +233,6 @@ impl ObjectReader {
         Ok(found)
     }
 
-    fn judge_footer(&self, tenant: &str, object: ObjectName, bytes: &Bytes) -> Result<Footer, ReadError> {
-        if ObjectName::of_footer(bytes) != object {
-            return Err(damaged(object, "has another footer".to_owned()));
-        }
-        let footer = Footer::decode(bytes).filter(|footer| footer.tenant == tenant);
-        footer.ok_or_else(|| damaged(object, "has a footer that is none of ours".to_owned()))
-    }
-
     fn key(&self, object: &ObjectRef) -> String {
         object.object.key(&self.bucket.config().prefix, &object.tenant)
     }
@@ -248,6 +240,15 @@ impl ObjectReader {
     fn footers(&self) -> std::sync::MutexGuard<'_, Footers> {
         self.footers.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The footer, if it is the one that the name stands for, and the tenant's.
+fn judge_footer(tenant: &str, object: ObjectName, bytes: &Bytes) -> Result<Footer, ReadError> {
+    if ObjectName::of_footer(bytes) != object {
+        return Err(damaged(object, "has another footer".to_owned()));
+    }
+    let footer = Footer::decode(bytes).filter(|footer| footer.tenant == tenant);
+    footer.ok_or_else(|| damaged(object, "has a footer that is none of ours".to_owned()))
 }
 
 impl Footers {

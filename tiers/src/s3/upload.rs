@@ -95,7 +95,7 @@ impl Bucket {
             .set_checksum_crc32(self.crc32(&body));
         let request =
             request.set_if_none_match(conditional.then(|| "*".to_owned())).body(ByteStream::from(body));
-        request.customize().disable_payload_signing().send().await.map_err(failure_of)?;
+        Box::pin(request.customize().disable_payload_signing().send()).await.map_err(failure_of)?;
         Ok(())
     }
 
@@ -125,8 +125,9 @@ impl Bucket {
         loop {
             count(&self.counters.puts, 1);
             let request = self.client.create_multipart_upload().bucket(&self.config.bucket).key(key);
-            let begin =
-                async { request.set_checksum_algorithm(algorithm.clone()).send().await.map_err(failure_of) };
+            let begin = async {
+                Box::pin(request.set_checksum_algorithm(algorithm.clone()).send()).await.map_err(failure_of)
+            };
             match tries.run(self.patience(), begin).await {
                 Ok(answer) => {
                     return answer.upload_id.ok_or(BucketError::Unexpected("without a name for the upload"));
@@ -168,7 +169,8 @@ impl Bucket {
         let request = self.client.upload_part().bucket(&self.config.bucket).key(key).upload_id(upload);
         let request =
             request.part_number(number).set_checksum_crc32(checksum.clone()).body(ByteStream::from(body));
-        let answer = request.customize().disable_payload_signing().send().await.map_err(failure_of)?;
+        let answer =
+            Box::pin(request.customize().disable_payload_signing().send()).await.map_err(failure_of)?;
         let part = CompletedPart::builder().part_number(number).set_e_tag(answer.e_tag);
         Ok(part.set_checksum_crc32(checksum).build())
     }
@@ -194,7 +196,7 @@ impl Bucket {
             let request = request
                 .multipart_upload(parts.clone())
                 .set_if_none_match(conditional.then(|| "*".to_owned()));
-            let complete = async { request.send().await.map_err(failure_of) };
+            let complete = async { Box::pin(request.send()).await.map_err(failure_of) };
             match tries.run(self.patience_for(PART_BYTES_MAX), complete).await {
                 Ok(_) => {
                     self.unconditional.store(!conditional, Ordering::Relaxed);
@@ -225,7 +227,7 @@ impl Bucket {
             count(&self.counters.others, 1);
             let request =
                 self.client.abort_multipart_upload().bucket(&self.config.bucket).key(key).upload_id(upload);
-            let abort = async { request.send().await.map_err(failure_of) };
+            let abort = async { Box::pin(request.send()).await.map_err(failure_of) };
             match tries.run(self.patience(), abort).await {
                 Ok(_) => return,
                 Err(failure) => {
