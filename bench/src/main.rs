@@ -21,6 +21,7 @@ mod peer;
 mod replay;
 mod report;
 mod roofline;
+mod s3;
 mod scrape;
 mod sim;
 mod trace;
@@ -39,6 +40,7 @@ enum Command {
     Local(local::Args),
     Nvme(nvme::Args),
     Peer(peer::Args),
+    S3(s3::Args),
     Million(million::Args),
     Sim(sim::Args),
     Chaos(chaos::Args),
@@ -70,6 +72,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Nvme(args) => nvme::run(&args),
         Command::Sim(args) => sim::run(&args),
         Command::Peer(args) => block_on(peer::run(args)),
+        Command::S3(args) => block_on(s3::run(args)),
         Command::Daemon(args) => daemon::serve(&args),
         Command::Demo(args) => block_on(demo::run(args)),
         Command::Replay(args) => block_on(replay::run(args)),
