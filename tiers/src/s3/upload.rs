@@ -2,16 +2,20 @@
 //!
 //! Invariants: of several writers of one key at most one is told that it stored it, where the server knows conditional writes;
 //! everyone may be told that it is there. An upload that fails is aborted; one whose writer died costs space until the bucket's
-//! lifecycle rule for unfinished uploads removes it. Memory: the pieces, and a part for each request under way.
+//! lifecycle rule for unfinished uploads removes it. Nothing is copied: bodies are the pieces themselves.
 //! Leaves to others: what the pieces are, and naming them so that equal keys mean equal bytes (`name`).
 
 use super::attempt::{Failure, failure_of};
 use super::bucket::{Bucket, BucketError, count};
 use super::join::join_all;
-use aws_sdk_s3::primitives::ByteStream;
+use aws_sdk_s3::primitives::{ByteStream, SdkBody};
 use aws_sdk_s3::types::{ChecksumAlgorithm, CompletedMultipartUpload, CompletedPart};
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
+use hyper::body::{Body, Frame, SizeHint};
+use std::convert::Infallible;
+use std::pin::Pin;
 use std::sync::atomic::Ordering;
+use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -39,7 +43,7 @@ impl Bucket {
         pieces: &[Bytes],
         deadline: Instant,
     ) -> Result<Put, BucketError> {
-        let bytes: u64 = pieces.iter().map(|piece| piece.len() as u64).sum();
+        let bytes = length(pieces);
         if self.asks_first() && self.head(key, deadline).await?.is_some() {
             return Ok(Put::Present);
         }
@@ -85,16 +89,10 @@ impl Bucket {
     }
 
     async fn put_once(&self, key: &str, pieces: &[Bytes], conditional: bool) -> Result<(), Failure> {
-        let body = joined(pieces);
-        self.counts_write(body.len());
-        let request = self
-            .client
-            .put_object()
-            .bucket(&self.config.bucket)
-            .key(key)
-            .set_checksum_crc32(self.crc32(&body));
-        let request =
-            request.set_if_none_match(conditional.then(|| "*".to_owned())).body(ByteStream::from(body));
+        self.counts_write(pieces);
+        let request = self.client.put_object().bucket(&self.config.bucket).key(key).body(body_of(pieces));
+        let request = request.set_checksum_crc32(self.crc32(pieces));
+        let request = request.set_if_none_match(conditional.then(|| "*".to_owned()));
         Box::pin(request.customize().disable_payload_signing().send()).await.map_err(failure_of)?;
         Ok(())
     }
@@ -145,7 +143,7 @@ impl Bucket {
         number: i32,
         deadline: Instant,
     ) -> Result<CompletedPart, BucketError> {
-        let bytes: u64 = pieces.iter().map(|piece| piece.len() as u64).sum();
+        let bytes = length(pieces);
         let mut tries = self.tries(deadline);
         loop {
             let put = self.put_part_once(key, upload, pieces, number);
@@ -163,12 +161,10 @@ impl Bucket {
         pieces: &[Bytes],
         number: i32,
     ) -> Result<CompletedPart, Failure> {
-        let body = joined(pieces);
-        self.counts_write(body.len());
-        let checksum = self.crc32(&body);
+        self.counts_write(pieces);
+        let checksum = self.crc32(pieces);
         let request = self.client.upload_part().bucket(&self.config.bucket).key(key).upload_id(upload);
-        let request =
-            request.part_number(number).set_checksum_crc32(checksum.clone()).body(ByteStream::from(body));
+        let request = request.part_number(number).set_checksum_crc32(checksum.clone()).body(body_of(pieces));
         let answer =
             Box::pin(request.customize().disable_payload_signing().send()).await.map_err(failure_of)?;
         let part = CompletedPart::builder().part_number(number).set_e_tag(answer.e_tag);
@@ -239,9 +235,9 @@ impl Bucket {
         }
     }
 
-    fn counts_write(&self, bytes: usize) {
+    fn counts_write(&self, pieces: &[Bytes]) {
         count(&self.counters.puts, 1);
-        count(&self.counters.written_bytes, bytes as u64);
+        count(&self.counters.written_bytes, length(pieces));
     }
 
     /// How long a request with such a body may take.
@@ -250,20 +246,47 @@ impl Bucket {
     }
 
     /// As the header has it: base64 of the big-endian number.
-    fn crc32(&self, body: &[u8]) -> Option<String> {
-        let sum = || aws_smithy_types::base64::encode(crc32fast::hash(body).to_be_bytes());
+    fn crc32(&self, pieces: &[Bytes]) -> Option<String> {
+        let sum = || {
+            let mut hasher = crc32fast::Hasher::new();
+            pieces.iter().for_each(|piece| hasher.update(piece));
+            aws_smithy_types::base64::encode(hasher.finalize().to_be_bytes())
+        };
         self.config.upload_checksums.then(sum)
     }
 }
 
-/// One body. A single piece is not copied.
-fn joined(pieces: &[Bytes]) -> Bytes {
-    if let [piece] = pieces {
-        return piece.clone();
+/// Pieces one after the other, as one body.
+struct Pieces {
+    rest: std::vec::IntoIter<Bytes>,
+    bytes: u64,
+}
+
+impl Body for Pieces {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let piece = self.rest.next();
+        self.bytes -= piece.as_ref().map_or(0, |piece| piece.len() as u64);
+        Poll::Ready(piece.map(|piece| Ok(Frame::data(piece))))
     }
-    let mut body = BytesMut::with_capacity(pieces.iter().map(Bytes::len).sum());
-    pieces.iter().for_each(|piece| body.extend_from_slice(piece));
-    body.freeze()
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.bytes)
+    }
+}
+
+fn body_of(pieces: &[Bytes]) -> ByteStream {
+    let body = Pieces { rest: pieces.to_vec().into_iter(), bytes: length(pieces) };
+    ByteStream::new(SdkBody::from_body_1_x(body))
+}
+
+fn length(pieces: &[Bytes]) -> u64 {
+    pieces.iter().map(|piece| piece.len() as u64).sum()
 }
 
 /// As few parts as may be, of equal size.
@@ -296,8 +319,7 @@ mod tests {
         let sizes: Vec<usize> = parts.iter().map(|part| part.iter().map(Bytes::len).sum()).collect();
         assert_eq!((sizes.len(), sizes.iter().sum::<usize>()), (3, 35 << 20));
         assert!(sizes[..2].iter().all(|size| *size >= 8 << 20 && *size as u64 <= PART_BYTES_MAX));
-        let whole: Vec<Bytes> = parts.iter().map(|part| joined(part)).collect();
-        assert_eq!(joined(&whole), joined(&pieces));
+        assert_eq!(parts.concat().concat(), pieces.concat());
         assert_eq!(cut(&[vec![7; (32 << 20) + 1].into()], (32 << 20) + 1).len(), 3);
     }
 }

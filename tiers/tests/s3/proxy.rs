@@ -19,7 +19,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
-use tokio::time::{Instant, Sleep, sleep};
+use tokio::time::{Sleep, sleep};
 
 /// What may happen to a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -355,7 +355,7 @@ impl Body for Spoiled {
         }
         if self.bytes_per_s > 0 {
             let pause = Duration::from_secs_f64(piece.len() as f64 / self.bytes_per_s as f64);
-            self.pause = Some(Box::pin(tokio::time::sleep_until(Instant::now() + pause)));
+            self.pause = Some(Box::pin(sleep(pause)));
         }
         Poll::Ready(Some(self.spoiled(piece).map(Frame::data)))
     }

@@ -1,13 +1,14 @@
 //! An S3 server in this process, on a port and a thread of its own, with a bucket in a temporary folder.
 //!
 //! `bench` includes this file too. Which server it is the caller says: a `service` made for the folder.
-//! Invariant: of conditional writes it does one at a time, as S3 does for one key; s3s-fs looks first and writes then.
+//! Invariant: of conditional writes of one key it does one at a time, as S3 does; s3s-fs looks first and writes then.
 
 use hyper::body::{Body, Incoming};
 use hyper::service::{Service, service_fn};
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use std::error::Error as StdError;
+use std::hash::{BuildHasher as _, RandomState};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -82,15 +83,17 @@ where
     B::Error: Into<Box<dyn StdError + Send + Sync>>,
 {
     let listener = TcpListener::from_std(listener).expect("a socket that does not block");
-    let turn = Arc::new(Mutex::new(()));
+    let turns: Arc<[Mutex<()>; 64]> = Arc::new(std::array::from_fn(|_| Mutex::new(())));
+    let keys = RandomState::new();
     while let Ok((stream, _)) = listener.accept().await {
         stream.set_nodelay(true).expect("a TCP socket");
-        let (service, turn) = (service.clone(), Arc::clone(&turn));
+        let (service, turns, keys) = (service.clone(), Arc::clone(&turns), keys.clone());
         let one = service_fn(move |request: Request<Incoming>| {
-            let (service, turn) = (service.clone(), Arc::clone(&turn));
+            let (service, turns) = (service.clone(), Arc::clone(&turns));
+            let turn = keys.hash_one(request.uri().path()) as usize % turns.len();
             async move {
                 let conditional = request.headers().contains_key("if-none-match");
-                let _turn = if conditional { Some(turn.lock().await) } else { None };
+                let _turn = if conditional { Some(turns[turn].lock().await) } else { None };
                 service.call(request).await
             }
         });
