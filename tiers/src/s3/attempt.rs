@@ -5,7 +5,7 @@
 
 use super::bucket::BucketError;
 use aws_sdk_s3::config::http::HttpResponse;
-use aws_sdk_s3::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
+use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use std::error::Error as StdError;
 use std::hash::{BuildHasher as _, RandomState};
 use std::time::Duration;
@@ -86,7 +86,10 @@ where
 {
     let status = error.raw_response().map(|response| response.status().as_u16());
     let code = error.code().unwrap_or_default().to_owned();
-    let message = sentence(&error);
+    let message = match error.message() {
+        Some(words) => format!("{code}: {words}").chars().take(SENTENCE_MAX).collect(),
+        None => sentence(&error),
+    };
     match (status, code.as_str()) {
         (_, "NoSuchBucket") => Failure::Final(BucketError::Refused { status: 404, message }),
         (Some(404), _) => Failure::Final(BucketError::Gone),
@@ -106,9 +109,11 @@ where
     }
 }
 
-/// What happened, in one line.
-pub(super) fn sentence(error: &(impl StdError + 'static)) -> String {
-    DisplayErrorContext(error).to_string().chars().take(SENTENCE_MAX).collect()
+/// What happened, in one line: from the call down to what failed below.
+pub(super) fn sentence(error: &(dyn StdError + 'static)) -> String {
+    let causes = std::iter::successors(Some(error as &dyn StdError), |error| (*error).source())
+        .map(ToString::to_string);
+    causes.collect::<Vec<_>>().join(": ").chars().take(SENTENCE_MAX).collect()
 }
 
 #[cfg(test)]

@@ -109,7 +109,10 @@ impl From<BucketError> for Error {
             }
             BucketError::Refused { .. } => "check bucket, region and path style",
             BucketError::Unexpected(_) => "check that the endpoint speaks S3",
-            _ => "check that the endpoint is right and reachable from here",
+            BucketError::Unreachable(_) => {
+                "check that the endpoint is right, reachable from here, and that its certificate is trusted (s3.ca_file)"
+            }
+            _ => "check that the endpoint is right and what it has to do",
         };
         Self::new(Code::Unavailable, "s3", error.to_string(), fix)
     }

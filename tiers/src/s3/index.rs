@@ -1,7 +1,7 @@
 //! What the bucket holds, as far as manifests told: from a block to an object and a slot.
 //!
 //! Owns: which object is known by which number, and what of it can be found. A block takes 8 bytes of key with its object and 9
-//! in the table, at a load of 44 to 88 %: some 22 bytes.
+//! in a table, at a load of 44 to 88 %: some 22 bytes.
 //! Invariants: it is a hint (law 5), with 64 bits of an id; but an object is only ever found under a space that it lists, so
 //! never by another tenant (law 9). At most `blocks_max` blocks; a manifest takes time by its own length and by
 //! what it drops, one that replaces others by the number of objects too.
@@ -13,6 +13,9 @@ use hashbrown::{HashMap, HashTable};
 use kvd_proto::limits::NODES_MAX;
 use kvd_proto::{BlockId, Error, Fingerprint};
 use std::collections::VecDeque;
+
+/// Tables, by key: one that grows moves a share of the blocks, not all of them in one call.
+const SHARDS: usize = 64;
 
 /// Names an object within one index; never used twice.
 pub type ObjectNumber = u32;
@@ -71,7 +74,7 @@ pub struct Held {
 #[derive(Debug)]
 pub struct S3Index {
     blocks_max: u64,
-    table: HashTable<Place>,
+    shards: Vec<HashTable<Place>>,
     /// By number less `first`; `None`: gone.
     objects: VecDeque<Option<Known>>,
     first: ObjectNumber,
@@ -85,7 +88,7 @@ impl S3Index {
     pub fn new(blocks_max: u64) -> Self {
         Self {
             blocks_max,
-            table: HashTable::new(),
+            shards: (0..SHARDS).map(|_| HashTable::new()).collect(),
             objects: VecDeque::new(),
             first: 0,
             names: HashMap::new(),
@@ -170,7 +173,8 @@ impl S3Index {
         let key_at = |place: &Place| known(objects, first, place.object).keys[place.slot as usize];
         for slot in 0..known(objects, first, number).keys.len() as u32 {
             let place = Place { object: number, slot };
-            self.table.insert_unique(key_at(&place), place, key_at);
+            let key = key_at(&place);
+            self.shards[shard_of(key)].insert_unique(key, place, key_at);
         }
     }
 
@@ -202,10 +206,11 @@ impl S3Index {
     }
 
     fn forget(&mut self, number: ObjectNumber) {
-        let (objects, first, table) = (&self.objects, self.first, &mut self.table);
+        let (objects, first) = (&self.objects, self.first);
         for (slot, &key) in known(objects, first, number).keys.iter().enumerate() {
             let place = Place { object: number, slot: slot as u32 };
-            table.find_entry(key, |found| *found == place).expect("every slot is in the table").remove();
+            let entry = self.shards[shard_of(key)].find_entry(key, |found| *found == place);
+            entry.expect("every slot is in its table").remove();
         }
         let gone = self.objects[(number - first) as usize].take().expect("found above");
         self.names.remove(&(gone.tenant, gone.object));
@@ -231,7 +236,9 @@ impl S3Index {
             };
             let after =
                 next.filter(|next| (next.slot as usize) < self.object(next.object).keys.len() && here(next));
-            let Some(place) = after.or_else(|| self.table.find(key, here).copied()) else { break };
+            let Some(place) = after.or_else(|| self.shards[shard_of(key)].find(key, here).copied()) else {
+                break;
+            };
             run.push(place);
         }
         run
@@ -254,6 +261,11 @@ impl S3Index {
 
 fn known(objects: &VecDeque<Option<Known>>, first: ObjectNumber, number: ObjectNumber) -> &Known {
     objects[(number - first) as usize].as_ref().expect("the table only names what is known")
+}
+
+/// By bits that a table of less than 2^40 places uses for nothing: neither for the place nor for the tag.
+fn shard_of(key: u64) -> usize {
+    (key >> 40) as usize % SHARDS
 }
 
 /// 64 bits of the id, apart for each group and space: they are uniform already, so they are their own hash.

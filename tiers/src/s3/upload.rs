@@ -12,6 +12,7 @@ use aws_sdk_s3::primitives::{ByteStream, SdkBody};
 use aws_sdk_s3::types::{ChecksumAlgorithm, CompletedMultipartUpload, CompletedPart};
 use bytes::Bytes;
 use hyper::body::{Body, Frame, SizeHint};
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::atomic::Ordering;
@@ -258,7 +259,7 @@ impl Bucket {
 
 /// Pieces one after the other, as one body.
 struct Pieces {
-    rest: std::vec::IntoIter<Bytes>,
+    rest: VecDeque<Bytes>,
     bytes: u64,
 }
 
@@ -270,7 +271,7 @@ impl Body for Pieces {
         mut self: Pin<&mut Self>,
         _: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        let piece = self.rest.next();
+        let piece = self.rest.pop_front();
         self.bytes -= piece.as_ref().map_or(0, |piece| piece.len() as u64);
         Poll::Ready(piece.map(|piece| Ok(Frame::data(piece))))
     }
@@ -281,7 +282,7 @@ impl Body for Pieces {
 }
 
 fn body_of(pieces: &[Bytes]) -> ByteStream {
-    let body = Pieces { rest: pieces.to_vec().into_iter(), bytes: length(pieces) };
+    let body = Pieces { rest: pieces.iter().cloned().collect(), bytes: length(pieces) };
     ByteStream::new(SdkBody::from_body_1_x(body))
 }
 
