@@ -4,6 +4,7 @@
 //! checksums and verifies; raw moves bytes. The server, where none is named, is s3s-fs in this process, on a thread of its own.
 //! Invariants: both sides write new objects each time, in parts of the same size, and read the same ranges; nothing of a run stays in the bucket.
 
+mod http;
 #[path = "../../../tiers/tests/s3/proxy.rs"]
 #[allow(dead_code)] // faults are for tests; here it only delays
 mod proxy;
@@ -16,6 +17,7 @@ mod work;
 use crate::failure::Failure;
 use crate::report::{Case, Output, Pairs, Reporter, parse_bytes};
 use crate::usage::Usage;
+use http::Http;
 use kvd_tiers::s3::{Bucket, BucketConfig};
 use proxy::{Proxy, Weather};
 use raw::Raw;
@@ -34,7 +36,8 @@ const TURN_WAIT: Duration = Duration::from_mins(5);
 ///
 /// Ours packs blocks into objects, uploads them in parts under names made of their checksums, and reads them back into memory,
 /// each part verified; the bare side uploads and reads the same bytes in the same parts and ranges with the same number of
-/// requests under way, and verifies nothing. `ratio` is the median over pairs: 1 means the tier costs nothing.
+/// requests under way, and verifies nothing. `ratio` is the median over pairs: 1 means the tier costs nothing. `read_http`
+/// has ours beside hyper alone, with addresses that were signed before; only where the endpoint is plain HTTP.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Args {
     /// An S3 endpoint to measure on; by default a server in this process, with its objects in the system's temporary folder.
@@ -77,37 +80,45 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let bucket = Arc::new(Bucket::open(place.config.clone()).await?);
     let raw = Raw::open(&place.config).await?;
     let mut work = Work::new(&args, bucket)?;
-    let (writes, reads) = measure(&args, &mut work, &raw).await?;
-    for case in [writes, reads] {
+    let http = place.config.endpoint.starts_with("http://").then(Http::new);
+    for case in measure(&args, &mut work, &raw, http.as_ref()).await? {
         reporter.case(&case)?;
     }
     Ok(())
 }
 
-async fn measure(args: &Args, work: &mut Work, raw: &Raw) -> Result<(Case, Case), Failure> {
+async fn measure(args: &Args, work: &mut Work, raw: &Raw, http: Option<&Http>) -> Result<Vec<Case>, Failure> {
     let bytes = args.objects * args.object_bytes;
     let new = || Pairs { call_bytes: bytes, ..Pairs::default() };
-    let (mut writes, mut reads) = (new(), new());
+    let (mut writes, mut reads, mut roofs) = (new(), new(), new());
     for pair in 0..=args.pairs {
-        let mut turn = (new(), new());
+        let mut turn = (new(), new(), new());
         let sealed = work.pack();
         let ours = timed(work.write(sealed)).await?;
         let theirs = timed(raw.write(work.content(), args.objects, args.requests)).await?;
         keep(&mut turn.0, &ours, &theirs);
         let objects = ours.0;
         let ours = timed(work.read(&objects)).await?;
-        let theirs = timed(raw.read(&theirs.0, args.object_bytes, args.requests)).await?;
+        let keys = theirs.0;
+        let theirs = timed(raw.read(&keys, args.object_bytes, args.requests)).await?;
         keep(&mut turn.1, &ours, &theirs);
+        if let Some(http) = http {
+            let signed = raw.signed(&keys, args.object_bytes).await?;
+            keep(&mut turn.2, &ours, &timed(http.read(signed, args.requests)).await?);
+        }
         work.delete(&objects).await?;
         raw.delete().await?;
         if pair > 0 {
             // the first warms up connections
             append(&mut writes, turn.0);
             append(&mut reads, turn.1);
+            append(&mut roofs, turn.2);
         }
     }
     let case = |pairs: Pairs, what| pairs.case("s3", what, args.block_bytes, args.requests);
-    Ok((case(writes, "write"), case(reads, "read")))
+    let mut cases = vec![case(writes, "write"), case(reads, "read")];
+    cases.extend(http.map(|_| case(roofs, "read_http")));
+    Ok(cases)
 }
 
 /// A result, microseconds, CPU seconds.
@@ -202,8 +213,9 @@ mod tests {
         let bucket = Arc::new(Bucket::open(place.config.clone()).await.unwrap());
         let raw = Raw::open(&place.config).await.unwrap();
         let mut work = Work::new(&args, Arc::clone(&bucket)).unwrap();
-        let (writes, reads) = measure(&args, &mut work, &raw).await.unwrap();
-        assert!(writes.ratio.unwrap() > 0.0 && reads.gbps.unwrap() > 0.0);
+        let cases = measure(&args, &mut work, &raw, Some(&Http::new())).await.unwrap();
+        assert_eq!(cases.iter().map(|case| case.what).collect::<Vec<_>>(), ["write", "read", "read_http"]);
+        assert!(cases.iter().all(|case| case.ratio.unwrap() > 0.0 && case.gbps.unwrap() > 0.0));
         let deadline = tokio::time::Instant::now() + TURN_WAIT;
         assert!(bucket.list("", "", 10, deadline).await.unwrap().is_empty());
     }

@@ -1,10 +1,15 @@
 //! The other side: the SDK alone, with as many requests under way, and nothing verified.
 
+use super::TURN_WAIT;
+use super::http::Signed;
 use crate::failure::Failure;
 use aws_sdk_s3::Client;
+use aws_sdk_s3::presigning::PresigningConfig;
 use aws_sdk_s3::primitives::ByteStream;
 use aws_sdk_s3::types::{CompletedMultipartUpload, CompletedPart};
 use bytes::Bytes;
+use http_body_util::Empty;
+use hyper::Request;
 use kvd_tiers::s3::BucketConfig;
 use kvd_tiers::s3::connect;
 use kvd_tiers::s3::upload::PART_BYTES_MAX;
@@ -13,7 +18,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 /// Bytes of one range, as the reader asks for them.
-const RANGE_BYTES: u64 = 8 << 20;
+pub(super) const RANGE_BYTES: u64 = 8 << 20;
 
 /// The SDK's client, and what it wrote.
 pub(super) struct Raw {
@@ -46,6 +51,23 @@ impl Raw {
         Ok(keys)
     }
 
+    /// Requests for all of them, in the same ranges.
+    pub(super) async fn signed(&self, keys: &[String], object_bytes: u64) -> Result<Vec<Signed>, Failure> {
+        let mut signed = Vec::new();
+        for key in keys {
+            for range in ranges(object_bytes) {
+                let request = self.client.get_object().bucket(&self.bucket).key(key).range(range);
+                let request = request.presigned(PresigningConfig::expires_in(TURN_WAIT)?).await?;
+                let plain =
+                    request.headers().fold(Request::builder().uri(request.uri()), |plain, (name, value)| {
+                        plain.header(name, value)
+                    });
+                signed.push(plain.body(Empty::new())?);
+            }
+        }
+        Ok(signed)
+    }
+
     /// All of them, in parallel ranges.
     pub(super) async fn read(
         &self,
@@ -55,8 +77,7 @@ impl Raw {
     ) -> Result<(), Failure> {
         let (mut reads, turns) = (JoinSet::new(), Arc::new(Semaphore::new(requests as usize)));
         for key in keys {
-            for from in (0..object_bytes).step_by(RANGE_BYTES as usize) {
-                let range = format!("bytes={from}-{}", (from + RANGE_BYTES).min(object_bytes) - 1);
+            for range in ranges(object_bytes) {
                 let request = self.client.get_object().bucket(&self.bucket).key(key).range(range);
                 let turns = Arc::clone(&turns);
                 reads.spawn(async move {
@@ -83,6 +104,11 @@ impl Raw {
         }
         Ok(())
     }
+}
+
+fn ranges(object_bytes: u64) -> impl Iterator<Item = String> {
+    let starts = (0..object_bytes).step_by(RANGE_BYTES as usize);
+    starts.map(move |from| format!("bytes={from}-{}", (from + RANGE_BYTES).min(object_bytes) - 1))
 }
 
 async fn upload(
