@@ -93,14 +93,15 @@ async fn measure(args: &Args, work: &mut Work, raw: &Raw, http: Option<&Http>) -
     let (mut writes, mut reads, mut roofs) = (new(), new(), new());
     for pair in 0..=args.pairs {
         let mut turn = (new(), new(), new());
-        let sealed = work.pack();
-        let ours = timed(work.write(sealed)).await?;
-        let theirs = timed(raw.write(work.content(), args.objects, args.requests)).await?;
+        let blocks = work.pack();
+        // Who goes first pays for what deleting left behind, so they take turns at that too.
+        let content = work.content().clone();
+        let bare = timed(raw.write(&content, args.objects, args.requests));
+        let (ours, theirs) = in_turn(pair, timed(work.write(blocks)), bare).await?;
         keep(&mut turn.0, &ours, &theirs);
-        let objects = ours.0;
-        let ours = timed(work.read(&objects)).await?;
-        let keys = theirs.0;
-        let theirs = timed(raw.read(&keys, args.object_bytes, args.requests)).await?;
+        let (objects, keys) = (ours.0, theirs.0);
+        let bare = timed(raw.read(&keys, args.object_bytes, args.requests));
+        let (ours, theirs) = in_turn(pair, timed(work.read(&objects)), bare).await?;
         keep(&mut turn.1, &ours, &theirs);
         if let Some(http) = http {
             let signed = raw.signed(&keys, args.object_bytes).await?;
@@ -129,6 +130,21 @@ async fn timed<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<Time
     let done = tokio::time::timeout(TURN_WAIT, work).await;
     let done = done.map_err(|_| format!("one turn took more than {} s", TURN_WAIT.as_secs()))??;
     Ok((done, start.elapsed().as_secs_f64() * 1e6, Usage::own_cpu_s() - cpu_s))
+}
+
+/// One after the other, the second first in every other pair.
+async fn in_turn<A, B>(
+    pair: u64,
+    one: impl Future<Output = Result<A, Failure>>,
+    two: impl Future<Output = Result<B, Failure>>,
+) -> Result<(A, B), Failure> {
+    if pair.is_multiple_of(2) {
+        let one = one.await?;
+        Ok((one, two.await?))
+    } else {
+        let two = two.await?;
+        Ok((one.await?, two))
+    }
 }
 
 fn keep<A, B>(pairs: &mut Pairs, ours: &Timed<A>, raw: &Timed<B>) {
