@@ -23,6 +23,7 @@ mod peer;
 mod replay;
 mod report;
 mod roofline;
+mod s3;
 mod scrape;
 mod sim;
 mod trace;
@@ -41,6 +42,7 @@ enum Command {
     Local(local::Args),
     Nvme(nvme::Args),
     Peer(peer::Args),
+    S3(s3::Args),
     Million(million::Args),
     Sim(sim::Args),
     Chaos(chaos::Args),
@@ -77,6 +79,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Nvme(args) => nvme::run(&args),
         Command::Sim(args) => sim::run(&args),
         Command::Peer(args) => block_on(peer::run(args)),
+        Command::S3(args) => block_on(s3::run(args)),
         Command::Daemon(args) => daemon::serve(&args),
         Command::Keeper(args) => daemon::keep(&args),
         Command::Crash(args) => block_on(crash::run(args)),

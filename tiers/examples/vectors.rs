@@ -4,8 +4,13 @@
 //! Slot headers and definitions of spaces are `proto`'s bytes and have their vectors there; to a segment page or a
 //! catalog value a definition is opaque, so here it is a few bytes that nobody could mistake for one.
 
+use kvd_proto::slot_header::{FLAG_CHECKSUMMED, SlotHeader};
 use kvd_proto::{BlockId, Fingerprint};
 use kvd_tiers::catalog::record::{ChunkKey, Record, SpaceRecord, encode_chunk};
+use kvd_tiers::s3::footer::{Definition, Footer, end_of};
+use kvd_tiers::s3::manifest::{Entry, Manifest};
+use kvd_tiers::s3::name::{ManifestKey, ObjectName};
+use kvd_tiers::s3::pack::added_of;
 use kvd_tiers::segment::Geometry;
 use kvd_tiers::segment_header::SegmentHeader;
 use std::fmt::Write as _;
@@ -42,7 +47,76 @@ pub(crate) fn all() -> Vec<(&'static str, Vec<Line>)> {
             vec![("key", chunk_key().to_bytes().to_vec()), ("value", encode_chunk(&records()))],
         ),
         ("catalog_spaces.txt", vec![("key", space().fingerprint.0.to_vec()), ("value", space().encode())]),
+        (
+            "s3_objects.txt",
+            vec![("key", object().key("pre/fix", TENANT).into_bytes()), ("footer_and_trailer", end())],
+        ),
+        (
+            "s3_manifests.txt",
+            vec![
+                ("key", manifest_key().key("pre/fix").into_bytes()),
+                ("value", manifest().encode()),
+                ("replacing", replacing().encode()),
+            ],
+        ),
     ]
+}
+
+/// A name that is written otherwise in a key.
+pub(crate) const TENANT: &str = "team.a";
+
+/// Two blocks of a chain and one of another space, in slots of two parts.
+pub(crate) fn footer() -> Footer {
+    let slot = |record: Record| SlotHeader {
+        fingerprint: record.fingerprint,
+        id: record.id,
+        parent: record.parent,
+        depth: record.depth,
+        tokens: record.tokens,
+        group: record.group,
+        flags: FLAG_CHECKSUMMED,
+        element_tag: 0x0301,
+        length: 8192,
+        stored_length: 8192,
+        write_epoch: 0,
+        key_id: 0,
+        nonce: [0; 24],
+        part_checksums: vec![0xA1A2_A3A4, 0xB1B2_B3B4],
+    };
+    let define =
+        |first, space: &'static str| Definition { fingerprint: fingerprint(first), space: space.into() };
+    let spaces = vec![define(0x10, "first definition"), define(0x40, "second")];
+    let slots = records().into_iter().map(slot).collect();
+    Footer { tenant: TENANT.to_owned(), slot_bytes: 8192, parts: 2, spaces, slots }
+}
+
+/// The name of the object that has it.
+pub(crate) fn object() -> ObjectName {
+    end_of(&footer()).0
+}
+
+fn end() -> Vec<u8> {
+    end_of(&footer()).1.to_vec()
+}
+
+/// A node's second manifest.
+pub(crate) fn manifest_key() -> ManifestKey {
+    let (tenant, node) = (TENANT.to_owned(), "node-1.rack".to_owned());
+    ManifestKey { tenant, node, write_epoch: 0x0102_0304_0506_0708, sequence: 1 }
+}
+
+/// It has written the object, and another is gone.
+pub(crate) fn manifest() -> Manifest {
+    let footer_bytes = footer().encode().len() as u32;
+    let added = Entry::Added(added_of(&footer(), object(), footer_bytes));
+    let removed = Entry::Removed(ObjectName(id(0x70).0));
+    Manifest { key: manifest_key(), replaces_before: (0, 0), entries: vec![added, removed] }
+}
+
+/// The fifth says that the first three no longer count.
+pub(crate) fn replacing() -> Manifest {
+    let key = ManifestKey { sequence: 4, ..manifest_key() };
+    Manifest { replaces_before: (key.write_epoch, 3), key, entries: Vec::new() }
 }
 
 /// 2 MiB slots of 32 parts in a GiB, the fourth of its device, with two spaces.

@@ -4,6 +4,9 @@
 mod vectors;
 
 use kvd_tiers::catalog::record::{ChunkKey, SpaceRecord, decode_chunk};
+use kvd_tiers::s3::footer::{Footer, TRAILER_BYTES, Trailer};
+use kvd_tiers::s3::manifest::Manifest;
+use kvd_tiers::s3::name::{ManifestKey, ObjectName};
 use kvd_tiers::segment_header::{PAGE_BYTES, SegmentHeader};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -70,4 +73,30 @@ fn a_stored_catalog_reads_back() {
     assert_eq!(records, Some(vectors::records()), "{BROKEN}");
     let (key, value) = (stored_line("catalog_spaces.txt", "key"), stored_line("catalog_spaces.txt", "value"));
     assert_eq!(SpaceRecord::decode(&key, &value), Some(vectors::space()), "{BROKEN}");
+}
+
+#[test]
+fn a_stored_object_reads_back() {
+    let stored = stored_line("s3_objects.txt", "footer_and_trailer");
+    let (footer, trailer) = stored.split_last_chunk::<TRAILER_BYTES>().expect("longer than a trailer");
+    let footer_offset = vectors::footer().offset();
+    let trailer = Trailer::decode(trailer, footer_offset + stored.len() as u64);
+    assert_eq!(trailer, Some(Trailer { footer_offset, footer_bytes: footer.len() as u32 }), "{BROKEN}");
+    assert_eq!(Footer::decode(footer), Some(vectors::footer()), "{BROKEN}");
+    let key = String::from_utf8(stored_line("s3_objects.txt", "key")).expect("UTF-8");
+    assert_eq!(ObjectName::from_key("pre/fix", vectors::TENANT, &key), Some(vectors::object()), "{BROKEN}");
+    assert_eq!(ObjectName::of_footer(footer), vectors::object(), "{BROKEN}");
+}
+
+#[test]
+fn stored_manifests_read_back() {
+    let value = |name| Manifest::decode(&stored_line("s3_manifests.txt", name));
+    assert_eq!(value("value"), Some(vectors::manifest()), "{BROKEN}");
+    assert_eq!(value("replacing"), Some(vectors::replacing()), "{BROKEN}");
+    let key = String::from_utf8(stored_line("s3_manifests.txt", "key")).expect("UTF-8");
+    assert_eq!(
+        ManifestKey::from_key("pre/fix", vectors::TENANT, &key),
+        Some(vectors::manifest_key()),
+        "{BROKEN}"
+    );
 }
