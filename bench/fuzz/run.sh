@@ -53,7 +53,7 @@ fuzz() { # target, seconds: its exit status; the log beside the corpus
     local corpus=$out/corpus/$1 seeds=$out/seeds/$1
     mkdir -p "$corpus" "$seeds" "$out/crashes"
     "$programs/$1" "$corpus" "$seeds" -max_total_time="$2" -rss_limit_mb=$RSS_MB -max_len=$INPUT_BYTES \
-        -timeout=$ONE_INPUT_SECONDS -use_value_profile=1 -print_final_stats=1 -artifact_prefix="$out/crashes/$1-" \
+        -timeout=$ONE_INPUT_SECONDS -print_final_stats=1 -artifact_prefix="$out/crashes/$1-" \
         >"$out/$1.log" 2>&1
 }
 

@@ -52,10 +52,7 @@ fn bytes_of(hex: &str) -> Vec<u8> {
 
 fn proto_vectors() -> io::Result<Seeds> {
     let mut seeds = Seeds::new();
-    for header in proto_outputs("slot_headers.json")? {
-        seeds.push(("canary", header[..8].to_vec()));
-        seeds.push(("slot_header", header));
-    }
+    seeds.extend(proto_outputs("slot_headers.json")?.into_iter().map(|header| ("slot_header", header)));
     seeds.extend(proto_outputs("deltas.json")?.into_iter().map(|delta| ("delta", delta)));
     seeds.extend(proto_outputs("data.json")?.into_iter().map(|message| ("data", message)));
     seeds.extend(proto_outputs("ids.json")?.into_iter().map(|id| ("chain", id)));
@@ -112,7 +109,17 @@ fn streams() -> Seeds {
     let hello = [&[0, 3][..], &piece(&Hello::ours().encode()), &[0], &piece(&[])].concat();
     let record = br#"{"address":"10.0.0.1:7700","epoch":7,"version":"0.1.0"}"#;
     let etcd = [&piece(b"one")[..], &[0], record].concat();
-    vec![("delta", deltas), ("follow", follow), ("receive", receive), ("receive", hello), ("etcd", etcd)]
+    let chat = br#"1{"model":"m","messages":[{"role":"user","content":"a"}],"stream":true,"max_tokens":9}"#;
+    let text = br#"0{"model":"m","prompt":[1,2,3],"stream_options":{"include_usage":true},"n":null}"#;
+    vec![
+        ("delta", deltas),
+        ("follow", follow),
+        ("receive", receive),
+        ("receive", hello),
+        ("etcd", etcd),
+        ("openai", chat.to_vec()),
+        ("openai", text.to_vec()),
+    ]
 }
 
 fn piece(bytes: &[u8]) -> Vec<u8> {

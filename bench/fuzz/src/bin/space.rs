@@ -10,7 +10,7 @@ use prost::Message as _;
 
 fuzz_target!(|bytes: &[u8]| {
     let Ok(wire) = wire::Space::decode(bytes) else { return };
-    let Ok(space) = bounded(bytes.len(), 64, || Space::from_wire("default", &wire)) else {
+    let Ok(space) = bounded(bytes.len(), 256, || Space::from_wire("default", &wire)) else {
         return unchecked(&wire);
     };
     let again = Space::from_wire("default", &space.to_wire()).expect("it was checked");

@@ -189,10 +189,8 @@ fn reserve(material: &mut Material, shell: &Shell) -> wire::ReserveRequest {
 }
 
 fn commit(material: &mut Material, shell: &Shell) -> wire::CommitRequest {
-    let range = |material: &mut Material| wire::BlockRange {
-        first: material.number32(),
-        count: material.number32(),
-    };
+    let range =
+        |material: &mut Material| wire::BlockRange { first: material.number32(), count: material.number32() };
     wire::CommitRequest {
         lease: lease(material, shell),
         blocks: (0..material.below(8).saturating_sub(5)).map(|_| range(material)).collect(),
