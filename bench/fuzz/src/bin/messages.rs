@@ -49,9 +49,9 @@ fn frame(bytes: &[u8]) {
     }
 }
 
-/// What a gRPC server says went wrong.
+/// What a gRPC server says went wrong, in words of its own or in ours.
 fn details(bytes: &[u8]) {
-    let status = tonic::Status::with_details(tonic::Code::Internal, "", bytes.to_vec().into());
+    let status = tonic::Status::with_details(tonic::Code::Internal, "broken", bytes.to_vec().into());
     let error = Error::from(status);
     assert_eq!(Error::from(tonic::Status::from(error.clone())), error);
 }

@@ -40,7 +40,7 @@ fn step(shell: &mut Shell, material: &mut Material) {
         }
         28 => match material.below(3) {
             0 => shell.tell([Event::Tell(material.one_in(2))]),
-            1 => shell.tell([Event::TellSlice { ticket: 1, from: material.number32() }]),
+            1 => shell.tell_slice(material.one_in(2)),
             _ => shell.pass_us(material.number().min(SLEEP_US)),
         },
         29..=30 => shell.pass_us(u64::from(material.byte()) * 10_000),

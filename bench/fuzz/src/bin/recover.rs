@@ -126,7 +126,8 @@ fn recovered(block: Block) -> Event {
 
 /// Whoever follows hears of it, a client asks for it, a person drops it.
 fn serve(shell: &mut Shell, material: &mut Material) {
-    shell.tell([Event::Tell(true), Event::TellSlice { ticket: 1, from: 0 }]);
+    shell.tell([Event::Tell(true)]);
+    shell.tell_slice(true);
     let member = shell.open(1, true, requests::open(&mut Material(&[1, 0]), shell));
     while !material.is_empty() {
         let request_id = shell.next();

@@ -46,6 +46,8 @@ pub struct Shell {
     moves: BTreeMap<u64, Option<SlotRef>>,
     sought: BTreeMap<u64, Wanted>,
     offered: BTreeSet<u64>,
+    /// Where the next slice of everything begins.
+    slice_from: u32,
     unanswered: HashMap<(MemberId, u64), usize>,
     published: BTreeSet<SlotRef>,
     socket: Vec<u8>,
@@ -69,6 +71,7 @@ impl Shell {
             moves: BTreeMap::new(),
             sought: BTreeMap::new(),
             offered: BTreeSet::new(),
+            slice_from: 0,
             unanswered: HashMap::new(),
             published: BTreeSet::new(),
             socket: Vec::new(),
@@ -136,6 +139,12 @@ impl Shell {
         assert!(effects.iter().all(quiet), "recovery asks for something: {effects:?}");
         let recovered = self.node.recovered();
         (0..recovered.spaces).for_each(|space| self.spaces.push(space as u32));
+    }
+
+    /// Somebody follows, who has heard as much as was told, or nothing.
+    pub fn tell_slice(&mut self, anew: bool) {
+        let from = if anew { 0 } else { self.slice_from };
+        self.tell([Event::TellSlice { ticket: 1, from }]);
     }
 
     /// A connection ends; what maps nothing is gone with it.
@@ -251,6 +260,7 @@ impl Shell {
                 assert!(self.offered.remove(&ticket), "an offer is answered once");
                 orders.into_iter().for_each(|order| self.start(order.token, Some(order.to)));
             }
+            Effect::Slice { next, .. } => self.slice_from = next.unwrap_or(0),
             _ => {}
         }
     }
