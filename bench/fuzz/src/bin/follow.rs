@@ -2,7 +2,7 @@
 #![no_main]
 
 use fuzz::material::Material;
-use fuzz::node::requests::id;
+use fuzz::node::requests::family_id;
 use fuzz::seal;
 use kvd::index::Index;
 use kvd::index::follow::{Effect, Event, Follower};
@@ -88,7 +88,8 @@ fn locate(index: &Index, material: &mut Material) {
     if !material.one_in(4) {
         return;
     }
-    let ids = (0..material.below(6)).map(|_| id(material)).collect();
+    let first = u32::from(material.byte() % 16);
+    let ids = (first..).take(material.below(12)).map(family_id).collect();
     let Ok(chain) = Chain::from_ids("chain", ids) else { return };
     let found = index.locate(&chain, material.byte(), material.number());
     for node in found {

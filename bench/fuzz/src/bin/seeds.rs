@@ -2,7 +2,7 @@
 //!
 //! Owns nothing that lasts. Invariant: the same every time, so that a corpus grows and is not sown anew.
 
-use fuzz::node::requests::space_of;
+use fuzz::node::requests::{family_id, space_of};
 use kvd_proto::data::{Answer, Hello, PieceAnswer};
 use kvd_proto::delta::Delta;
 use kvd_proto::slot_header::{FLAG_CHECKSUMMED, SlotHeader, stride_bytes};
@@ -91,19 +91,20 @@ fn spaces() -> Seeds {
 fn streams() -> Seeds {
     let delta = Delta {
         epoch: 7,
-        sequence: 1,
+        sequence: 0, // of the time before
         fingerprint: Fingerprint([1; 32]),
         parent: BlockId::default(),
         depth: 0,
         group: 0,
         tier: Tier::Dram,
         here: true,
-        ids: (1..9).map(|id| BlockId([id; 16])).collect(),
+        ids: (1..9).map(family_id).collect(),
     };
     let mut deltas = Vec::new();
     delta.encode(&mut deltas);
-    // members, answered, then said: epoch, sequence, whole, no speeds, no question
-    let follow = [&[0, 0, 2, 7, 7, 9, 1, 0, 9, 4, 0, 0][..], &piece(&deltas), &[7, 1, 1, 0, 0]].concat();
+    // time and members, time and answered, time and said; then epoch, sequence, whole, no speeds, and a question
+    let before = [0, 0, 2, 7, 7, 9, 1, 1, 0, 9, 0, 4, 0, 0];
+    let follow = [&before[..], &piece(&deltas), &[7, 1, 1, 0, 3, 1, 8, 0, 5]].concat();
     let answer = Answer::Pieces(vec![PieceAnswer::Whole(5), PieceAnswer::Gone]).encode(1);
     let receive = [&[1, 1, 1, 1, 1, 0][..], &piece(&answer), &[0], &piece(b"hello")].concat();
     let hello = [&[0, 3][..], &piece(&Hello::ours().encode()), &[0], &piece(&[])].concat();
@@ -131,8 +132,8 @@ fn header(depth: u8, parts: usize) -> Vec<u8> {
     let bytes = parts as u64 * 4096;
     let header = SlotHeader {
         fingerprint: space_of("a", 0).fingerprint(),
-        id: BlockId([depth + 1; 16]),
-        parent: BlockId([depth; 16]),
+        id: family_id(u32::from(depth) + 1),
+        parent: if depth == 0 { BlockId::default() } else { family_id(depth.into()) },
         depth: depth.into(),
         tokens: 16,
         group: 0,

@@ -10,13 +10,14 @@ use prost::Message as _;
 
 fuzz_target!(|bytes: &[u8]| {
     let mut material = Material(bytes);
-    let (mut workers, mut now_us) = (Workers::default(), 0);
+    let (mut workers, mut now_us, mut known) = (Workers::default(), 0, Vec::new());
     while !material.is_empty() {
-        now_us += material.number().min(60_000_000);
-        step(&mut workers, &mut material, now_us);
+        now_us += if material.one_in(16) { material.number().min(60_000_000) } else { 1000 };
+        step(&mut workers, &mut material, now_us, &known);
         let all = workers.list(now_us);
         assert!(all.len() <= WORKERS_MAX);
         all.iter().for_each(check);
+        known = all.iter().map(|status| status.worker).collect();
     }
 });
 
@@ -26,19 +27,20 @@ fn check(status: &wire::WorkerStatus) {
     assert!(status.reserved_requests <= registration.requests_max, "{status:?}");
 }
 
-fn step(workers: &mut Workers, material: &mut Material, now_us: u64) {
+fn step(workers: &mut Workers, material: &mut Material, now_us: u64, known: &[u64]) {
+    let worker = if material.one_in(8) { material.number() } else { material.pick(known).unwrap_or(0) };
     match material.below(8) {
         0..=1 => drop(workers.join(registration(material), now_us)),
-        2 => workers.leave(material.number()),
+        2 => workers.leave(worker),
         3 => {
             let load = wire::WorkerLoad::decode(material.piece()).unwrap_or_default();
-            let _ = workers.report(material.number(), load, now_us);
+            let _ = workers.report(worker, load, now_us);
         }
         4 => workers.release(material.number()),
         5 => _ = workers.expire(now_us),
         _ => {
             let ask = wire::ReserveWorkerRequest {
-                worker: material.number(),
+                worker,
                 request_key: format!("request-{}", material.below(4)),
                 new_tokens: material.number(),
                 kv_tokens: material.number(),

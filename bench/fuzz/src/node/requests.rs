@@ -53,7 +53,8 @@ pub fn id(material: &mut Material) -> BlockId {
     }
 }
 
-fn family_id(number: u32) -> BlockId {
+/// The ids that are asked for.
+pub fn family_id(number: u32) -> BlockId {
     let mut bytes = [0x11; 16];
     bytes[..4].copy_from_slice(&number.to_le_bytes());
     BlockId(bytes)
