@@ -5,7 +5,7 @@ use fuzz::material::Material;
 use fuzz::node::Shell;
 use fuzz::node::requests;
 use kvd::node::event::Event;
-use kvd_proto::wire::{ClientFrame, client_frame::Body as Ask};
+use kvd_proto::wire::{self, ClientFrame, client_frame::Body as Ask};
 use libfuzzer_sys::fuzz_target;
 use prost::Message as _;
 
@@ -24,7 +24,9 @@ fuzz_target!(|bytes: &[u8]| {
 fn step(shell: &mut Shell, material: &mut Material) {
     match material.below(32) {
         0..=1 => open(shell, material),
-        2..=15 => request(shell, material),
+        2..=11 => request(shell, material),
+        12..=14 => put(shell, material),
+        15 => while shell.end_opening(true) || shell.end_checksum(1) || shell.end_move(0, Ok(()), 1) {},
         16 => raw(shell, material),
         17..=18 => _ = shell.end_opening(!material.one_in(4)),
         19..=20 => _ = shell.end_checksum(material.number()),
@@ -35,7 +37,7 @@ fn step(shell: &mut Shell, material: &mut Material) {
         24..=25 => seek(shell, material),
         26 => leave(shell, material),
         27 => {
-            let (ticket, question) = (shell.next(), requests::question(material));
+            let (ticket, question) = (shell.next_number(), requests::question(material));
             shell.tell([Event::Ask { ticket, question }]);
         }
         28 => match material.below(3) {
@@ -54,7 +56,7 @@ fn open(shell: &mut Shell, material: &mut Material) {
     let member = shell.open(pid, maps, request);
     if material.one_in(2) {
         let space = requests::space_of("", material.below(3)).to_wire();
-        let request = kvd_proto::wire::RegisterSpaceRequest { session: 0, space: Some(space) };
+        let request = wire::RegisterSpaceRequest { session: 0, space: Some(space) };
         tell(shell, member, Ask::RegisterSpace(request));
         while shell.end_opening(true) {}
     }
@@ -66,7 +68,7 @@ fn tell(shell: &mut Shell, member: u64, body: Ask) {
 }
 
 fn requested(shell: &mut Shell, member: u64, body: Ask) -> Event {
-    let request_id = shell.next();
+    let request_id = shell.next_number();
     shell.expect(member, request_id);
     Event::Request { member, request_id, body }
 }
@@ -82,6 +84,17 @@ fn request(shell: &mut Shell, material: &mut Material) {
     let member = somebody(shell, material);
     let body = requests::ask(material, shell);
     tell(shell, member, body);
+}
+
+/// Fills memory, so that what is old has to go.
+fn put(shell: &mut Shell, material: &mut Material) {
+    let member = somebody(shell, material);
+    let reserve = requests::put(material, shell);
+    tell(shell, member, Ask::Reserve(reserve));
+    while shell.end_opening(true) || shell.end_checksum(1) {}
+    let lease = shell.leases.back().copied().unwrap_or(0);
+    tell(shell, member, Ask::Commit(wire::CommitRequest { lease, ..wire::CommitRequest::default() }));
+    tell(shell, member, Ask::Release(wire::ReleaseRequest { lease }));
 }
 
 /// A frame as it came off the wire.

@@ -43,10 +43,10 @@ fuzz_target!(|bytes: &[u8]| {
 
 /// Some pieces wanted; whatever becomes of them, each destination comes back with its size.
 fn batch(material: &mut Material) -> Awaited<()> {
-    let bytes: Vec<u32> = (0..1 + material.below(5)).map(|_| 1 + u32::from(material.byte()) * 4).collect();
+    let bytes: Vec<u32> = (0..=material.below(5)).map(|_| 1 + u32::from(material.byte()) * 4).collect();
     let piece = |bytes| Piece { segment: 0, slot: 0, generation: 0, part: None, offset: 0, bytes };
     let pieces = bytes.iter().map(|&bytes| (piece(bytes), Destination::private(bytes as usize)));
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_mins(1);
     let batch = Batch { lease: 1, pieces: pieces.collect(), deadline };
     let id = u64::from(material.byte() % 4);
     let done: Done = Box::new(move |outcome: Outcome| {

@@ -6,6 +6,7 @@ use fuzz::node::{Shell, requests};
 use fuzz::seal::{OTHERS_FROM, SLOT_HEADER_FROM, seal};
 use kvd::node::event::Event;
 use kvd_proto::slot_header::SlotHeader;
+use kvd_proto::wire::client_frame::Body as Ask;
 use kvd_proto::{Space, wire};
 use kvd_tiers::media::Medium as _;
 use kvd_tiers::media::dram::{DramMedium, DramOptions};
@@ -129,10 +130,13 @@ fn serve(shell: &mut Shell, material: &mut Material) {
     shell.tell([Event::Tell(true)]);
     shell.tell_slice(true);
     let member = shell.open(1, true, requests::open(&mut Material(&[1, 0]), shell));
+    let space = Some(requests::space_of("a", 0).to_wire());
+    let mut body = Ask::RegisterSpace(wire::RegisterSpaceRequest { session: 0, space });
     while !material.is_empty() {
-        let request_id = shell.next();
+        let request_id = shell.next_number();
         shell.expect(member, request_id);
-        let body = requests::ask(material, shell);
+        let next = requests::ask(material, shell);
+        let body = std::mem::replace(&mut body, next);
         shell.tell([Event::Request { member, request_id, body }]);
         while shell.end_opening(true) || shell.end_move(0, requests::fate(material), 1) {}
     }

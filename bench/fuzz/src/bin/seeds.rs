@@ -6,8 +6,8 @@ use fuzz::node::requests::{family_id, space_of};
 use kvd_proto::data::{Answer, Hello, PieceAnswer};
 use kvd_proto::delta::Delta;
 use kvd_proto::slot_header::{FLAG_CHECKSUMMED, SlotHeader, stride_bytes};
-use kvd_proto::wire::Tier;
-use kvd_proto::{BlockId, Fingerprint};
+use kvd_proto::wire::{self, Tier, client_frame::Body as Ask};
+use kvd_proto::{BlockId, Fingerprint, frame};
 use kvd_tiers::segment::Geometry;
 use kvd_tiers::segment_header::SegmentHeader;
 // the counters that the compiler puts into this program, too, are defined there
@@ -17,6 +17,8 @@ use serde_json::Value;
 use std::io;
 use std::path::{Path, PathBuf};
 
+/// Leases of the node in `fuzz::node` count from here: its epoch, shifted.
+const LEASES_FROM: u64 = 7 << 32;
 /// Of targets that read choices out of their input: so many inputs of noise.
 const NOISE_INPUTS: u64 = 24;
 
@@ -62,9 +64,7 @@ fn proto_vectors() -> io::Result<Seeds> {
         (1..14).for_each(|kind| seeds.push(("messages", [&[kind], body].concat())));
         seeds.push(("session", frame));
     }
-    let whole = seeds.iter().filter(|(target, _)| *target == "session");
-    let conversation = whole.flat_map(|(_, frame)| frame.clone()).collect();
-    seeds.push(("session", conversation));
+    seeds.push(("session", conversation()));
     Ok(seeds)
 }
 
@@ -85,6 +85,36 @@ fn tiers_vectors() -> io::Result<Seeds> {
 fn spaces() -> Seeds {
     let definition = |kind| space_of("default", kind).to_wire().encode_to_vec();
     (0..3).map(|kind| ("space", definition(kind))).collect()
+}
+
+/// An engine that stores a prompt and reads it back, all in one session.
+fn conversation() -> Vec<u8> {
+    let chain: prost::bytes::Bytes = (1..4).flat_map(|id| family_id(id).0).collect::<Vec<_>>().into();
+    let (lease, read) = (LEASES_FROM + 1, LEASES_FROM + 2);
+    let (space, session, tenant) = (0, 0, "default".to_owned());
+    let parent = BlockId::default().0.to_vec().into();
+    let all = [
+        Ask::OpenSession(wire::OpenSessionRequest { version_major: 1, tenant, ..Default::default() }),
+        Ask::RegisterSpace(wire::RegisterSpaceRequest {
+            session,
+            space: Some(space_of("default", 0).to_wire()),
+        }),
+        Ask::Reserve(wire::ReserveRequest { space, parent, chain: chain.clone(), ..Default::default() }),
+        Ask::Commit(wire::CommitRequest { lease, ..Default::default() }),
+        Ask::Release(wire::ReleaseRequest { lease }),
+        Ask::Match(wire::MatchRequest { space, chain: chain.clone(), ..Default::default() }),
+        Ask::Doubt(wire::DoubtRequest { lease: read, block: 1, group: 0 }),
+        Ask::Exists(wire::ExistsRequest { space, chain: chain.clone(), session }),
+        Ask::Pin(wire::PinRequest { space, chain: chain.clone(), ttl_ms: 9, session }),
+        Ask::Prefetch(wire::PrefetchRequest { space, chain, session }),
+        Ask::Release(wire::ReleaseRequest { lease: read }),
+        Ask::CloseSession(wire::CloseSessionRequest { session }),
+    ];
+    let mut out = Vec::new();
+    for (request_id, body) in (1..).zip(all) {
+        frame::push(&mut out, &wire::ClientFrame { request_id, body: Some(body) }, 0);
+    }
+    out
 }
 
 /// What other nodes, and etcd, say.

@@ -79,7 +79,7 @@ impl Shell {
     }
 
     /// Numbers requests, members and tickets.
-    pub fn next(&mut self) -> u64 {
+    pub fn next_number(&mut self) -> u64 {
         self.last += 1;
         self.last
     }
@@ -102,7 +102,7 @@ impl Shell {
 
     /// A connection asks for a session.
     pub fn open(&mut self, pid: u32, maps: bool, request: wire::OpenSessionRequest) -> MemberId {
-        let member = self.next();
+        let member = self.next_number();
         let mut token = [0; 16];
         token[..8].copy_from_slice(&member.to_le_bytes());
         let tenant = if request.tenant.is_empty() { "default" } else { &request.tenant };

@@ -60,14 +60,43 @@ pub fn family_id(number: u32) -> BlockId {
     BlockId(bytes)
 }
 
+/// A prompt of one of a few families, from a depth on; ids of one family follow each other.
+#[derive(Debug, Clone, Copy)]
+struct Prompt {
+    family: u32,
+    depth: u32,
+    blocks: u32,
+}
+
+/// Blocks of the longest prompt of a family.
+const FAMILY_BLOCKS: u32 = 16;
+
+impl Prompt {
+    fn any(material: &mut Material) -> Self {
+        let family = u32::from(material.byte() % 8);
+        let depth = if material.one_in(4) { material.below(4) as u32 } else { 0 };
+        Self { family, depth, blocks: 1 + material.below(12) as u32 }
+    }
+
+    fn id(self, depth: u32) -> BlockId {
+        family_id(1 + self.family * FAMILY_BLOCKS + depth)
+    }
+
+    fn packed(self) -> Vec<u8> {
+        (self.depth..self.depth + self.blocks).flat_map(|depth| self.id(depth).0).collect()
+    }
+
+    fn parent(self) -> BlockId {
+        if self.depth == 0 { BlockId::default() } else { self.id(self.depth - 1) }
+    }
+}
+
+/// A chain as one is asked for, mostly from a prompt's beginning.
 fn packed(material: &mut Material) -> Vec<u8> {
     match material.byte() {
         250.. => material.piece().to_vec(),
         249 => vec![0; 16 * (CHAIN_BLOCKS_MAX + 1)],
-        choice => {
-            let (first, blocks) = (u32::from(choice % 16) * 8, 1 + material.below(12));
-            (first..).take(blocks).flat_map(|number| family_id(1 + number).0).collect()
-        }
+        _ => Prompt::any(material).packed(),
     }
 }
 
@@ -166,11 +195,10 @@ fn tail_tokens(material: &mut Material) -> u32 {
 }
 
 fn reserve(material: &mut Material, shell: &Shell) -> wire::ReserveRequest {
-    let chain = packed(material);
-    let first = chain.first_chunk::<4>().map_or(0, |first| u32::from_le_bytes(*first));
-    // mostly the id before the chain's first, where a family has one
-    let follows = !material.one_in(4) && first % 8 > 1;
-    let parent = if follows { family_id(first - 1) } else { id(material) };
+    let prompt = Prompt::any(material);
+    let (chain, parent) = (prompt.packed(), prompt.parent());
+    let chain = if material.one_in(16) { packed(material) } else { chain };
+    let parent = if material.one_in(16) { id(material) } else { parent };
     let hand_off = |material: &mut Material| wire::HandOff {
         key: vec![material.byte() % 4].into(),
         ttl_ms: material.number32(),
@@ -180,7 +208,7 @@ fn reserve(material: &mut Material, shell: &Shell) -> wire::ReserveRequest {
         space: space(material, shell),
         request_key: key(material).into(),
         parent: if material.one_in(32) { material.piece().to_vec() } else { parent.0.to_vec() }.into(),
-        depth: if material.one_in(8) { material.number32() } else { (first % 8).saturating_sub(1) },
+        depth: if material.one_in(16) { material.number32() } else { prompt.depth },
         chain: chain.into(),
         tail_tokens: tail_tokens(material),
         wait_ms: material.number32(),
@@ -197,6 +225,13 @@ fn commit(material: &mut Material, shell: &Shell) -> wire::CommitRequest {
         blocks: (0..material.below(8).saturating_sub(5)).map(|_| range(material)).collect(),
         parts: (0..material.below(10).saturating_sub(6)).map(|_| material.number32()).collect(),
     }
+}
+
+/// A prompt stored as engines do it: what is reserved is committed and released next.
+pub fn put(material: &mut Material, shell: &Shell) -> wire::ReserveRequest {
+    let prompt = Prompt { depth: 0, ..Prompt::any(material) };
+    let (parent, chain) = (prompt.parent().0.to_vec().into(), prompt.packed().into());
+    wire::ReserveRequest { space: space(material, shell), parent, chain, ..wire::ReserveRequest::default() }
 }
 
 /// Anything a member may ask on its socket.
