@@ -2,7 +2,8 @@
 #![no_main]
 
 use fuzz::material::Material;
-use fuzz::node::{Shell, requests};
+use fuzz::node::Shell;
+use fuzz::node::requests::{self, SEGMENT_BYTES};
 use fuzz::seal::{OTHERS_FROM, SLOT_HEADER_FROM, seal};
 use kvd::node::event::Event;
 use kvd_proto::slot_header::SlotHeader;
@@ -17,29 +18,29 @@ use prost::Message as _;
 use std::collections::HashMap;
 
 const SEGMENTS: u32 = 2;
+/// A node with NVMe and without peers, which would be asked before anything is loaded.
+const ALONE: u8 = 16;
 
 fuzz_target!(|bytes: &[u8]| {
     let mut material = Material(bytes);
-    let config = requests::config(&mut Material(&[0]));
-    let segment_bytes = config.nvme.as_ref().expect("that one has NVMe").segment_bytes;
-    let mut medium = device(&mut material, segment_bytes);
+    let mut medium = device(&mut material);
     let mut left = Left::default();
-    let extents = Extents { segments: SEGMENTS, segment_bytes };
+    let extents = Extents { segments: SEGMENTS, segment_bytes: SEGMENT_BYTES };
     let summary = recover(&mut medium, None, extents, &mut |found| left.found(found));
     let summary = summary.expect("memory does not fail");
     assert_eq!((summary.blocks, summary.unreadable), (left.blocks.len() as u64, 0));
-    let mut shell = Shell::new(config);
+    let mut shell = Shell::new(requests::config(&mut Material(&[ALONE])));
     shell.recover(left.events());
     serve(&mut shell, &mut material);
 });
 
 /// A page and some headers a segment, sealed unless the input says otherwise; the rest is zeros.
-fn device(material: &mut Material, segment_bytes: u64) -> DramMedium {
-    let capacity_bytes = segment_bytes * u64::from(SEGMENTS);
+fn device(material: &mut Material) -> DramMedium {
+    let capacity_bytes = SEGMENT_BYTES * u64::from(SEGMENTS);
     let options = DramOptions { capacity_bytes, queue_depth: 4, huge_pages: false, lock: false };
     let mut medium = DramMedium::new(options);
     for segment in 0..SEGMENTS {
-        medium.open_segment(segment, segment_bytes).expect("memory for two segments");
+        medium.open_segment(segment, SEGMENT_BYTES).expect("memory for two segments");
         let mapping = medium.mapping(segment).expect("it is open");
         let sealed = !material.one_in(8);
         let mut page = [0; PAGE_BYTES];

@@ -2,7 +2,7 @@
 //!
 //! Owns nothing that lasts. Invariant: the same every time, so that a corpus grows and is not sown anew.
 
-use fuzz::node::requests::{family_id, space_of};
+use fuzz::node::requests::{SEGMENT_BYTES, family_id, space_of};
 use kvd_proto::data::{Answer, Hello, PieceAnswer};
 use kvd_proto::delta::Delta;
 use kvd_proto::slot_header::{FLAG_CHECKSUMMED, SlotHeader, stride_bytes};
@@ -195,12 +195,11 @@ fn tables() -> Seeds {
 
 /// Two segments as a daemon left them, and a client that asks.
 fn device() -> Seeds {
-    let segment_bytes = 12 * 4 * 4096;
     let segment = |segment| {
         let space = space_of("a", 0);
         let mut header = SegmentHeader {
             segment,
-            geometry: Geometry::nvme(4 * 4096, 4, segment_bytes),
+            geometry: Geometry::nvme(4 * 4096, 4, SEGMENT_BYTES),
             write_epoch: 5,
             tenant: "a".to_owned(),
             spaces: Vec::new(),
@@ -211,8 +210,9 @@ fn device() -> Seeds {
         let headers = (0..4).flat_map(|depth| piece(&self::header(depth + 4 * segment as u8, 4)));
         [&[0][..], &piece(&page[..used]), &[4], &headers.collect::<Vec<_>>()].concat()
     };
-    let asks = [2, 0, 0, 0, 0, 8, 3, 1, 0, 0, 20, 0, 0, 0, 5];
-    vec![("recover", [segment(0), segment(1), asks.to_vec()].concat())]
+    // whole prompts of the first family, each and loads that go well but for one
+    let asks = [[2, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 6]; 3].concat();
+    vec![("recover", [segment(0), segment(1), asks].concat())]
 }
 
 /// splitmix64, in growing lengths.

@@ -16,6 +16,8 @@ use prost::Message as _;
 
 /// Of the test layout: four parts of 4 KiB.
 const BLOCK_BYTES: u64 = 4 * 4096;
+/// The smallest that takes such blocks.
+pub const SEGMENT_BYTES: u64 = 6 * BLOCK_BYTES;
 /// Tokens of every block of the layouts below.
 const BLOCK_TOKENS: u32 = 16;
 
@@ -23,20 +25,20 @@ const BLOCK_TOKENS: u32 = 16;
 pub fn config(material: &mut Material) -> NodeConfig {
     let choice = material.byte();
     let nvme = NvmeConfig {
-        bytes: 3 * 12 * BLOCK_BYTES,
-        segment_bytes: 12 * BLOCK_BYTES,
+        bytes: 2 * SEGMENT_BYTES,
+        segment_bytes: SEGMENT_BYTES,
         eviction: "lru".to_owned(),
         queue_depth: 2,
     };
     NodeConfig {
         epoch: 7,
-        dram_bytes: 4 * 8 * BLOCK_BYTES,
-        dram_segment_bytes: 8 * BLOCK_BYTES,
+        dram_bytes: 3 * SEGMENT_BYTES,
+        dram_segment_bytes: SEGMENT_BYTES,
         dram_eviction: if choice & 1 == 0 { "lru" } else { "s3fifo" }.to_owned(),
         numa_nodes: (0..u32::from(choice >> 1 & 3)).collect(),
         nvme: (choice & 8 == 0).then_some(nvme),
         lease_ttl_ms: 2000,
-        lease_bytes_max: 24 * BLOCK_BYTES,
+        lease_bytes_max: 14 * BLOCK_BYTES,
         sessions_max: 4,
         members_max: 6,
         profile: PrefillProfile::causal(0.0, 25.0, 0.001),
@@ -286,8 +288,8 @@ pub fn question(material: &mut Material) -> Question {
 /// How a transfer ended.
 pub fn fate(material: &mut Material) -> Result<(), MoveError> {
     match material.below(8) {
-        0 => Err(MoveError::Checksum),
-        1 => Err(MoveError::Device("EIO".to_owned())),
+        6 => Err(MoveError::Checksum),
+        7 => Err(MoveError::Device("EIO".to_owned())),
         _ => Ok(()),
     }
 }
