@@ -39,6 +39,9 @@ host=$(rustc -vV | sed -n 's/^host: //p')
 flags="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4"
 flags+=" -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table"
 flags+=" -Cllvm-args=-sanitizer-coverage-trace-compares"
+TMPDIR=$(mktemp -d -p /dev/shm 2>/dev/null || mktemp -d) # targets that need files write them here, over and over
+export TMPDIR
+trap 'rm -rf "$TMPDIR"' EXIT
 out=${CARGO_TARGET_DIR:-$(cd ../.. && pwd)/target}/fuzz
 # with --target the flags are the targets' alone, not those of build scripts and macros
 RUSTFLAGS=$flags cargo build --release --locked --target "$host" --target-dir "$out" --bins || exit 2

@@ -2,10 +2,13 @@
 #![no_main]
 
 use fuzz::material::Material;
-use fuzz::node::requests::family_id;
+use fuzz::node::requests::{family_id, space_of};
 use fuzz::seal;
 use kvd::index::Index;
 use kvd::index::follow::{Effect, Event, Follower};
+use kvd::links::{Links, common};
+use kvd::node::event::Wanted;
+use kvd_proto::cost::PrefillProfile;
 use kvd_proto::wire::{FollowReply, TierSpeed};
 use kvd_proto::{Chain, Code, Error};
 use libfuzzer_sys::fuzz_target;
@@ -92,8 +95,28 @@ fn locate(index: &Index, material: &mut Material) {
     let ids = (first..).take(material.below(12)).map(family_id).collect();
     let Ok(chain) = Chain::from_ids("chain", ids) else { return };
     let found = index.locate(&chain, material.byte(), material.number());
-    for node in found {
+    for node in &found {
         let blocks: u32 = node.runs.iter().map(|run| run.blocks).sum();
         assert!(blocks == node.blocks && node.blocks as usize <= chain.ids().len(), "{node:?}");
+    }
+    choose(index, &chain, material);
+}
+
+/// Where a match that falls short would fetch the rest from: speeds are the other nodes' word.
+fn choose(index: &Index, chain: &Chain, material: &mut Material) {
+    let stored = u32::from(material.byte() % 12);
+    if stored as usize >= chain.ids().len() {
+        return;
+    }
+    let wanted = Wanted {
+        space: space_of("a", 0),
+        chain: chain.ids().to_vec(),
+        stored,
+        profile: PrefillProfile::causal(0.0, 25.0, 0.001),
+        claim: None,
+    };
+    let locations = common(vec![index.locate(chain, 0, 4096), index.locate(chain, 0, 4096)]);
+    if let Some(choice) = Links::default().choose(&wanted, &locations, material.number(), 0) {
+        assert!((stored + 1..=chain.ids().len() as u32).contains(&choice.blocks), "{choice:?}");
     }
 }

@@ -142,7 +142,11 @@ fn streams() -> Seeds {
     let etcd = [&piece(b"one")[..], &[0], record].concat();
     let chat = br#"1{"model":"m","messages":[{"role":"user","content":"a"}],"stream":true,"max_tokens":9}"#;
     let text = br#"0{"model":"m","prompt":[1,2,3],"stream_options":{"include_usage":true},"n":null}"#;
+    let weights = [&2_u64.to_le_bytes()[..], b"{}weights"].concat();
+    let revision = |sparse: u8| [&[sparse][..], &piece(b"{}"), &weights].concat();
     vec![
+        ("revision", revision(0)),
+        ("revision", revision(1)),
         ("delta", deltas),
         ("follow", follow),
         ("receive", receive),
