@@ -13,7 +13,7 @@ const SPARSE_BYTES: u64 = 65 << 20;
 fuzz_target!(|bytes: &[u8]| {
     let mut material = Material(bytes);
     let folder = std::env::temp_dir().join(format!("kvd-fuzz-revision-{}", std::process::id()));
-    let sparse = material.byte() == 0;
+    let sparse = material.byte() == b's';
     let written = write(&folder, material.piece(), material.0, sparse);
     written.expect("a folder for temporary files that takes some");
     let of = [of_model(&folder), of_adapter(&folder)];

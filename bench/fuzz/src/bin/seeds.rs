@@ -145,8 +145,8 @@ fn streams() -> Seeds {
     let weights = [&2_u64.to_le_bytes()[..], b"{}weights"].concat();
     let revision = |sparse: u8| [&[sparse][..], &piece(b"{}"), &weights].concat();
     vec![
-        ("revision", revision(0)),
-        ("revision", revision(1)),
+        ("revision", revision(b's')),
+        ("revision", revision(b'-')),
         ("delta", deltas),
         ("follow", follow),
         ("receive", receive),
