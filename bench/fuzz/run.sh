@@ -4,7 +4,7 @@
 #   bench/fuzz/run.sh [--seconds N] [TARGET...]     N seconds (60) of each target (all); one line a target
 #
 # Exits with 1 if a target crashed, took more than the memory or time below, or if the canary was not found; then the input
-# lies beside the corpus, and `<program> <input>` shows it again. Needs a C++ compiler: installs g++ where it may, else skips.
+# lies beside the corpus and is tried first next time; `<program> <input>` shows it again. Needs a C++ compiler: installs g++ where it may, else skips.
 set -uo pipefail
 cd "$(dirname "$0")" || exit 2
 
@@ -53,10 +53,11 @@ last() { # pattern, log: the last match's number
 }
 
 fuzz() { # target, seconds: its exit status; the log beside the corpus
-    local corpus=$out/corpus/$1 seeds=$out/seeds/$1
-    mkdir -p "$corpus" "$seeds" "$out/crashes"
-    "$programs/$1" "$corpus" "$seeds" -max_total_time="$2" -rss_limit_mb=$RSS_MB -max_len=$INPUT_BYTES \
-        -timeout=$ONE_INPUT_SECONDS -print_final_stats=1 -artifact_prefix="$out/crashes/$1-" \
+    local corpus=$out/corpus/$1 seeds=$out/seeds/$1 crashes=$out/crashes/$1
+    mkdir -p "$corpus" "$seeds" "$crashes"
+    # what crashed once is tried first, so that it is found until it is mended
+    "$programs/$1" "$corpus" "$seeds" "$crashes" -max_total_time="$2" -rss_limit_mb=$RSS_MB \
+        -max_len=$INPUT_BYTES -timeout=$ONE_INPUT_SECONDS -print_final_stats=1 -artifact_prefix="$crashes/" \
         >"$out/$1.log" 2>&1
 }
 
@@ -65,7 +66,7 @@ printf '%-16s %12s %9s %9s %8s  %s\n' target executions exec/s coverage seconds 
 for target in "${targets[@]}"; do
     began=$SECONDS outcome=ok log=$out/$target.log
     if [ "$target" = canary ]; then
-        rm -rf "$out/corpus/canary"
+        rm -rf "$out/corpus/canary" "$out/crashes/canary" # what it found before is not found again
         if fuzz canary $CANARY_SECONDS || ! grep -q 'the canary sings' "$log"; then
             outcome="NOT FOUND: coverage or comparisons are not seen" failed=1
         else
