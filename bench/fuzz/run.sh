@@ -3,8 +3,9 @@
 #
 #   bench/fuzz/run.sh [--seconds N] [TARGET...]     N seconds (60) of each target (all); one line a target
 #
-# Exits with 1 if a target crashed, took more than the memory or time below, or if the canary was not found; then the input
-# lies beside the corpus and is tried first next time; `<program> <input>` shows it again. Needs a C++ compiler: installs g++ where it may, else skips.
+# Exits with 1 if a target crashed, took more than the memory or time below, or if the canary was not found. The input then
+# lies beside the corpus and is tried first next time; `<program> <input>` shows it again.
+# Needs a C++ compiler: installs g++ where it may, else skips.
 set -uo pipefail
 cd "$(dirname "$0")" || exit 2
 
@@ -15,7 +16,7 @@ targets=()
 while [ $# -gt 0 ]; do
     case "$1" in
     --seconds) seconds=${2:?--seconds needs a number}; shift 2 ;;
-    -*) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    -*) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2 ;;
     *) targets+=("$1"); shift ;;
     esac
 done
