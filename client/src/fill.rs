@@ -8,7 +8,7 @@ use crate::session::{Inner, unexpected};
 use crate::space::SpaceHandle;
 use crate::transport::shm::SharedSegment;
 use kvd_proto::wire::{self, ReserveState, client_frame::Body as Ask, node_frame::Body as Answer};
-use kvd_proto::{Code, Error, Layout};
+use kvd_proto::{Error, Layout};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -40,10 +40,7 @@ impl Fill {
             incarnation,
         };
         for run in reply.runs {
-            let Some(segment) = fill.inner.segment(run.segment) else {
-                let what = format!("segment {} was never announced", run.segment);
-                return Err(Error::new(Code::Unavailable, "segment", what, "go without storing"));
-            };
+            let segment = fill.inner.segment_of(&run, fill.states.len())?;
             fill.runs.push((run, segment));
         }
         Ok(fill)

@@ -9,7 +9,7 @@ use crate::space::SpaceHandle;
 use crate::transport::shm::SharedSegment;
 use kvd_proto::slot_header::{FLAG_CHECKSUMMED, SlotHeader};
 use kvd_proto::wire::{self, HandOffStatus, Tier};
-use kvd_proto::{BlockId, Chain, Code, Error, Layout};
+use kvd_proto::{BlockId, Chain, Error, Layout};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -126,7 +126,7 @@ impl Match {
             layout: space.layout.clone(),
             ids: chain.ids()[..(reply.blocks as usize).min(chain.ids().len())].to_vec(),
             lease: reply.lease,
-            blocks: reply.blocks.max(skip_blocks.min(chain.ids().len() as u32)),
+            blocks: reply.blocks.max(skip_blocks).min(chain.ids().len() as u32),
             runs: Vec::with_capacity(reply.runs.len()),
             hand_off: reply.hand_off.unwrap_or_default(),
             predicted: Duration::from_micros(reply.predicted_us),
@@ -135,10 +135,7 @@ impl Match {
             progress,
         };
         for run in reply.runs {
-            let Some(segment) = found.inner.segment(run.segment) else {
-                let what = format!("segment {} was never announced", run.segment);
-                return Err(Error::new(Code::Unavailable, "segment", what, "treat it as a miss"));
-            };
+            let segment = found.inner.segment_of(&run, found.ids.len())?;
             found.runs.push((run, segment));
         }
         found.progress.advance(&wire::Ready { lease: 0, blocks: found.arrived(), failed: vec![] });

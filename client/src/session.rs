@@ -234,6 +234,19 @@ impl Inner {
         self.segments.read().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
     }
 
+    /// The segment that a run of an answer about so many blocks lies in.
+    pub(crate) fn segment_of(&self, run: &wire::Run, blocks: usize) -> Result<Arc<SharedSegment>, Error> {
+        let segment = self.segment(run.segment).ok_or_else(|| {
+            let what = format!("segment {} was never announced", run.segment);
+            Error::new(Code::Unavailable, "segment", what, "treat it as a miss")
+        })?;
+        let end = u64::from(run.first_block) + u64::from(run.count);
+        if end > blocks as u64 || !segment.has(run) {
+            return Err(unexpected());
+        }
+        Ok(segment)
+    }
+
     pub(crate) async fn call(&self, ask: Ask) -> Result<Answer, Error> {
         Ok(self.connection()?.1.call(ask).await?.0)
     }

@@ -6,8 +6,8 @@
 //! Leaves to others: streams and people (`run/grpc/workers`), choosing among workers (router).
 
 use kvd_proto::limits::{
-    CLAIMED_MAX, MODEL_BYTES_MAX, REQUEST_KEY_BYTES_MAX, RESERVATION_TTL_MS_MAX, WORKER_NAME_BYTES_MAX,
-    WORKER_REQUESTS_MAX, WORKERS_MAX,
+    CLAIMED_MAX, MODEL_BYTES_MAX, REQUEST_KEY_BYTES_MAX, RESERVATION_TTL_MS_MAX, WORKER_KV_TOKENS_MAX,
+    WORKER_NAME_BYTES_MAX, WORKER_REQUESTS_MAX, WORKERS_MAX,
 };
 use kvd_proto::wire::{self, WorkerLoad, WorkerProfile, WorkerRegistration, WorkerRole};
 use kvd_proto::{Code, Error};
@@ -271,8 +271,9 @@ fn check(registration: &WorkerRegistration) -> Result<(), Error> {
         let fix = format!("give 1 to {WORKER_REQUESTS_MAX}");
         return Err(Error::invalid("requests_max", registration.requests_max.to_string(), fix));
     }
-    if registration.kv_tokens_max == 0 {
-        return Err(Error::invalid("kv_tokens_max", "0", "say how many tokens of KV the engine holds"));
+    if registration.kv_tokens_max == 0 || registration.kv_tokens_max > WORKER_KV_TOKENS_MAX {
+        let fix = format!("say how many tokens of KV the engine holds, 1 to {WORKER_KV_TOKENS_MAX}");
+        return Err(Error::invalid("kv_tokens_max", registration.kv_tokens_max.to_string(), fix));
     }
     if ![0, 32].contains(&registration.fingerprint.len()) {
         let message = format!("{} bytes", registration.fingerprint.len());

@@ -36,6 +36,8 @@ pub const FRAME_BYTES_MAX: usize = 1 << 20;
 pub const FRAME_FDS_MAX: usize = 128;
 /// Bytes of one chunk in a gRPC stream, so that a chunk stays well below gRPC's usual 4 MiB message limit.
 pub const CHUNK_BYTES_MAX: usize = 1 << 20;
+/// Runs of slots in one answer, 48 bytes each at most. At the limit: a match leases a shorter prefix, a reservation grants fewer blocks.
+pub const RUNS_MAX: usize = 16_384;
 /// How long `reserve` may wait for space. Longer wishes are cut to this.
 pub const RESERVE_WAIT_MS_MAX: u32 = 10_000;
 /// How long a hand-off lease may wait to be claimed. Longer wishes are cut to this.
@@ -46,6 +48,8 @@ pub const SPACES_MAX: usize = 4096;
 pub const WORKERS_MAX: usize = 256;
 /// Requests that one worker says it can take. At the limit: the worker is refused.
 pub const WORKER_REQUESTS_MAX: u32 = 16_384;
+/// Tokens of KV that one worker says it holds. At the limit: the worker is refused.
+pub const WORKER_KV_TOKENS_MAX: u64 = 1 << 40;
 /// Names and addresses of workers. At the limit: the worker is refused.
 pub const WORKER_NAME_BYTES_MAX: usize = 256;
 /// Reservations claimed by one report. At the limit: the report is refused; claim the rest with the next.
@@ -65,6 +69,7 @@ pub const NODES_MAX: usize = 1024;
 
 const _: () = {
     assert!(CHAIN_BLOCKS_MAX * 16 + 1024 <= FRAME_BYTES_MAX, "a full chain fits a frame");
+    assert!(RUNS_MAX * 48 + CHAIN_BLOCKS_MAX + 1024 <= FRAME_BYTES_MAX, "a full answer fits a frame");
     assert!(PARTS_MAX <= u16::MAX as usize);
     assert!(SLOT_BYTES_MAX.is_multiple_of(PART_ALIGN));
     assert!(FRAME_FDS_MAX.is_multiple_of(2), "segments travel as pairs of descriptors");

@@ -54,8 +54,8 @@ impl SharedSegment {
     /// Maps both descriptors, whose sizes are checked against the announcement first.
     pub(crate) fn map(announced: &wire::Segment, table: OwnedFd, payload: OwnedFd) -> Result<Self, Error> {
         let (slot_bytes, header_bytes) = (announced.slot_bytes as usize, announced.header_bytes as usize);
-        if slot_bytes == 0 || header_bytes < 512 {
-            return Err(broken(&format!("announces slots of {slot_bytes} bytes")));
+        if slot_bytes == 0 || header_bytes < 512 || !header_bytes.is_multiple_of(8) {
+            return Err(broken(&format!("announces slots of {slot_bytes} bytes, headers of {header_bytes}")));
         }
         let table_bytes = header_bytes * announced.slots as usize;
         let payload_bytes = slot_bytes * announced.slots as usize;
@@ -73,6 +73,13 @@ impl SharedSegment {
     pub(crate) fn living(mut self, life: Arc<Life>) -> Self {
         self.life = Some(life);
         self
+    }
+
+    /// Whether all slots of a run are in it.
+    pub(crate) fn has(&self, run: &wire::Run) -> bool {
+        let last = i64::from(run.first_slot) + i64::from(run.stride) * (i64::from(run.count) - 1);
+        let slots = 0..i64::from(self.slots);
+        run.count > 0 && slots.contains(&i64::from(run.first_slot)) && slots.contains(&last)
     }
 
     pub(crate) fn slot_bytes(&self) -> usize {

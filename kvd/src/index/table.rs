@@ -202,7 +202,7 @@ impl Known {
             return Err(garbled(&format!("a delta of epoch {:x}", delta.epoch)));
         }
         if delta.sequence != 0 {
-            if delta.sequence != self.sequence + 1 {
+            if self.sequence.checked_add(1) != Some(delta.sequence) {
                 return Err(garbled(&format!("delta {} after {}", delta.sequence, self.sequence)));
             }
             self.sequence = delta.sequence;
@@ -257,7 +257,7 @@ impl Known {
             }
         }
         for run in &mut runs {
-            run.fetch_us = self.fetch_us(run.tier(), u64::from(run.blocks) * block_bytes);
+            run.fetch_us = self.fetch_us(run.tier(), u64::from(run.blocks).saturating_mul(block_bytes));
         }
         runs
     }

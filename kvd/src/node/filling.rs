@@ -8,7 +8,7 @@ use super::Node;
 use super::event::{Effect, MemberId};
 use super::hand_off::Wish;
 use super::lease::{Item, ItemState, NewLease, PartSet, RequestKind};
-use super::matching::{check_key, runs};
+use super::matching::{check_key, fitting, runs};
 use super::order::Order;
 use super::verifying::unverified;
 use kvd_proto::limits::RESERVE_WAIT_MS_MAX;
@@ -276,18 +276,12 @@ impl Node {
         (0..registered.pools.len()).map(|group| u64::from(registered.space.layout.slot_bytes(group))).sum()
     }
 
-    fn grant(
-        &mut self,
-        wanted: &Wanted,
-        session: u64,
-        (states, mut items, bytes): Taken,
-        handed_off: bool,
-    ) -> wire::ReserveReply {
+    fn grant(&mut self, wanted: &Wanted, session: u64, taken: Taken, handed_off: bool) -> wire::ReserveReply {
+        let (states, items, bytes) = self.fit_answer(wanted.space, taken);
         if items.is_empty() {
             let states = states.into();
             return wire::ReserveReply { states, handed_off, ..wire::ReserveReply::default() };
         }
-        items.sort_by_key(|item| (item.group, item.block));
         let filler = Filler { epoch: self.config.epoch, session };
         self.out.push(Effect::Fill { slots: items.iter().map(|item| item.slot).collect(), filler });
         let lease = self.new_lease(NewLease {
@@ -305,6 +299,23 @@ impl Node {
             predicted_us: 0,
         });
         self.reserve_reply(lease)
+    }
+
+    /// As many blocks as an answer has room to tell of; the others find no space.
+    fn fit_answer(&mut self, space: u16, (mut states, mut items, mut bytes): Taken) -> Taken {
+        items.sort_by_key(|item| (item.group, item.block));
+        let Some(end) = fitting(&items) else { return (states, items, bytes) };
+        for item in items.extract_if(.., |item| item.block >= end) {
+            let layout = &self.spaces[usize::from(space)].space.layout;
+            bytes -= u64::from(layout.slot_bytes(item.group.into()));
+            self.drop_filling(&item);
+        }
+        for state in &mut states[end as usize..] {
+            if *state == ReserveState::Granted as u8 {
+                *state = ReserveState::NoSpace as u8;
+            }
+        }
+        (states, items, bytes)
     }
 
     /// Granted: every group that is missing can be filled by whoever asks.

@@ -8,7 +8,7 @@ use super::Node;
 use super::event::{Answer, MemberId};
 use super::lease::{Item, ItemState, NewLease, RequestKind};
 use super::verifying::unverified;
-use kvd_proto::limits::REQUEST_KEY_BYTES_MAX;
+use kvd_proto::limits::{REQUEST_KEY_BYTES_MAX, RUNS_MAX};
 use kvd_proto::wire::{self, HandOffState, Tier};
 use kvd_proto::{Chain, Error};
 use kvd_tiers::catalog::Handle;
@@ -153,7 +153,9 @@ impl Node {
         self.counters.match_blocks += chain.ids().len() as u64;
         let (items, bytes, predicted_us) =
             self.lease_items(space, &found, skip..stored, budget, self.sessions.memory_node(member));
-        let leased = items.last().map_or(skip.min(stored), |item| item.block as usize + 1);
+        let (items, bytes) = self.fit_frame(space, items, bytes);
+        let last = items.iter().map(|item| item.block as usize + 1).max();
+        let leased = last.unwrap_or(skip.min(stored));
         self.touch(&found, leased);
         self.count_hits(&items, chain.ids().len() - leased, skip.min(stored));
         if items.is_empty() {
@@ -178,6 +180,17 @@ impl Node {
         self.wait_for_loads(lease);
         record.into_iter().for_each(|record| self.claimed(record));
         Ok(Matched::Reply(self.match_reply(lease, request)))
+    }
+
+    /// As many blocks of the beginning as an answer has room to tell of.
+    fn fit_frame(&mut self, space: u16, mut items: Vec<Item>, bytes: u64) -> (Vec<Item>, u64) {
+        let Some(end) = fitting(&items) else { return (items, bytes) };
+        for item in items.extract_if(.., |item| item.block >= end) {
+            self.catalog.get_mut(item.handle).release();
+        }
+        let groups = self.spaces[usize::from(space)].pools.len();
+        let bytes = (items.len() / groups) as u64 * self.block_bytes(space);
+        (items, bytes)
     }
 
     /// By group, the entries of the chain's stored prefix, with those (`coming`) that are on their way from another node.
@@ -471,8 +484,28 @@ pub(super) fn check_key(key: &[u8]) -> Result<(), Error> {
     Ok(())
 }
 
+/// The block before which these items, of one answer, must end; `None`: all of them fit.
+pub(super) fn fitting(items: &[Item]) -> Option<u32> {
+    let mut end = None;
+    while runs_before(items, end.unwrap_or(u32::MAX)) > RUNS_MAX {
+        let last =
+            items.iter().map(|item| item.block).filter(|block| end.is_none_or(|end| *block < end)).max();
+        let first = items.iter().map(|item| item.block).min();
+        let (first, last) = first.zip(last).expect("there are too many of them");
+        end = Some(first + (last - first) / 2); // halved: it is as long as few are
+    }
+    end
+}
+
+fn runs_before(items: &[Item], end: u32) -> usize {
+    if items.len() <= RUNS_MAX {
+        return items.len();
+    }
+    runs(items.iter().filter(|item| item.block < end)).len()
+}
+
 /// Items, ordered by group and block, as runs of evenly spaced slots.
-pub(super) fn runs(items: &[Item]) -> Vec<wire::Run> {
+pub(super) fn runs<'a>(items: impl IntoIterator<Item = &'a Item>) -> Vec<wire::Run> {
     let mut runs: Vec<wire::Run> = Vec::new();
     for item in items {
         let ready = item.state == ItemState::Ready;
@@ -508,4 +541,37 @@ pub(super) fn runs(items: &[Item]) -> Vec<wire::Run> {
         });
     }
     runs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvd_proto::limits::FRAME_BYTES_MAX;
+    use prost::Message as _;
+
+    /// Two slots that follow each other in an answer, in no run: they are in different segments, and numbers take all the bytes there are.
+    fn apart(block: u32, group: u8) -> Item {
+        let slot = SlotRef { segment: u32::MAX - block % 2, slot: u32::MAX - 7 * block };
+        let (source, state) = (Tier::Nvme, ItemState::Ready);
+        Item { block, group, source, remote: true, state, handle: 0, slot }
+    }
+
+    /// Once an answer of a long chain in eight groups was longer than a frame, which ended the daemon.
+    #[test]
+    fn an_answer_fits_a_frame_however_slots_lie() {
+        let all: Vec<_> =
+            (0..8).flat_map(|group| (0..16_384).map(move |block| apart(block, group))).collect();
+        let end = fitting(&all).expect("it does not fit whole");
+        let told = runs(all.iter().filter(|item| item.block < end));
+        assert!(
+            (RUNS_MAX / 2..=RUNS_MAX).contains(&told.len()),
+            "{} of {} before {end}",
+            told.len(),
+            all.len()
+        );
+        let states = vec![1; 16_384].into();
+        let reply = wire::ReserveReply { lease: u64::MAX, runs: told, states, ..Default::default() };
+        assert!(reply.encoded_len() + 64 <= FRAME_BYTES_MAX, "{} bytes", reply.encoded_len());
+        assert_eq!(fitting(&all[..RUNS_MAX]), None);
+    }
 }

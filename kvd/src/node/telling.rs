@@ -64,7 +64,10 @@ impl Runs {
                 self.descending = false;
                 return open.ids.push(id);
             }
-            if (single || self.descending) && open.parent == id && one.depth + 1 == open.depth {
+            if (single || self.descending)
+                && open.parent == id
+                && one.depth.checked_add(1) == Some(open.depth)
+            {
                 self.descending = true;
                 (open.parent, open.depth) = (one.parent, one.depth);
                 return open.ids.push(id);

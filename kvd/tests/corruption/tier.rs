@@ -173,14 +173,20 @@ impl Base {
         for object in damages.iter().flat_map(|(_, hit)| hit).map(|hit| &self.objects[*hit]) {
             file.write_all_at(&image.bytes[object.payload.clone()], object.payload.start as u64).unwrap();
         }
+        let (found, mut refused) = self.look(true).await;
+        self.judge(&damages, &found, tally);
         image.cut_bytes = 4096;
+        let whole = damages.len();
         truncate(&mut image, &mut damages, &mut draws);
         file.set_len(image.bytes.len() as u64).unwrap();
-        let (found, refused) = self.look(true).await;
-        self.judge(&damages, &found, tally);
-        let (again, refused_again) = self.look(true).await; // by now others are in DRAM
-        assert!(again.values().all(|found| *found != Found::Wrong), "served wrong: {again:?}");
-        self.counted(refused + refused_again).await;
+        let (cut, more) = self.look(true).await; // by now others are in DRAM
+        refused += more;
+        assert!(cut.values().all(|found| *found != Found::Wrong), "served wrong: {cut:?}");
+        for (kind, hit) in &damages[whole..] {
+            tally.injected(*kind);
+            hit.iter().for_each(|object| tally.found(*kind, cut[&self.named[*object]]));
+        }
+        self.counted(refused).await;
         self.daemon.kill();
     }
 

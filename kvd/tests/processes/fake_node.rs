@@ -40,11 +40,11 @@ impl Peer {
         (frame.request_id, frame.body.unwrap())
     }
 
-    /// As `receive`, of what wants an answer: that nothing is left of earlier nodes' memory is said at any time.
+    /// As `receive`, of what wants an answer.
     fn asked(&mut self) -> (u64, Ask) {
         loop {
             match self.receive() {
-                (0, Ask::Settled(_)) => {}
+                (0, _) => {}
                 asked => return asked,
             }
         }
@@ -206,4 +206,41 @@ async fn a_segment_announced_right_after_the_welcome_is_the_new_daemons() {
     rustix::io::pread(&watched, &mut first, 0).unwrap();
     assert_eq!(first, [9; 8], "the new daemon's memory");
     drop((fill, node.await.unwrap()));
+}
+
+/// An answer is checked against what was asked and what is mapped before anybody reads by it: once it ended the engine.
+#[tokio::test]
+async fn an_answer_that_makes_no_sense_is_refused() {
+    let (_folder, socket, listener) = listener();
+    let (engine, mut peer, _listener) = open(&socket, listener).await;
+    let run = wire::Run { count: 1, stride: 1, ready: true, ..Default::default() };
+    let senseless = [
+        wire::Run { first_slot: 4, ..run }, // there are four
+        wire::Run { first_slot: u32::MAX, ..run },
+        wire::Run { count: 2, stride: -1, ..run }, // before the first
+        wire::Run { count: 2, stride: i32::MAX, ..run },
+        wire::Run { count: 3, ..run }, // of a chain of two
+        wire::Run { first_block: u32::MAX, ..run },
+        wire::Run { count: 0, ..run },
+    ];
+    let count = senseless.len();
+    let node = tokio::task::spawn_blocking(move || {
+        for run in senseless {
+            let states = vec![wire::ReserveState::Granted as u8; 2].into();
+            let reserve = wire::ReserveReply { lease: 7, runs: vec![run], states, ..Default::default() };
+            let (id, Ask::Reserve(_)) = peer.asked() else { panic!() };
+            peer.answer(id, Body::Reserve(reserve));
+            let found = wire::MatchReply { blocks: u32::MAX, runs: vec![run], ..Default::default() };
+            let (id, Ask::Match(_)) = peer.asked() else { panic!() };
+            peer.answer(id, Body::Match(found));
+        }
+        peer
+    });
+    for _ in 0..count {
+        let error = engine.reserve(b"", &[1, 2]).await.err().expect("refused");
+        assert_eq!(error.code, Code::Frame, "{error}");
+        let error = engine.lease(b"", &[1, 2]).await.err().expect("refused");
+        assert_eq!(error.code, Code::Frame, "{error}");
+    }
+    drop(node.await.unwrap());
 }
