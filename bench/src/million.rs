@@ -273,6 +273,11 @@ impl User {
         Ok(self.space.match_prefix(&self.request_key(), chain, 0).await?)
     }
 
+    /// Blocks of a chain that are stored, from its beginning.
+    pub(crate) async fn stored(&self, number: u64) -> Result<u64, Failure> {
+        Ok(self.space.exists(&self.chain(number)?).await?.len() as u64)
+    }
+
     fn request_key(&self) -> [u8; 8] {
         self.calls.fetch_add(1, Ordering::Relaxed).to_le_bytes()
     }
