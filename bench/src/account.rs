@@ -57,6 +57,7 @@ pub(crate) struct Summary {
     hit_ratio: f64,
     hits_dram: u64,
     hits_nvme: u64,
+    hits_s3: u64,
     misses: u64,
     wrong_blocks: u64,
     ttft_mean_ms: f64,
@@ -74,6 +75,7 @@ pub(crate) struct Summary {
     fetches_charged_modelled: u64,
     read_dram_gb: f64,
     read_nvme_gb: f64,
+    read_s3_gb: f64,
     stored_gb: f64,
     elapsed_s: f64,
     requests_per_s: f64,
@@ -108,7 +110,7 @@ impl Account {
 
     /// Adds a request; call in order of arrival.
     pub(crate) fn add(&mut self, row: &Row, served: &Served) {
-        let hits = served.hits_dram + served.hits_nvme;
+        let hits = served.hits();
         assert_eq!(hits + served.misses, row.hash_ids.len() as u64, "every block is a hit or a miss");
         let engine = self.requests as usize % self.model.engines;
         let computed = Job {
@@ -129,25 +131,28 @@ impl Account {
         let total = &mut self.total;
         total.hits_dram += served.hits_dram;
         total.hits_nvme += served.hits_nvme;
+        total.hits_s3 += served.hits_s3;
         total.misses += served.misses;
         total.wrong_blocks += served.wrong_blocks;
         total.stored += served.stored;
         total.fetched.dram_bytes += served.fetched.dram_bytes;
         total.fetched.nvme_bytes += served.fetched.nvme_bytes;
+        total.fetched.s3_bytes += served.fetched.s3_bytes;
     }
 
     /// The end object, after at least one request.
     pub(crate) fn finish(self, bench: &'static str, elapsed: Duration) -> Summary {
         let (with, without) = (ttft(self.with), ttft(self.without));
         let (model, total) = (self.model, self.total);
-        let block_refs = total.hits_dram + total.hits_nvme + total.misses;
+        let block_refs = total.hits() + total.misses;
         Summary {
             bench,
             requests: self.requests,
             block_refs,
-            hit_ratio: (total.hits_dram + total.hits_nvme) as f64 / block_refs as f64,
+            hit_ratio: total.hits() as f64 / block_refs as f64,
             hits_dram: total.hits_dram,
             hits_nvme: total.hits_nvme,
+            hits_s3: total.hits_s3,
             misses: total.misses,
             wrong_blocks: total.wrong_blocks,
             ttft_mean_ms: with.mean,
@@ -165,6 +170,7 @@ impl Account {
             fetches_charged_modelled: self.charges.modelled,
             read_dram_gb: total.fetched.dram_bytes as f64 / 1e9,
             read_nvme_gb: total.fetched.nvme_bytes as f64 / 1e9,
+            read_s3_gb: total.fetched.s3_bytes as f64 / 1e9,
             stored_gb: (total.stored * model.block_bytes) as f64 / 1e9,
             elapsed_s: elapsed.as_secs_f64(),
             requests_per_s: self.requests as f64 / elapsed.as_secs_f64(),
@@ -196,12 +202,19 @@ impl Summary {
             ("hits", format!("{:.1} %", 100.0 * self.hit_ratio)),
             ("  from DRAM", share(self.hits_dram)),
             ("  from NVMe", share(self.hits_nvme)),
+            ("  from S3", share(self.hits_s3)),
             ("misses", share(self.misses)),
             ("wrong blocks", self.wrong_blocks.to_string()),
             ("first token, mean", faster(self.ttft_mean_ms, self.ttft_mean_ms_no_cache)),
             ("first token, p50", faster(self.ttft_p50_ms, self.ttft_p50_ms_no_cache)),
             ("first token, p99", faster(self.ttft_p99_ms, self.ttft_p99_ms_no_cache)),
-            ("read", format!("{:.2} GB from DRAM, {:.2} GB from NVMe", self.read_dram_gb, self.read_nvme_gb)),
+            (
+                "read",
+                format!(
+                    "{:.2} GB from DRAM, {:.2} GB from NVMe, {:.2} GB from S3",
+                    self.read_dram_gb, self.read_nvme_gb, self.read_s3_gb
+                ),
+            ),
             ("stored", format!("{:.2} GB", self.stored_gb)),
             (
                 "simulated",
@@ -250,7 +263,7 @@ mod tests {
     fn hits_shorten_the_first_token_and_misses_do_not() {
         let mut account = Account::new(MODEL);
         let miss = Served { misses: 8, stored: 8, ..Served::default() };
-        let fetched = Fetched { dram_bytes: 7 * 65_536, nvme_bytes: 0, real_us: 100 };
+        let fetched = Fetched { dram_bytes: 7 * 65_536, real_us: 100, ..Fetched::default() };
         let hit = Served { hits_dram: 7, misses: 1, fetched, ..Served::default() };
         account.add(&row(0), &miss);
         account.add(&row(0), &miss);

@@ -58,6 +58,15 @@ pub(crate) struct Args {
     /// HTTP, for /metrics.
     #[arg(long)]
     metrics_address: Option<SocketAddr>,
+    /// An S3 server, if there is to be a bucket.
+    #[arg(long, requires = "s3_bucket")]
+    s3_endpoint: Option<String>,
+    /// The bucket.
+    #[arg(long)]
+    s3_bucket: Option<String>,
+    /// Access key and secret, a line each; else what AWS's tools would use.
+    #[arg(long)]
+    s3_keys_file: Option<PathBuf>,
 }
 
 /// What holds the memory of a daemon that a benchmark kills.
@@ -109,6 +118,12 @@ pub(crate) fn serve(args: &Args) -> Result<(), Failure> {
         config.recompute.token_ns = token_ns;
     }
     config.listen.metrics_address = args.metrics_address;
+    if let Some(endpoint) = &args.s3_endpoint {
+        config.s3.endpoint.clone_from(endpoint);
+        config.s3.bucket.clone_from(&args.s3_bucket);
+        config.s3.keys_file.clone_from(&args.s3_keys_file);
+        config.s3.path_style = true;
+    }
     match &args.ailment {
         Some(path) => Ok(kvd::run::serve_over(&config, |device| Box::new(BadDisk::new(device, path)))?),
         None => Ok(kvd::run::serve(&config)?),

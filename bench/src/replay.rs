@@ -1,7 +1,9 @@
 //! `bench replay`: a whole trace through a real daemon, every byte of every read checked.
 //!
-//! Owns the command. Requests are served one after the other, as fast as they go; their arrival times are used by the
+//! Owns the command; `bucket`: the S3 server beside it, and its bad days. Requests are served one after the other, as fast as they go; their arrival times are used by the
 //! simulator only, so a block computed for one request is there for the next even where they overlapped in reality.
+
+mod bucket;
 
 use crate::account::{Account, Model, natural_scale};
 use crate::daemon::Daemon;
@@ -11,6 +13,7 @@ use crate::failure::Failure;
 use crate::folder;
 use crate::report::{Output, Reporter, parse_bytes};
 use crate::trace::{self, ROWS_MAX};
+use bucket::{Bucket, BucketArgs};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::PathBuf;
 use std::time::Instant;
@@ -22,6 +25,8 @@ use std::time::Instant;
 /// its bytes would take at a GPU node's bandwidths (50 GB/s from DRAM, 13 GB/s from NVMe); the output says how often
 /// which. Time to first token comes from simulated engines fed with the trace's arrival times. `_no_cache` is the same
 /// requests on the same engines without kvd and without any other prefix cache: every token of every prompt is computed.
+/// With --s3, the daemon has a bucket, too, whose requests are counted (`replay_s3`); and with --s3-errors or --s3-hang-s,
+/// it has bad days: each request that fetched for more than a quarter of a second is then listed.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Args {
     /// Mooncake JSONL, plain or .gz.
@@ -43,6 +48,8 @@ pub(crate) struct Args {
     /// one on the disk you mean where that is in memory.
     #[arg(long)]
     folder: Option<PathBuf>,
+    #[command(flatten)]
+    s3: BucketArgs,
     /// Requests at most.
     #[arg(long, default_value_t = ROWS_MAX)]
     limit: usize,
@@ -65,19 +72,25 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let block_tokens = u64::from(args.block_tokens);
     let rows = trace::read_file(&args.trace, block_tokens, args.limit)?;
     let folder = folder::temporary(args.folder.as_deref())?;
-    let daemon = Daemon::start(folder.path(), args.dram, args.nvme)?;
+    let mut bucket = Bucket::start(&args.s3, folder.path(), args.block_bytes).await?;
+    let daemon = Daemon::start_as(folder.path(), args.dram, args.nvme, |command| bucket.tell(command))?;
     let space = named_space("trace", u32::try_from(args.block_bytes)?, args.block_tokens)?;
     let mut cache = Cache::open(daemon.socket(), "replay", &space).await?;
     let mut account = Account::new(args.model()?);
     let bar = progress_bar(rows.len());
     let start = Instant::now();
-    for row in &rows {
-        account.add(row, &cache.serve(row).await?);
+    for (number, row) in rows.iter().enumerate() {
+        bucket.passes(number, rows.len());
+        let served = cache.serve(row).await?;
+        bucket.saw(number, &served);
+        account.add(row, &served);
         bar.inc(1);
     }
     let summary = account.finish("replay", start.elapsed());
     bar.finish_and_clear();
     Reporter::new(args.output).object(&summary, &summary.lines())?;
+    bucket.report(args.output).await?;
+    drop(daemon);
     summary.verdict()
 }
 

@@ -1,6 +1,6 @@
 //! Which node a missing part of a chain is fetched from, and whether that beats computing it.
 //!
-//! Owns what was measured of the way to each node: its speed, what is under way on it, when it last failed. Invariants: a pure
+//! Owns what was measured of the way to each node, and of any other way (`Way`: to the bucket too): its speed, what is under way on it, when it last failed. Invariants: a pure
 //! choice, in predicted microseconds (law 7); nothing is fetched that is predicted to take longer than recomputing it; a way that failed
 //! is left alone for a while, for everybody (law 3). Time is an argument.
 //! Leaves to others: who has what (`index`), the bytes (`run/fetcher`).
@@ -19,27 +19,27 @@ const SICK_US: u64 = 5_000_000;
 /// The ways to all nodes, by their addresses.
 #[derive(Debug, Default)]
 pub struct Links {
-    links: HashMap<String, Link>,
+    ways: HashMap<String, Way>,
 }
 
+/// What was measured of one way.
 #[derive(Debug)]
-struct Link {
+pub struct Way {
     speed: Estimate,
     batches: usize,
     reading_bytes: u64,
-    /// In which life of its node it failed, and until when it rests.
+    /// In which life of the other end it failed, and until when it rests.
     sick: Option<(u64, u64)>,
 }
 
-impl Default for Link {
+impl Default for Way {
     fn default() -> Self {
-        let speed = Estimate::new(PRIOR.0, PRIOR.1);
-        Self { speed, batches: 0, reading_bytes: 0, sick: None }
+        Self::new(PRIOR.0, PRIOR.1)
     }
 }
 
 /// From where, and how much.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Choice {
     /// Of the node.
     pub address: String,
@@ -49,6 +49,8 @@ pub struct Choice {
     pub blocks: u32,
     /// Until it is here.
     pub predicted_us: u64,
+    /// How much longer computing it would take.
+    pub saved_us: f64,
 }
 
 impl Links {
@@ -61,84 +63,120 @@ impl Links {
         own_epoch: u64,
         now_us: u64,
     ) -> Option<Choice> {
-        let mut best: Option<(f64, Choice)> = None;
+        let mut best: Option<Choice> = None;
         for node in locations.iter().filter(|node| node.node_epoch != own_epoch) {
-            let fresh = Link::default();
-            let link = self.links.get(&node.address).unwrap_or(&fresh);
+            let fresh = Way::default();
+            let link = self.ways.get(&node.address).unwrap_or(&fresh);
             if link.rests(node.node_epoch, now_us) {
                 continue;
             }
             for (blocks, owner_us) in depths(node, wanted) {
                 let predicted_us = owner_us + link.predict_us(u64::from(blocks - wanted.stored), wanted);
                 let saved_us = recompute_us(wanted, blocks) - predicted_us;
-                if saved_us > best.as_ref().map_or(0.0, |best| best.0) {
+                if saved_us > best.as_ref().map_or(0.0, |best| best.saved_us) {
                     let (address, node_epoch) = (node.address.clone(), node.node_epoch);
                     let predicted_us = predicted_us as u64;
-                    best = Some((saved_us, Choice { address, node_epoch, blocks, predicted_us }));
+                    best = Some(Choice { address, node_epoch, blocks, predicted_us, saved_us });
                 }
             }
         }
-        best.map(|(_, choice)| choice)
+        best
     }
 
     /// Whether the way to a node has not failed lately.
     pub fn is_well(&self, address: &str, node_epoch: u64, now_us: u64) -> bool {
-        self.links.get(address).is_none_or(|link| !link.rests(node_epoch, now_us))
+        self.ways.get(address).is_none_or(|link| !link.rests(node_epoch, now_us))
     }
 
     /// How long a node's blocks take to come from its DRAM; `None`: recomputing them takes no longer.
     pub fn pays(&self, address: &str, blocks: u32, wanted: &Wanted) -> Option<u64> {
-        let fresh = Link::default();
-        let link = self.links.get(address).unwrap_or(&fresh);
-        let predicted_us = link.predict_us(u64::from(blocks - wanted.stored), wanted);
-        (predicted_us < recompute_us(wanted, blocks)).then_some(predicted_us as u64)
+        let fresh = Way::default();
+        let way = self.ways.get(address).unwrap_or(&fresh);
+        way.saves(blocks, wanted).map(|(predicted_us, _)| predicted_us as u64)
     }
 
     /// What moving bytes from a node takes, as measured so far.
     pub fn speed(&self, address: &str) -> TierSpeed {
-        let fresh = Link::default();
-        let speed = &self.links.get(address).unwrap_or(&fresh).speed;
+        let fresh = Way::default();
+        let speed = self.ways.get(address).unwrap_or(&fresh).speed();
         let (latency_us, bytes_per_us) = (speed.latency_us(), speed.bytes_per_us());
         TierSpeed { tier: Tier::Unspecified.into(), latency_us, bytes_per_us }
     }
 
     /// A batch is on its way.
     pub fn began(&mut self, address: &str, bytes: u64) {
-        let link = self.links.entry(address.to_owned()).or_default();
-        link.batches += 1;
-        link.reading_bytes += bytes;
+        self.ways.entry(address.to_owned()).or_default().began(bytes);
     }
 
     /// It has come in full, or `failed` in that life of its node.
     pub fn ended(&mut self, address: &str, bytes: u64, elapsed_us: u64, failed: Option<u64>, now_us: u64) {
-        let Some(link) = self.links.get_mut(address).filter(|link| link.batches > 0) else {
-            return; // it left meanwhile
-        };
-        match failed {
-            Some(epoch) => link.sick = Some((epoch, now_us + SICK_US)),
-            None => {
-                link.speed.observe(bytes, elapsed_us, link.batches);
-                link.sick = None;
-            }
+        // without a batch it left meanwhile
+        if let Some(way) = self.ways.get_mut(address).filter(|way| way.batches > 0) {
+            way.ended(bytes, elapsed_us, failed, now_us);
         }
-        link.batches -= 1;
-        link.reading_bytes = link.reading_bytes.saturating_sub(bytes);
     }
 
     /// It is of the cluster no more. What is still under way on it counts for nothing.
     pub fn forget(&mut self, address: &str) {
-        self.links.remove(address);
+        self.ways.remove(address);
     }
 
     /// It could not be asked.
     pub fn failed(&mut self, address: &str, node_epoch: u64, now_us: u64) {
-        self.links.entry(address.to_owned()).or_default().sick = Some((node_epoch, now_us + SICK_US));
+        self.ways.entry(address.to_owned()).or_default().failed(node_epoch, now_us);
     }
 }
 
-impl Link {
-    fn rests(&self, node_epoch: u64, now_us: u64) -> bool {
-        self.sick.is_some_and(|(epoch, until_us)| epoch == node_epoch && now_us < until_us)
+impl Way {
+    /// Before anything was measured.
+    pub fn new(latency_us: f64, bytes_per_us: f64) -> Self {
+        Self { speed: Estimate::new(latency_us, bytes_per_us), batches: 0, reading_bytes: 0, sick: None }
+    }
+
+    /// Whether it is left alone, in this life of the other end.
+    pub fn rests(&self, epoch: u64, now_us: u64) -> bool {
+        self.sick.is_some_and(|(sick, until_us)| sick == epoch && now_us < until_us)
+    }
+
+    /// It could not be gone.
+    pub fn failed(&mut self, epoch: u64, now_us: u64) {
+        self.sick = Some((epoch, now_us + SICK_US));
+    }
+
+    /// It can be gone.
+    pub fn worked(&mut self) {
+        self.sick = None;
+    }
+
+    /// A batch is on its way.
+    pub fn began(&mut self, bytes: u64) {
+        self.batches += 1;
+        self.reading_bytes += bytes;
+    }
+
+    /// It has come, or `failed` in that life of the other end.
+    pub fn ended(&mut self, bytes: u64, elapsed_us: u64, failed: Option<u64>, now_us: u64) {
+        match failed {
+            Some(epoch) => self.failed(epoch, now_us),
+            None => {
+                self.speed.observe(bytes, elapsed_us, self.batches);
+                self.worked();
+            }
+        }
+        self.batches -= 1;
+        self.reading_bytes = self.reading_bytes.saturating_sub(bytes);
+    }
+
+    /// How long the rest of a chain takes to come, up to and without block `blocks`; and how much longer computing it takes, if it does.
+    pub fn saves(&self, blocks: u32, wanted: &Wanted) -> Option<(f64, f64)> {
+        let predicted_us = self.predict_us(u64::from(blocks - wanted.stored), wanted);
+        let saved_us = recompute_us(wanted, blocks) - predicted_us;
+        (saved_us > 0.0).then_some((predicted_us, saved_us))
+    }
+
+    /// As measured so far.
+    pub fn speed(&self) -> &Estimate {
+        &self.speed
     }
 
     fn predict_us(&self, blocks: u64, wanted: &Wanted) -> f64 {
@@ -252,6 +290,23 @@ mod tests {
         assert_eq!(chosen(&links, &wanted(10, 7), &nodes), None, "nobody has more than this node");
         let cheap = Wanted { profile: PrefillProfile::causal(0.0, 1.5, 0.0), ..wanted(10, 2) };
         assert_eq!(chosen(&links, &cheap, &nodes), None, "computing is faster");
+    }
+
+    #[test]
+    fn a_way_saves_what_computing_takes_longer() {
+        let mut way = Way::new(10_000.0, 1000.0);
+        // 768 us a block to compute; 1049 to fetch, after 10 ms
+        assert_eq!(way.saves(10, &wanted(10, 2)), None);
+        for _ in 0..50 {
+            way.began(1 << 20);
+            way.ended(1 << 20, 200, None, 0);
+        }
+        let (predicted_us, saved_us) = way.saves(10, &wanted(10, 2)).unwrap();
+        assert!((predicted_us + saved_us - 8.0 * 768.0).abs() < 1.0, "{predicted_us} {saved_us}");
+        way.failed(0, 5);
+        assert!(way.rests(0, 5) && !way.rests(1, 5) && !way.rests(0, 5 + SICK_US));
+        way.worked();
+        assert!(!way.rests(0, 5));
     }
 
     #[test]

@@ -24,8 +24,17 @@ pub fn part_checksums(mapping: &Mapping, offset: usize, part_stride: usize, part
 
 /// Whether the parts from `offset` on have these checksums; the first that has not.
 pub fn verify(mapping: &Mapping, offset: usize, part_stride: usize, expected: &[u32]) -> Result<(), BadPart> {
+    judge(expected, |index| mapping.crc32(offset + index * part_stride, part_stride))
+}
+
+/// As `verify`, of a copy.
+pub fn verify_copy(bytes: &[u8], part_stride: usize, expected: &[u32]) -> Result<(), BadPart> {
+    judge(expected, |index| crc32fast::hash(&bytes[index * part_stride..][..part_stride]))
+}
+
+fn judge(expected: &[u32], found: impl Fn(usize) -> u32) -> Result<(), BadPart> {
     for (index, &expected) in expected.iter().enumerate() {
-        let found = mapping.crc32(offset + index * part_stride, part_stride);
+        let found = found(index);
         if found != expected {
             return Err(BadPart { index, expected, found });
         }
@@ -49,6 +58,10 @@ mod tests {
         slot.copy_in(4096 * 3 + 4095, &[3 ^ 0x80]);
         let bad = verify(&slot, 4096, 4096, &sums).unwrap_err();
         assert_eq!((bad.index, bad.expected), (2, sums[2]));
+        let mut copy = [[1; 4096], [2; 4096]].concat();
+        assert_eq!(verify_copy(&copy, 4096, &sums[..2]), Ok(()));
+        copy[4096] ^= 1;
+        assert_eq!(verify_copy(&copy, 4096, &sums[..2]).unwrap_err().index, 1);
         assert_eq!(verify(&slot, 4096, 4096, &sums[..2]), Ok(()), "parts not read are not judged");
     }
 }

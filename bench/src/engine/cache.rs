@@ -25,6 +25,8 @@ pub(crate) struct Served {
     pub(crate) hits_dram: u64,
     /// Blocks read whole that had to come from NVMe.
     pub(crate) hits_nvme: u64,
+    /// Blocks read whole that had to come from S3.
+    pub(crate) hits_s3: u64,
     /// Blocks that were not there, or not in time.
     pub(crate) misses: u64,
     /// Blocks served with a wrong byte. Any other number than 0 is a broken law.
@@ -33,6 +35,13 @@ pub(crate) struct Served {
     pub(crate) stored: u64,
     /// Bytes and time of the reads.
     pub(crate) fetched: Fetched,
+}
+
+impl Served {
+    /// Blocks read whole.
+    pub(crate) fn hits(&self) -> u64 {
+        self.hits_dram + self.hits_nvme + self.hits_s3
+    }
 }
 
 /// One engine's way to kvd.
@@ -71,7 +80,7 @@ impl Cache {
         let ids = ids.collect::<Result<Vec<BlockId>, _>>()?;
         let mut served = Served::default();
         self.load(row, &ids, &mut served).await?;
-        let hits = (served.hits_dram + served.hits_nvme) as usize;
+        let hits = served.hits() as usize;
         served.misses = (ids.len() - hits) as u64;
         if hits < ids.len() {
             served.stored = self.store(row, &ids, hits).await?;
@@ -128,11 +137,12 @@ impl Cache {
 
 fn count(served: &mut Served, source: Tier, bytes: u64, right: bool) {
     served.wrong_blocks += u64::from(!right);
-    if source == Tier::Nvme {
-        served.hits_nvme += 1;
-        served.fetched.nvme_bytes += bytes;
-    } else {
-        served.hits_dram += 1;
-        served.fetched.dram_bytes += bytes;
-    }
+    let Served { hits_dram, hits_nvme, hits_s3, fetched, .. } = served;
+    let (hits, sum) = match source {
+        Tier::Nvme => (hits_nvme, &mut fetched.nvme_bytes),
+        Tier::S3 => (hits_s3, &mut fetched.s3_bytes),
+        _ => (hits_dram, &mut fetched.dram_bytes),
+    };
+    *hits += 1;
+    *sum += bytes;
 }

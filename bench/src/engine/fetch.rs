@@ -9,12 +9,17 @@ use serde::{Deserialize, Serialize};
 
 /// DRAM to HBM: a PCIe 5.0 x16 link carries 63 GB/s raw, copies reach 50-55.
 pub(crate) const DRAM_BYTES_PER_US: f64 = 50_000.0;
+/// S3 to HBM through DRAM: a node's share of a 100 Gbit/s network.
+pub(crate) const S3_BYTES_PER_US: f64 = 12_500.0;
 /// NVMe to HBM through DRAM: two PCIe 4.0 x4 drives at 6.5 GB/s.
 pub(crate) const NVME_BYTES_PER_US: f64 = 13_000.0;
 /// First byte from DRAM: a match, a launch.
 const DRAM_LATENCY_US: f64 = 60.0;
 /// First byte from NVMe: a match, a read, a launch.
 const NVME_LATENCY_US: f64 = 160.0;
+
+/// First byte from S3: what AWS says of S3 Standard is 100 to 200 ms for small objects, clients measure some 30 within a region.
+const S3_LATENCY_US: f64 = 30_000.0;
 
 /// What was fetched for one request.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,6 +28,8 @@ pub(crate) struct Fetched {
     pub(crate) dram_bytes: u64,
     /// Bytes here that came from NVMe.
     pub(crate) nvme_bytes: u64,
+    /// Bytes here that came from S3.
+    pub(crate) s3_bytes: u64,
     /// From asking to the last byte, here.
     pub(crate) real_us: u64,
 }
@@ -40,7 +47,7 @@ impl Charges {
     /// Microseconds to charge for a fetch; where nothing was found, what asking took.
     pub(crate) fn charge_us(&mut self, fetched: &Fetched, scale: f64) -> u64 {
         let modelled_us = modelled_us(fetched, scale).round() as u64;
-        if fetched.dram_bytes + fetched.nvme_bytes == 0 {
+        if fetched.dram_bytes + fetched.nvme_bytes + fetched.s3_bytes == 0 {
             return fetched.real_us;
         }
         if fetched.real_us > modelled_us {
@@ -52,15 +59,18 @@ impl Charges {
     }
 }
 
-/// The two sources are read at once, the slower one counts; all of it crosses the link to the GPU.
+/// The sources are read at once, the slowest counts; all of it crosses the link to the GPU.
 fn modelled_us(fetched: &Fetched, scale: f64) -> f64 {
     let scaled = |bytes: u64| (bytes as f64 * scale).round() as u64;
-    let all = scaled(fetched.dram_bytes + fetched.nvme_bytes);
+    let all = scaled(fetched.dram_bytes + fetched.nvme_bytes + fetched.s3_bytes);
     let link_us = fetch_us(0.0, DRAM_LATENCY_US, all, DRAM_BYTES_PER_US);
-    if fetched.nvme_bytes == 0 {
-        return link_us;
-    }
-    link_us.max(fetch_us(0.0, NVME_LATENCY_US, scaled(fetched.nvme_bytes), NVME_BYTES_PER_US))
+    let source_us = |bytes: u64, latency_us: f64, bytes_per_us: f64| match bytes {
+        0 => 0.0,
+        bytes => fetch_us(0.0, latency_us, scaled(bytes), bytes_per_us),
+    };
+    link_us
+        .max(source_us(fetched.nvme_bytes, NVME_LATENCY_US, NVME_BYTES_PER_US))
+        .max(source_us(fetched.s3_bytes, S3_LATENCY_US, S3_BYTES_PER_US))
 }
 
 #[cfg(test)]
@@ -70,13 +80,15 @@ mod tests {
     #[test]
     fn the_larger_time_is_charged_and_counted() {
         let mut charges = Charges::default();
-        let dram = Fetched { dram_bytes: 50_000_000, nvme_bytes: 0, real_us: 900 };
+        let dram = Fetched { dram_bytes: 50_000_000, real_us: 900, ..Fetched::default() };
         assert_eq!(charges.charge_us(&dram, 1.0), 1060);
         assert_eq!(charges.charge_us(&Fetched { real_us: 2000, ..dram }, 1.0), 2000);
         assert_eq!(charges.charge_us(&dram, 10.0), 10_060);
         let nvme = Fetched { nvme_bytes: 26_000_000, ..dram };
         assert_eq!(charges.charge_us(&nvme, 1.0), 2160);
-        assert_eq!(charges, Charges { real: 1, modelled: 3 });
+        let s3 = Fetched { s3_bytes: 12_500_000, ..nvme };
+        assert_eq!(charges.charge_us(&s3, 1.0), 31_000);
+        assert_eq!(charges, Charges { real: 1, modelled: 4 });
     }
 
     #[test]

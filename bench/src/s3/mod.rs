@@ -6,12 +6,12 @@
 
 mod http;
 #[path = "../../../tiers/tests/s3/proxy.rs"]
-#[allow(dead_code)] // faults are for tests; here it only delays
-mod proxy;
+#[allow(dead_code)] // its counts are for tests
+pub(crate) mod proxy;
 mod raw;
 #[path = "../../../tiers/tests/s3/server.rs"]
 #[allow(dead_code)] // tests look into its folder
-mod server;
+pub(crate) mod server;
 mod work;
 
 use crate::failure::Failure;
@@ -202,7 +202,8 @@ impl Place {
     }
 }
 
-fn service(folder: &Path) -> S3Service {
+/// An S3 server whose bucket is a folder.
+pub(crate) fn service(folder: &Path) -> S3Service {
     let files = s3s_fs::FileSystem::new(folder).expect("a folder that was just made");
     let mut builder = S3ServiceBuilder::new(files);
     builder.set_auth(SimpleAuth::from_single(KEYS.0, KEYS.1));

@@ -29,6 +29,7 @@ impl Node {
         self.at(now_us, effects, |node| {
             node.tell_policies();
             node.verify_some();
+            node.upload_some();
             node.make_room();
             node.serve_waiting();
             node.serve_held();
@@ -76,6 +77,7 @@ impl Node {
                 self.checksummed(slot, generation, elapsed_us);
             }
             Event::Moved { token, result, elapsed_us } => self.moved(token, result, elapsed_us),
+            Event::Uploaded { bytes, stored } => self.uploaded(bytes, stored),
             Event::Offered { ticket, offer } => self.offered(ticket, offer),
             Event::Claimed { ticket, status } => self.claimed_there(ticket, status),
             Event::RecoveredSpace { space } => self.recovered_space(*space),

@@ -151,6 +151,7 @@ impl Node {
         let Some(handle) = slots.owner(slot) else { return };
         if !self.catalog.get(handle).is(Tier::Dram, Mark::Checksummed) {
             self.catalog.get_mut(handle).mark(Tier::Dram, Mark::Checksummed);
+            self.offer_upload(handle);
         }
     }
 }

@@ -77,7 +77,7 @@ pub enum Event {
         /// How long reading it took.
         elapsed_us: u64,
     },
-    /// Ends `Effect::Demote`, `Effect::Promote`, `Effect::Verify` or one order of `Effect::Fetch`.
+    /// Ends `Effect::Demote`, `Effect::Promote`, `Effect::Verify`, `Effect::Upload` or one order of `Effect::Fetch`.
     Moved {
         /// The effect's token.
         token: u64,
@@ -85,6 +85,13 @@ pub enum Event {
         result: Result<(), MoveError>,
         /// From start to end.
         elapsed_us: u64,
+    },
+    /// Bytes that were read out for the bucket are in nobody's hands any more.
+    Uploaded {
+        /// As many as the slots had.
+        bytes: u64,
+        /// Whether this node has written them there.
+        stored: bool,
     },
     /// Ends `Effect::Seek`. What is offered is answered by `Effect::Fetch`, even if none of it is wanted any more.
     Offered {
@@ -173,6 +180,8 @@ pub enum MoveError {
     Device(String),
     /// The bytes are not those whose checksums were recorded.
     Checksum,
+    /// An upload that should wait: another node has the block too, and may be about to upload it.
+    Later,
 }
 
 /// What to do.
@@ -258,7 +267,17 @@ pub enum Effect {
         /// The block that must be there; the shell puts in the checksums.
         header: Box<SlotHeader>,
     },
-    /// Find out who else has the rest of a chain, and lease it there if that pays; answered by `Offered`.
+    /// Read a checksummed DRAM slot for the bucket, unless that has the block; answered by `Moved` as soon as the slot is not needed any
+    /// more, and by `Uploaded` when its bytes are not.
+    Upload {
+        /// To answer with.
+        token: u64,
+        /// DRAM.
+        from: SlotRef,
+        /// How often it was left to another node before.
+        attempt: u32,
+    },
+    /// Find out who else, or whether the bucket, has the rest of a chain, and lease it there if that pays; answered by `Offered`.
     Seek {
         /// To answer with.
         ticket: u64,
@@ -332,7 +351,7 @@ pub struct Wanted {
     pub claim: Option<wire::Claim>,
 }
 
-/// Blocks that another node has leased to this one: those of the chain from what is here on.
+/// Blocks that another node has leased to this one, or that the bucket has: those of the chain from what is here on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Offer {
     /// The leased prefix, what is here included.
@@ -341,6 +360,8 @@ pub struct Offer {
     pub parent: BlockId,
     /// Until all of it could be here.
     pub predicted_us: u64,
+    /// Whether they come from the bucket.
+    pub from_bucket: bool,
 }
 
 /// One block of an offer, and where it goes.

@@ -278,7 +278,10 @@ impl Node {
         let (source, state, slot) = match entry.readable(Tier::Dram) {
             Some(slot) => (Tier::Dram, ItemState::Ready, slot),
             None if unverified(entry) => (Tier::Dram, ItemState::Loading, self.promote(handle, near)?),
-            None if remote => (Tier::Dram, ItemState::Loading, self.promote(handle, near)?),
+            None if remote => {
+                let from = if self.movement.comes_from_bucket(handle) { Tier::S3 } else { Tier::Dram };
+                (from, ItemState::Loading, self.promote(handle, near)?)
+            }
             None => (Tier::Nvme, ItemState::Loading, self.promote(handle, near)?),
         };
         self.catalog.get_mut(handle).lease();
@@ -324,6 +327,7 @@ impl Node {
         self.counters.hit_blocks_dram += first(false, Tier::Dram) + skipped as u64;
         self.counters.hit_blocks_nvme += first(false, Tier::Nvme);
         self.counters.hit_blocks_peer += first(true, Tier::Dram);
+        self.counters.hit_blocks_s3 += first(true, Tier::S3);
         self.counters.miss_blocks += missed as u64;
     }
 

@@ -28,6 +28,7 @@ mod search;
 mod seeking;
 mod session;
 mod telling;
+mod uploading;
 mod verifying;
 
 #[cfg(test)]
@@ -75,6 +76,10 @@ pub struct NodeConfig {
     pub profile: PrefillProfile,
     /// Whether there are other nodes to ask.
     pub has_peers: bool,
+    /// Whether there is a bucket to ask.
+    pub has_bucket: bool,
+    /// Bytes on their way to the bucket at one time; 0: nothing is uploaded.
+    pub upload_bytes_max: u64,
 }
 
 /// The NVMe tier.
@@ -124,6 +129,7 @@ pub struct Node {
     /// Copies in DRAM of an earlier daemon, whose bytes nobody has looked at since.
     unverified: VecDeque<Handle>,
     telling: telling::Telling,
+    uploading: uploading::Uploading,
     counters: Counters,
 }
 
@@ -167,6 +173,7 @@ impl Node {
             orphans: orphans::Orphans::default(),
             unverified: VecDeque::new(),
             telling: telling::Telling::default(),
+            uploading: uploading::Uploading::default(),
             counters: Counters::default(),
             config,
         }

@@ -1,4 +1,4 @@
-//! Movement into and out of DRAM, to and from NVMe and from other nodes, and the look at what was there before: what is under way, how long it will take, what became of it.
+//! Movement into and out of DRAM, to and from NVMe and the bucket and from other nodes, and the look at what was there before: what is under way, how long it will take, what became of it.
 //!
 //! Invariants: a copy that moves is marked at both ends until `Moved` says it has ended (law 2); bytes that come back are
 //! believed only with every part checksum (the shell verifies, `Moved` says so); a corrupt or unreadable copy is dropped
@@ -102,8 +102,10 @@ pub(super) enum MoveKind {
     Demotion,
     /// NVMe to DRAM.
     Promotion,
-    /// Another node to DRAM, predicted to end then.
-    Fetch { ends_us: u64 },
+    /// Another node, or the bucket, to DRAM, predicted to end then.
+    Fetch { ends_us: u64, from_bucket: bool },
+    /// DRAM to the shell, for the bucket; left to other nodes so often before.
+    Upload { attempt: u32 },
     /// In DRAM, from an earlier daemon: no byte moves.
     Verification,
 }
@@ -187,9 +189,15 @@ impl Movement {
     /// Microseconds until what another node sends should be here.
     pub(super) fn fetch_left_us(&self, handle: Handle, now_us: u64) -> u64 {
         match self.by_handle.get(&handle).map(|token| self.moves[token].kind) {
-            Some(MoveKind::Fetch { ends_us }) => ends_us.saturating_sub(now_us),
+            Some(MoveKind::Fetch { ends_us, .. }) => ends_us.saturating_sub(now_us),
             _ => 0,
         }
+    }
+
+    /// Whether the block comes from the bucket.
+    pub(super) fn comes_from_bucket(&self, handle: Handle) -> bool {
+        let kind = self.by_handle.get(&handle).map(|token| self.moves[token].kind);
+        matches!(kind, Some(MoveKind::Fetch { from_bucket: true, .. }))
     }
 
     /// Another block may be fetched.
@@ -218,8 +226,9 @@ impl Movement {
             MoveKind::Demotion => self.demotions += 1,
             MoveKind::Fetch { .. } => self.fetches += 1,
             MoveKind::Verification => self.verifications += 1,
+            MoveKind::Upload { .. } => {}
         }
-        if kind != MoveKind::Demotion {
+        if !matches!(kind, MoveKind::Demotion | MoveKind::Upload { .. }) {
             let double = self.by_handle.insert(handle, self.last);
             assert!(double.is_none(), "a block is brought once at a time");
         }
@@ -307,6 +316,7 @@ impl Node {
                 self.movement.demotions -= 1;
                 return self.demoted(ended.handle, result);
             }
+            MoveKind::Upload { attempt } => return self.read_out(ended.handle, attempt, &result),
         }
         self.movement.by_handle.remove(&ended.handle);
         self.brought(&ended, result);
@@ -314,16 +324,20 @@ impl Node {
 
     fn count_move(&mut self, ended: &Move, result: &Result<(), MoveError>, elapsed_us: u64) {
         match (result, ended.kind) {
+            (Ok(()) | Err(MoveError::Later), MoveKind::Upload { .. }) => {}
+            (Ok(()), MoveKind::Fetch { from_bucket: true, .. }) => self.counters.s3_read_bytes += ended.bytes,
             (Ok(()), MoveKind::Fetch { .. }) => self.counters.peer_read_bytes += ended.bytes,
             (Ok(()), MoveKind::Verification) => self.movement.observe_dram(ended.bytes, elapsed_us),
             (Ok(()), kind) => self.count_transfer(kind, ended.bytes, elapsed_us),
-            (Err(MoveError::Checksum), MoveKind::Fetch { .. }) => {
-                self.counters.peer_errors += 1;
-                self.counters.checksum_errors += 1;
+            // the way to the bucket, or another node, has a health of its own, which the shell keeps
+            (Err(why), MoveKind::Fetch { from_bucket, .. }) => {
+                let errors =
+                    if from_bucket { &mut self.counters.s3_errors } else { &mut self.counters.peer_errors };
+                *errors += 1;
+                self.counters.checksum_errors += u64::from(*why == MoveError::Checksum);
             }
             (Err(MoveError::Checksum), _) => self.counters.checksum_errors += 1,
-            // the link to another node has a health of its own, which the shell keeps
-            (Err(MoveError::Device(_)), MoveKind::Fetch { .. }) => self.counters.peer_errors += 1,
+            (Err(MoveError::Later), kind) => unreachable!("{kind:?} is not put off"),
             (Err(MoveError::Device(why)), kind) => {
                 self.counters.nvme_errors += 1;
                 let movement = &mut self.movement;
@@ -370,6 +384,9 @@ impl Node {
             self.memory.pools[dram].policy.insert(handle, ghost);
             self.tell_copy(handle, Tier::Dram, true);
             self.held_is_whole(handle);
+            if !matches!(ended.kind, MoveKind::Fetch { .. }) {
+                self.offer_upload(handle);
+            }
             self.drop_tail_if_free(handle);
         } else {
             self.held_is_lost(handle);

@@ -147,6 +147,8 @@ mod tests {
             members_max: 4,
             profile: kvd_proto::cost::PrefillProfile::causal(0.0, 25.0, 0.001),
             has_peers: false,
+            has_bucket: false,
+            upload_bytes_max: 0,
         })
     }
 

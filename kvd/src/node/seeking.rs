@@ -1,4 +1,4 @@
-//! Seeking: a match that this node cannot answer in full asks, before it is answered, what other nodes would send.
+//! Seeking: a match that this node cannot answer in full asks, before it is answered, what other nodes or the bucket would send.
 //!
 //! Owns the matches that wait for an offer. Invariants: what is not offered in time is a miss, and the answer never waits longer than
 //! `SEEK_US`; an offer is answered once, by the orders for what is wanted of it; a block is ordered only where nobody here stores,
@@ -55,7 +55,7 @@ struct Place {
 
 impl Node {
     pub(super) fn may_seek(&self, request: &wire::MatchRequest) -> bool {
-        self.config.has_peers && !request.this_node_only && self.seeking.waiting.len() < SEEKING_MAX
+        (self.config.has_peers || self.config.has_bucket) && !request.this_node_only && self.seeking.waiting.len() < SEEKING_MAX
     }
 
     /// Asks other nodes for these blocks of the chain.
@@ -183,6 +183,7 @@ impl Node {
         let stored = found.iter().map(Vec::len).min().unwrap_or(0);
         let near = self.sessions.memory_node(sought.member);
         let ends_us = self.now_us + offer.predicted_us.min(PREDICTED_US_MAX);
+        let kind = MoveKind::Fetch { ends_us, from_bucket: offer.from_bucket };
         let groups = found.len() as u8;
         let whole = self.spaces[usize::from(sought.space)].space.layout.block_tokens();
         let tail = sought.request.claim.as_ref().map_or(0, |claim| claim.tail_tokens);
@@ -198,7 +199,7 @@ impl Node {
                     return orders; // nobody may have it without
                 }
                 let place = Place { parent, depth: block as u32, tokens: if is_tail { tail } else { whole } };
-                let Some(order) = self.order_block(key, &place, near, ends_us) else {
+                let Some(order) = self.order_block(key, &place, near, kind) else {
                     return orders;
                 };
                 orders.push(order);
@@ -208,7 +209,7 @@ impl Node {
     }
 
     /// `None`: no slot, or too much is under way.
-    fn order_block(&mut self, key: Key, place: &Place, near: usize, ends_us: u64) -> Option<FetchOrder> {
+    fn order_block(&mut self, key: Key, place: &Place, near: usize, kind: MoveKind) -> Option<FetchOrder> {
         if !self.movement.may_fetch() {
             return None;
         }
@@ -219,7 +220,7 @@ impl Node {
         let handle = self.catalog.insert(&NewEntry { key, parent, depth, tokens }, Tier::Dram, to);
         self.catalog.get_mut(handle).mark(Tier::Dram, Mark::Filling);
         self.memory.pools[pool].slots.set_owner(to, handle);
-        let token = self.movement.start(handle, MoveKind::Fetch { ends_us }, self.slot_bytes_of(handle));
+        let token = self.movement.start(handle, kind, self.slot_bytes_of(handle));
         let generation = self.memory.pools[pool].slots.generation(to);
         let mut header = Box::new(self.header(handle));
         header.flags |= FLAG_CHECKSUMMED;

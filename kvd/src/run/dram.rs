@@ -2,6 +2,7 @@
 //!
 //! Invariant: a segment that is listed stays mapped; a table is written under its lock and nowhere else.
 
+use bytes::Bytes;
 use kvd_client::transport::{Destination, Held, Piece};
 use kvd_proto::slot_header::SlotHeader;
 use kvd_tiers::checksum;
@@ -55,6 +56,16 @@ impl DramSegment {
     pub(crate) fn verify(&self, slot: u32, checksums: &[u32]) -> Result<(), checksum::BadPart> {
         let offset = self.geometry.slot_offset(slot) as usize;
         checksum::verify(&self.payload, offset, self.geometry.part_stride() as usize, checksums)
+    }
+
+    /// A copy of the whole slot, whose parts have these checksums. Nobody may write to the slot meanwhile.
+    pub(crate) fn copy_out(&self, slot: u32, checksums: &[u32]) -> Result<Bytes, checksum::BadPart> {
+        let bytes = self.geometry.slot_bytes;
+        let whole = Piece { segment: 0, slot, generation: 0, part: None, offset: 0, bytes };
+        let held = self.held(slot, &whole, Arc::new(())).expect("a whole slot lies within itself");
+        let copy = Bytes::copy_from_slice(held.as_slice());
+        checksum::verify_copy(&copy, self.geometry.part_stride() as usize, checksums)?;
+        Ok(copy)
     }
 
     /// A run of the slot's bytes for another node; `None`: it is not within the slot. `lease` keeps the slot's block where it is.

@@ -1,15 +1,17 @@
-//! Bringing blocks from other nodes: asks the index, leases at the owner, reads straight into the node's slots, verifies.
+//! Bringing blocks from other nodes: asks the index, leases at the owner, reads straight into the node's slots, verifies. What the bucket
+//! has is weighed against that and left to it (`bucket`).
 //!
 //! Owns the connections to peers and the leases there. Invariants: every `Seek` is answered by one `Offered`, after what became of its
 //! claim if it has one (`NotYet` is the end of it); every order by one `Moved`; only members of the cluster are asked; a
 //! block counts as moved only when all its parts have the checksums that its owner told, of this very block; a lease there lasts until the last batch read
 //! under it has ended. Leaves to others: whether and from whom (`links`), what becomes of the blocks (the node).
 
+use super::bucket::{BucketTier, Found};
 use super::dram::DramSegments;
 use super::follower::Locations;
 use super::inbox::{Inbox, Input};
-use crate::cluster::Member;
-use crate::links::{Links, common};
+use crate::cluster::{Member, Members};
+use crate::links::{Choice, Links, common};
 use crate::node::event::{Event, FetchOrder, MoveError, Offer, Wanted};
 use kvd_client::transport::tcp::{PeerOptions, PeerPool};
 use kvd_client::transport::{Batch, Fate, Outcome, Piece, Transport as _};
@@ -21,12 +23,14 @@ use kvd_proto::{BlockId, Chain, Code, Error};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::timeout;
 use tonic::transport::{Channel, Endpoint};
 
 /// How long finding and leasing may take; the node waits no longer either.
 const OFFER: Duration = Duration::from_millis(100);
+/// Of that, what one node's lease may take: another way is left.
+const LEASE: Duration = Duration::from_millis(75);
 /// Bytes read in one batch: so much is verified and told together.
 const BATCH_BYTES: u64 = 8 << 20;
 /// Batches under way from one peer. At the limit: the next one waits.
@@ -48,7 +52,9 @@ pub(crate) type Orders = mpsc::UnboundedSender<Order>;
 pub(crate) struct Fetcher {
     pub(crate) inbox: Inbox,
     pub(crate) dram: Arc<DramSegments>,
-    pub(crate) locations: Locations,
+    /// `None`: of no cluster.
+    pub(crate) locations: Option<Locations>,
+    pub(crate) bucket: Option<BucketTier>,
     pub(crate) links: Arc<Mutex<Links>>,
     pub(crate) node_epoch: u64,
     pub(crate) started: Instant,
@@ -57,7 +63,7 @@ pub(crate) struct Fetcher {
 struct Shared {
     fetcher: Fetcher,
     peers: Mutex<HashMap<String, Arc<Peer>>>,
-    offers: Mutex<HashMap<u64, Leased>>,
+    offers: Mutex<HashMap<u64, Offered>>,
 }
 
 /// A node that blocks are fetched from.
@@ -68,6 +74,12 @@ struct Peer {
     /// With the data port that it last told: another one after a restart.
     pool: Mutex<Option<(u32, Arc<PeerPool>)>>,
     batches: Arc<Semaphore>,
+}
+
+/// What the node has been offered, until it says what it wants of it.
+enum Offered {
+    There(Box<Leased>),
+    InBucket(Found),
 }
 
 /// A lease at its owner; ends with the stream.
@@ -82,26 +94,39 @@ struct Leased {
 pub(crate) async fn run(fetcher: Fetcher, mut orders: mpsc::UnboundedReceiver<Order>) {
     let (peers, offers) = Default::default();
     let shared = Arc::new(Shared { fetcher, peers, offers });
-    let mut members = shared.fetcher.locations.members();
+    let mut members = shared.fetcher.locations.as_ref().map(Locations::members);
     loop {
         let order = tokio::select! {
             order = orders.recv() => order,
-            Ok(()) = members.changed() => {
-                shared.forget_others(&members.borrow_and_update());
+            now = changed(&mut members) => {
+                shared.forget_others(&now);
                 continue;
             }
         };
         match order {
             Some(Order::Seek { ticket, wanted }) => drop(tokio::spawn(shared.clone().seek(ticket, wanted))),
             Some(Order::Fetch { ticket, orders }) => {
-                let leased = lock(&shared.offers).remove(&ticket).expect("what is fetched was offered");
-                if !orders.is_empty() {
-                    tokio::spawn(shared.clone().fetch(leased, orders));
+                let offered = lock(&shared.offers).remove(&ticket).expect("what is fetched was offered");
+                match (offered, &shared.fetcher.bucket) {
+                    _ if orders.is_empty() => {}
+                    (Offered::There(leased), _) => drop(tokio::spawn(shared.clone().fetch(*leased, orders))),
+                    (Offered::InBucket(found), Some(bucket)) => bucket.fetch(found, orders),
+                    (Offered::InBucket(_), None) => unreachable!("only a bucket offers what is in it"),
                 }
             }
             None => return,
         }
     }
+}
+
+/// Who is in the cluster when that has changed; never where there is none, or it has ended.
+async fn changed(members: &mut Option<watch::Receiver<Members>>) -> Members {
+    if let Some(members) = members
+        && members.changed().await.is_ok()
+    {
+        return members.borrow_and_update().clone();
+    }
+    std::future::pending().await
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -146,7 +171,10 @@ impl Shared {
     /// What the node that holds it says, and offers, in time; a node that cannot be asked has nothing.
     async fn claimed(&self, ticket: u64, wanted: &Wanted, claim: &Claim) -> (HandOffStatus, Option<Offer>) {
         let gone = HandOffStatus { state: HandOffState::Gone.into(), ..HandOffStatus::default() };
-        let node = self.fetcher.locations.node(&claim.node).await;
+        let node = match &self.fetcher.locations {
+            Some(locations) => locations.node(&claim.node).await,
+            None => None,
+        };
         let well = |node: &(String, u64)| lock(&self.fetcher.links).is_well(&node.0, node.1, self.now_us());
         let Some((address, epoch)) = node.filter(well) else { return (gone, None) };
         let waits = Duration::from_millis(claim.wait_ms.min(RESERVE_WAIT_MS_MAX).into());
@@ -183,7 +211,7 @@ impl Shared {
         let parent = BlockId::from_slice("parent", &first.parent)?;
         let predicted_us = sent_us.max(first.predicted_us);
         self.keep(ticket, predicted_us, (peer, replies, first));
-        Ok((status.state(), status, Some(Offer { blocks, parent, predicted_us })))
+        Ok((status.state(), status, Some(Offer { blocks, parent, predicted_us, from_bucket: false })))
     }
 
     /// The owner's lease, until the node says what it wants of it.
@@ -194,21 +222,46 @@ impl Shared {
         (peer, replies, first): (Arc<Peer>, tonic::Streaming<PeerLeaseReply>, PeerLeaseReply),
     ) {
         let patience = Duration::from_micros(predicted_us.saturating_mul(4)).clamp(PATIENCE, PATIENCE_MAX);
-        lock(&self.offers).insert(ticket, Leased { peer, replies, first, patience });
+        let leased = Leased { peer, replies, first, patience };
+        lock(&self.offers).insert(ticket, Offered::There(Box::new(leased)));
     }
 
+    /// The bucket's, or another node's, whichever saves more; the bucket's too if that node has it no longer.
     async fn offer(&self, ticket: u64, wanted: &Wanted) -> Result<Option<Offer>, Error> {
+        let found = self.fetcher.bucket.as_ref().and_then(|bucket| bucket.find(wanted));
+        let choice = self.choose(wanted).await?;
+        let bucket_saves = found.as_ref().map_or(0.0, |found| found.saved_us);
+        if let Some(choice) = choice.filter(|choice| choice.saved_us >= bucket_saves) {
+            match self.lease(ticket, wanted, &choice).await {
+                Ok(None) => {}
+                Err(error) => tracing::debug!(%error, "nothing is leased"),
+                leased => return leased,
+            }
+        }
+        Ok(found.map(|found| {
+            let offer = found.offer();
+            lock(&self.offers).insert(ticket, Offered::InBucket(found));
+            offer
+        }))
+    }
+
+    /// The other node that saves the most.
+    async fn choose(&self, wanted: &Wanted) -> Result<Option<Choice>, Error> {
+        let Some(known) = &self.fetcher.locations else { return Ok(None) };
         let mut by_group = Vec::new();
         for group in 0..wanted.space.layout.groups().len() as u8 {
             let chain = Chain::from_ids("chain", wanted.chain.clone())?;
             let bytes = wanted.space.layout.slot_bytes(group.into()).into();
-            by_group.push(self.fetcher.locations.locate(chain, group, bytes).await?.nodes);
+            by_group.push(known.locate(chain, group, bytes).await?.nodes);
         }
         let (locations, epoch) = (common(by_group), self.fetcher.node_epoch);
-        let choice = lock(&self.fetcher.links).choose(wanted, &locations, epoch, self.now_us());
-        let Some(choice) = choice else { return Ok(None) };
+        Ok(lock(&self.fetcher.links).choose(wanted, &locations, epoch, self.now_us()))
+    }
+
+    /// A lease there; `None`: the hint was stale, or it said nothing in time.
+    async fn lease(&self, ticket: u64, wanted: &Wanted, choice: &Choice) -> Result<Option<Offer>, Error> {
         let peer = self.peer(&choice.address, choice.node_epoch)?;
-        let leased = timeout(OFFER, peer.lease(wanted, choice.blocks, None)).await;
+        let leased = timeout(LEASE, peer.lease(wanted, choice.blocks, None)).await;
         let failed = || lock(&self.fetcher.links).failed(&choice.address, choice.node_epoch, self.now_us());
         let (replies, first) = match leased {
             Ok(Ok(leased)) => leased,
@@ -222,13 +275,13 @@ impl Shared {
             }
         };
         if first.lease == 0 || first.blocks <= wanted.stored {
-            return Ok(None); // the hint was stale
+            return Ok(None);
         }
         let parent = BlockId::from_slice("parent", &first.parent)?;
         let predicted_us = choice.predicted_us.max(first.predicted_us);
-        let offer = Offer { blocks: first.blocks.min(choice.blocks), parent, predicted_us };
+        let blocks = first.blocks.min(choice.blocks);
         self.keep(ticket, predicted_us, (peer, replies, first));
-        Ok(Some(offer))
+        Ok(Some(Offer { blocks, parent, predicted_us, from_bucket: false }))
     }
 
     /// A node in another life is another peer: connections to the one before are of no use.

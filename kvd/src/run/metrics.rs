@@ -2,6 +2,7 @@
 //!
 //! Invariant: a number stands here only if something else counts it; names end in their base unit.
 
+use super::bucket::BucketTier;
 use super::follower::Locations;
 use super::inbox::Inbox;
 use crate::node::event::{Answer, Question};
@@ -10,6 +11,8 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::get;
 use kvd_client::transport::serve::{ServeCounts, Server};
+use kvd_tiers::s3::bucket::Counts;
+use kvd_tiers::s3::index::Held;
 use kvd_proto::wire::{Counters, NodeStatus, StatusReply, TierStatus};
 use prometheus::{
     Encoder as _, Histogram, HistogramOpts, IntCounter, IntGaugeVec, Opts, Registry, TextEncoder,
@@ -46,16 +49,18 @@ pub(super) struct Asked {
     pub(super) timings: Arc<Timings>,
     /// `None`: of no cluster.
     pub(super) locations: Option<Locations>,
+    /// `None`: there is no bucket.
+    pub(super) bucket: Option<BucketTier>,
     /// `None`: no other node is served.
     pub(super) data: Option<Arc<Server>>,
 }
 
 async fn scrape(State(asked): State<Asked>) -> Result<Vec<u8>, (StatusCode, String)> {
-    let Asked { inbox, timings, locations, data } = asked;
+    let Asked { inbox, timings, locations, bucket, data } = asked;
     let failed = |why: String| (StatusCode::SERVICE_UNAVAILABLE, why);
     let status = super::grpc::ask(&inbox, Question::Status).await.map_err(|e| failed(e.to_string()))?;
     let tiers = super::grpc::ask(&inbox, Question::Tiers).await.map_err(|e| failed(e.to_string()))?;
-    let (Answer::Status(status), Answer::Tiers(tiers)) = (status, tiers) else {
+    let (Answer::Status(status), Answer::Tiers(mut tiers)) = (status, tiers) else {
         unreachable!("the node answers what it is asked")
     };
     let nodes = match locations {
@@ -63,20 +68,23 @@ async fn scrape(State(asked): State<Asked>) -> Result<Vec<u8>, (StatusCode, Stri
         None => Vec::new(),
     };
     let served = data.map(|server| server.counts()).unwrap_or_default();
-    render(&status, &tiers.tiers, &nodes, &served, &timings).map_err(|e| failed(e.to_string()))
+    tiers.tiers.extend(bucket.as_ref().map(BucketTier::status));
+    let bucket = bucket.map(|bucket| (bucket.counts(), bucket.held())).unwrap_or_default();
+    let counts: Vec<_> = data_counters(&served).into_iter().chain(bucket_counters(&bucket.0, &bucket.1)).collect();
+    render(&status, &tiers.tiers, &nodes, &counts, &timings).map_err(|e| failed(e.to_string()))
 }
 
 fn render(
     status: &StatusReply,
     tiers: &[TierStatus],
     nodes: &[NodeStatus],
-    served: &ServeCounts,
+    counts: &[Count],
     timings: &Timings,
 ) -> Result<Vec<u8>, prometheus::Error> {
     let registry = Registry::new();
     registry.register(Box::new(timings.round.clone()))?;
     let own = counters(&status.counters.unwrap_or_default());
-    for (name, help, value) in own.into_iter().chain(data_counters(served)) {
+    for (name, help, value) in own.into_iter().chain(counts.iter().copied()) {
         let counter = IntCounter::new(name, help)?;
         counter.inc_by(value);
         registry.register(Box::new(counter))?;
@@ -104,7 +112,10 @@ fn render(
     Ok(text)
 }
 
-fn counters(all: &Counters) -> [(&'static str, &'static str, u64); 23] {
+/// Name, explanation, value.
+type Count = (&'static str, &'static str, u64);
+
+fn counters(all: &Counters) -> [Count; 28] {
     [
         ("kvd_match_requests_total", "Match requests", all.match_requests),
         ("kvd_match_blocks_total", "Blocks asked for by match", all.match_blocks),
@@ -113,6 +124,19 @@ fn counters(all: &Counters) -> [(&'static str, &'static str, u64); 23] {
         ("kvd_hit_peer_blocks_total", "Blocks matched on another node", all.hit_blocks_peer),
         ("kvd_peer_read_bytes_total", "Bytes fetched from other nodes", all.peer_read_bytes),
         ("kvd_peer_errors_total", "Blocks that another node offered and that did not come", all.peer_errors),
+        ("kvd_hit_s3_blocks_total", "Blocks matched in the bucket", all.hit_blocks_s3),
+        ("kvd_s3_read_bytes_total", "Bytes of blocks fetched from the bucket", all.s3_read_bytes),
+        ("kvd_s3_written_bytes_total", "Bytes of blocks written to the bucket", all.s3_write_bytes),
+        (
+            "kvd_s3_errors_total",
+            "Blocks that the bucket should have had and that did not come",
+            all.s3_errors,
+        ),
+        (
+            "kvd_s3_skipped_blocks_total",
+            "Blocks that left DRAM before they could be uploaded",
+            all.s3_skipped_blocks,
+        ),
         ("kvd_miss_blocks_total", "Blocks asked for and not matched", all.miss_blocks),
         ("kvd_reserve_requests_total", "Reserve requests", all.reserve_requests),
         ("kvd_reserve_granted_blocks_total", "Blocks granted for filling", all.granted_blocks),
@@ -141,7 +165,7 @@ fn counters(all: &Counters) -> [(&'static str, &'static str, u64); 23] {
 }
 
 /// Of data connections, at the owner's end.
-fn data_counters(served: &ServeCounts) -> [(&'static str, &'static str, u64); 6] {
+fn data_counters(served: &ServeCounts) -> [Count; 6] {
     [
         (
             "kvd_data_connections_total",
@@ -153,6 +177,23 @@ fn data_counters(served: &ServeCounts) -> [(&'static str, &'static str, u64); 6]
         ("kvd_data_stalls_total", "Connections ended because the other node was too slow", served.stalls),
         ("kvd_data_batches_total", "Batches answered to other nodes", served.batches),
         ("kvd_data_sent_bytes_total", "Bytes sent to other nodes", served.bytes),
+    ]
+}
+
+/// Of requests to the bucket; zeros where there is none.
+fn bucket_counters(made: &Counts, held: &Held) -> [Count; 7] {
+    [
+        ("kvd_s3_get_requests_total", "Reads sent to the bucket, tries after a first among them", made.gets),
+        ("kvd_s3_put_requests_total", "Writes sent to the bucket, and beginnings and ends of uploads", made.puts),
+        ("kvd_s3_other_requests_total", "Lists, looks and deletions sent to the bucket", made.others),
+        ("kvd_s3_retries_total", "Tries after a first", made.retries),
+        ("kvd_s3_received_bytes_total", "Bytes that came, of blocks, footers and manifests", made.read_bytes),
+        ("kvd_s3_sent_bytes_total", "Bytes that were sent, once for each try", made.written_bytes),
+        (
+            "kvd_s3_index_dropped_objects_total",
+            "Objects that are not found for want of s3.index_blocks_max",
+            held.objects_dropped,
+        ),
     ]
 }
 
@@ -214,12 +255,15 @@ mod tests {
         let counters = Counters { checksum_errors: 3, ..Counters::default() };
         let status = StatusReply { counters: Some(counters), ..StatusReply::default() };
         let served = ServeCounts { bytes: 9, ..ServeCounts::default() };
+        let mut counts = data_counters(&served).to_vec();
+        counts.extend(bucket_counters(&Counts { gets: 4, ..Counts::default() }, &Held::default()));
         let nodes = [NodeStatus { address: "a:1".into(), blocks: 7, ..NodeStatus::default() }];
         let text = String::from_utf8(
-            render(&status, &[TierStatus::default()], &nodes, &served, &Timings::new()).unwrap(),
+            render(&status, &[TierStatus::default()], &nodes, &counts, &Timings::new()).unwrap(),
         )
         .unwrap();
         assert!(text.contains("\nkvd_data_sent_bytes_total 9\n"), "{text}");
+        assert!(text.contains("\nkvd_s3_get_requests_total 4\n"), "{text}");
         assert!(text.contains("\nkvd_checksum_errors_total 3\n"), "{text}");
         assert!(text.contains("\nkvd_index_blocks{node=\"a:1\"} 7\n"), "{text}");
         assert!(text.contains("kvd_tier_used_bytes{tier=\"unspecified\"} 0"), "{text}");

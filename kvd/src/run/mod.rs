@@ -3,6 +3,7 @@
 //! Threads: the node's (reactor), one for NVMe, one for checksums, one that populates, one for gRPC and HTTP.
 //! Invariant: all of them end when the node's thread ends; the data directory is locked for as long as any may write.
 
+mod bucket;
 mod dram;
 mod fetcher;
 mod follower;
@@ -28,6 +29,7 @@ mod workers;
 use crate::config::{Config, Engine, Wish};
 use crate::keeper::Thing;
 use crate::node::{Node, NodeConfig, NvmeConfig, Recovered};
+use bucket::BucketTier;
 use dram::DramSegments;
 use found::Heap;
 use inbox::Inbox;
@@ -80,7 +82,8 @@ pub fn serve_over(config: &Config, made: impl FnOnce(NvmeMedium) -> Box<dyn Medi
     node.known_as(vec![config.node_name.clone(), config.cluster.address.clone()]);
     let (keeper, things) = reattach::find(config);
     let mut keeping = Keeping { keeper, epoch };
-    let (nvme, reattached) = take_in(config, &dram, &mut node, &mut keeping, things)?;
+    let bucket = BucketTier::start(config, epoch, dram.clone(), inbox.clone(), started)?;
+    let (nvme, reattached) = take_in(config, &dram, &mut node, (&mut keeping, bucket.as_ref()), things)?;
     let start = |(medium, left)| {
         Mover::start(made(medium), config.nvme.segment_bytes, left, dram.clone(), inbox.clone())
     };
@@ -97,6 +100,7 @@ pub fn serve_over(config: &Config, made: impl FnOnce(NvmeMedium) -> Box<dyn Medi
         dram: dram.clone(),
         timings: timings.clone(),
         orders,
+        bucket: bucket.clone(),
         started,
     };
     let (servers, teller) = Servers::start(shared, listeners)?;
@@ -114,6 +118,7 @@ pub fn serve_over(config: &Config, made: impl FnOnce(NvmeMedium) -> Box<dyn Medi
         node,
         dram,
         mover,
+        bucket: bucket.clone(),
         connections_max: config.limits.members_max as usize,
         timings,
         started,
@@ -124,6 +129,9 @@ pub fn serve_over(config: &Config, made: impl FnOnce(NvmeMedium) -> Box<dyn Medi
     };
     let ran = Reactor::new(parts).and_then(|mut reactor| reactor.run());
     servers.stop();
+    if let Some(bucket) = bucket {
+        bucket.stop();
+    }
     if let Some(moving) = moving {
         let _ = moving.join(); // a panic there was printed there
     }
@@ -195,7 +203,7 @@ fn take_in(
     config: &Config,
     dram: &DramSegments,
     node: &mut Node,
-    keeping: &mut Keeping,
+    (keeping, bucket): (&mut Keeping, Option<&BucketTier>),
     things: Vec<Thing>,
 ) -> Result<(Option<Nvme>, Reattached), Error> {
     let started = Instant::now();
@@ -208,6 +216,9 @@ fn take_in(
     }
     for space in heap.tell(node) {
         keeping.space(&space);
+        if let Some(bucket) = bucket {
+            bucket.space(&space);
+        }
         if let Some((_, (_, ledger))) = &mut nvme {
             ledger.space(space);
         }
@@ -283,6 +294,11 @@ fn node_config(config: &Config) -> NodeConfig {
         sessions_max: config.limits.sessions_max as usize,
         members_max: config.limits.members_max as usize,
         has_peers: config.cluster.is_one(),
+        has_bucket: config.s3.bucket.is_some(),
+        upload_bytes_max: match &config.s3.bucket {
+            Some(_) if config.s3.upload => config.s3.buffer_bytes,
+            _ => 0,
+        },
         // no base: a block is never the only thing a prefill computes
         profile: PrefillProfile::causal(
             0.0,

@@ -4,6 +4,7 @@
 //! Invariants: nothing here decides; nothing here waits but the one `poll`; every wake-up drains everything into as few
 //! `apply` calls as the node's batch limit allows. A member's process is watched by pidfd until the node lets it go.
 
+use super::bucket::{self, BucketTier};
 use super::dram::DramSegments;
 use super::fetcher;
 use super::grpc::Callers;
@@ -53,6 +54,7 @@ pub(super) struct Parts {
     pub(super) node: Node,
     pub(super) dram: Arc<DramSegments>,
     pub(super) mover: Option<Mover>,
+    pub(super) bucket: Option<BucketTier>,
     pub(super) connections_max: usize,
     pub(super) timings: Arc<Timings>,
     pub(super) started: Instant,
@@ -69,6 +71,7 @@ pub(super) struct Reactor {
     node: Node,
     dram: Arc<DramSegments>,
     mover: Option<Mover>,
+    bucket: Option<BucketTier>,
     orders: Vec<Order>,
     checksums: Sender<Vec<Reading>>,
     /// Slots to read, as ordered in this round.
@@ -124,6 +127,7 @@ impl Reactor {
             node: parts.node,
             dram: parts.dram,
             mover: parts.mover,
+            bucket: parts.bucket,
             orders: Vec::new(),
             members,
             last_member,
@@ -443,6 +447,11 @@ impl Reactor {
                 let segment = self.dram.get(slot.segment);
                 self.to_read.push(Reading::Verify { token, segment, slot });
             }
+            Effect::Upload { token, from, attempt } => {
+                let (segment, slot) = (self.dram.get(from.segment), from.slot);
+                let order = bucket::Order::Upload { token, segment, slot, attempt };
+                self.bucket.as_ref().expect("uploads are for a bucket").order(order);
+            }
             Effect::Retire { slot, generation } => {
                 self.callers.retired(slot); // before anybody else can be given the slot
                 self.dram.retire(slot, generation);
@@ -466,6 +475,9 @@ impl Reactor {
             Effect::Space { fingerprint, tenant, definition } => {
                 let space = SpaceRecord { fingerprint, tenant, space: definition.encode_to_vec() };
                 self.keeping.space(&space);
+                if let Some(bucket) = &self.bucket {
+                    bucket.space(&space);
+                }
                 self.orders.push(Order::Space(space));
             }
             Effect::Answer { ticket, answer } => {

@@ -3,6 +3,7 @@
 //! Owns what is put together on that one runtime, and its end. Invariants: whoever starts it hears whether this node may be a member before
 //! anything is served; the others are told when it leaves. Leaves to others: every single service.
 
+use super::bucket::BucketTier;
 use super::dram::DramSegments;
 use super::fetcher::{self, Fetcher};
 use super::follower::Locations;
@@ -33,8 +34,9 @@ pub(super) struct Shared {
     pub(super) inbox: Inbox,
     pub(super) dram: Arc<DramSegments>,
     pub(super) timings: Arc<Timings>,
-    /// What the node wants of other nodes.
+    /// What the node wants of other nodes, and of the bucket.
     pub(super) orders: mpsc::UnboundedReceiver<fetcher::Order>,
+    pub(super) bucket: Option<BucketTier>,
     pub(super) started: Instant,
 }
 
@@ -103,12 +105,14 @@ async fn live(
     };
     let _ = settled.send(Ok(()));
     let (inbox, dram, timings) = (shared.inbox.clone(), shared.dram.clone(), shared.timings.clone());
-    let (node_epoch, links) = (shared.node_epoch, Arc::default());
-    let locations = membership.as_ref().map(|membership| follow(membership, shared, &links, speeds));
+    let (node_epoch, links, bucket) = (shared.node_epoch, Arc::default(), shared.bucket.clone());
+    let locations = membership.as_ref().map(|membership| follow(membership, &shared, speeds));
+    fetch(shared, locations.clone(), &links);
     let _served_until_the_end = data.clone(); // metrics may not be
-    let asked = metrics::Asked { inbox: inbox.clone(), timings, locations: locations.clone(), data };
+    let (found, told) = (locations.clone(), bucket.clone());
+    let asked = metrics::Asked { inbox: inbox.clone(), timings, locations: found, bucket: told, data };
     let http = serve_http(http, metrics::router(asked), stopped.clone());
-    let cluster = grpc::Cluster { joining, locations, links, shelves, data_port };
+    let cluster = grpc::Cluster { joining, locations, links, shelves, data_port, bucket };
     let served = grpc::serve(inbox.clone(), dram, unix, tcp, node_epoch, cluster, stopped.clone());
     tokio::select! {
         (served, ()) = async { tokio::join!(served, http) } => {
@@ -123,16 +127,22 @@ async fn live(
     }
 }
 
-/// Hears the others, tells them, and fetches from them.
-fn follow(membership: &Membership, shared: Shared, links: &Arc<Mutex<Links>>, speeds: Teller) -> Locations {
-    let Shared { config, node_epoch, inbox, dram, orders, started, .. } = shared;
-    let cluster = &config.cluster;
+/// Hears the others, and tells them.
+fn follow(membership: &Membership, shared: &Shared, speeds: Teller) -> Locations {
+    let cluster = &shared.config.cluster;
     let locations = Locations::start(membership.outlook(), cluster.ttl_ms, cluster.index_bytes);
-    tokio::spawn(publisher::tell_speeds(inbox.clone(), speeds));
-    let (found, links) = (locations.clone(), Arc::clone(links));
-    let fetcher = Fetcher { inbox, dram, locations: found, links, node_epoch, started };
-    tokio::spawn(fetcher::run(fetcher, orders));
+    tokio::spawn(publisher::tell_speeds(shared.inbox.clone(), speeds));
+    if let Some(bucket) = &shared.bucket {
+        bucket.meet(locations.clone());
+    }
     locations
+}
+
+/// Fetches from other nodes and from the bucket, where there are any.
+fn fetch(shared: Shared, locations: Option<Locations>, links: &Arc<Mutex<Links>>) {
+    let Shared { node_epoch, inbox, dram, orders, bucket, started, .. } = shared;
+    let fetcher = Fetcher { inbox, dram, locations, links: Arc::clone(links), bucket, node_epoch, started };
+    tokio::spawn(fetcher::run(fetcher, orders));
 }
 
 /// What is under way after a signal gets no more time than it takes the node to end.

@@ -37,6 +37,8 @@ pub(crate) struct Setup {
     /// Or the etcd that keeps the list.
     pub(crate) etcd: Vec<String>,
     pub(crate) node_name: String,
+    /// The `[s3]` section; empty: no bucket.
+    pub(crate) s3: String,
 }
 
 impl Default for Setup {
@@ -54,6 +56,7 @@ impl Default for Setup {
             nodes: Vec::new(),
             etcd: Vec::new(),
             node_name: "node".to_owned(),
+            s3: String::new(),
         }
     }
 }
@@ -74,7 +77,7 @@ impl Setup {
              [dram]\ncapacity_bytes = {}\nsegment_bytes = {}\nkeep_ms = {}\n\
              [nvme]\npath = \"{}\"\ncapacity_bytes = {nvme_bytes}\nsegment_bytes = {}\n\
              [leases]\nttl_ms = {}\nbytes_max_per_session = {}\n\
-             [limits]\nsessions_max = {}\nmembers_max = {}\n",
+             [limits]\nsessions_max = {}\nmembers_max = {}\n{}",
             folder.display(),
             self.node_name,
             self.grpc_address,
@@ -90,6 +93,7 @@ impl Setup {
             self.dram_bytes,
             self.members_max,
             self.members_max,
+            self.s3,
         );
         let path = folder.join("kvd.toml");
         std::fs::write(&path, text).unwrap();

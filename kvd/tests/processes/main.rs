@@ -4,6 +4,13 @@
 //! bytes, a hang or somebody else's blocks. Every wait has a deadline and a condition; nothing sleeps and hopes.
 //! Leaves to others: what the node decides (its own tests), devices (tiers), the commands' numbers (bench).
 
+mod bucket;
+#[path = "../../../tiers/tests/s3/server.rs"]
+#[allow(dead_code, reason = "the bucket's own suite asks more of it")]
+mod bucket_server;
+#[path = "../../../tiers/tests/s3/proxy.rs"]
+#[allow(dead_code, reason = "the bucket's own suite asks more of it")]
+mod bucket_weather;
 mod cluster;
 mod content;
 mod daemon;

@@ -7,7 +7,7 @@
 //! what it drops, one that replaces others by the number of objects too.
 //! Leaves to others: fetching manifests and objects, and telling when an object is gone.
 
-use super::manifest::{Added, Entry, Manifest};
+use super::manifest::{Added, Entry, Manifest, Record};
 use super::name::ObjectName;
 use hashbrown::{HashMap, HashTable};
 use kvd_proto::limits::NODES_MAX;
@@ -37,6 +37,8 @@ pub struct Known {
     fingerprints: Vec<Fingerprint>,
     /// The key of each slot.
     keys: Box<[u64]>,
+    /// What stands before the blocks that begin a chain, `None` for the others: from this slot on, up to the next.
+    roots: Vec<(u32, Option<BlockId>)>,
     /// Who says that it is there: the node, and its word's write epoch and sequence.
     claims: Vec<(u16, u64, u32)>,
 }
@@ -45,6 +47,12 @@ impl Known {
     /// How many slots it has.
     pub fn slots(&self) -> u32 {
         self.keys.len() as u32
+    }
+
+    /// What stands before the block of this slot, if it is the first of its chain.
+    pub fn root(&self, slot: u32) -> Option<BlockId> {
+        let after = self.roots.partition_point(|(first, _)| *first <= slot);
+        self.roots[after - 1].1
     }
 }
 
@@ -147,7 +155,7 @@ impl S3Index {
             self.held.objects_dropped += 1;
         }
         let number = self.first + self.objects.len() as u32;
-        let key = |record: &super::manifest::Record| {
+        let key = |record: &Record| {
             key_of(&added.fingerprints[usize::from(record.space)], record.group, &record.id)
         };
         let keys: Box<[u64]> = added.records.iter().map(key).collect();
@@ -163,6 +171,7 @@ impl S3Index {
             footer_bytes: added.footer_bytes,
             fingerprints: added.fingerprints,
             keys,
+            roots: roots_of(&added.records),
             claims: vec![claim],
         }));
         self.insert_slots(number);
@@ -249,6 +258,22 @@ impl S3Index {
         known(&self.objects, self.first, number)
     }
 
+    /// The object of this name.
+    pub fn named(&self, tenant: &str, object: ObjectName) -> Option<&Known> {
+        self.names.get(&(tenant.to_owned(), object)).map(|number| self.object(*number))
+    }
+
+    /// Whether the node's manifests say that the object is there.
+    pub fn says(&self, node: &str, known: &Known) -> bool {
+        let number = self.nodes.iter().position(|known| known == node);
+        known.claims.iter().any(|(claimed, ..)| Some(usize::from(*claimed)) == number)
+    }
+
+    /// The object that became known last.
+    pub fn newest(&self) -> Option<&Known> {
+        self.objects.iter().rev().flatten().next()
+    }
+
     /// What is held.
     pub fn held(&self) -> Held {
         self.held
@@ -257,6 +282,15 @@ impl S3Index {
     fn get_mut(&mut self, number: ObjectNumber) -> &mut Known {
         self.objects[(number - self.first) as usize].as_mut().expect("names only name what is known")
     }
+}
+
+/// What stands before blocks that begin a chain, where that changes.
+fn roots_of(records: &[Record]) -> Vec<(u32, Option<BlockId>)> {
+    let root = |record: &Record| (record.depth == 0).then_some(record.parent);
+    let mut roots: Vec<_> = (0..).zip(records.iter().map(root)).collect();
+    roots.dedup_by_key(|(_, root)| *root);
+    roots.shrink_to_fit();
+    roots
 }
 
 fn known(objects: &VecDeque<Option<Known>>, first: ObjectNumber, number: ObjectNumber) -> &Known {
@@ -276,7 +310,6 @@ fn key_of(fingerprint: &Fingerprint, group: u16, id: &BlockId) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::manifest::Record;
     use super::super::name::ManifestKey;
     use super::*;
 
@@ -339,6 +372,28 @@ mod tests {
     }
 
     #[test]
+    fn what_stands_before_a_chain_is_known_of_each() {
+        let first = |root, depth| Record {
+            id: id(root),
+            parent: id(root),
+            depth,
+            tokens: 16,
+            space: 0,
+            group: 0,
+        };
+        let records =
+            [first(9, 1), first(1, 0), first(1, 1), first(1, 0), first(1, 0), first(2, 0), first(3, 7)];
+        let Entry::Added(mut object) = added(1, []) else { unreachable!() };
+        object.records = records.to_vec();
+        let mut index = S3Index::new(100);
+        index.apply(said("a", 0, vec![Entry::Added(object)])).unwrap();
+        let known = index.object(0);
+        let roots: Vec<_> = (0..7).map(|slot| known.root(slot).map(|root| root.0[0])).collect();
+        assert_eq!(roots, [None, Some(1), None, Some(1), Some(1), Some(2), None]);
+        assert_eq!(known.roots.len(), 6);
+    }
+
+    #[test]
     fn what_lies_together_is_found_together() {
         let mut index = S3Index::new(100);
         index.apply(said("a", 0, vec![added(1, [1]), added(2, [2]), added(3, [1, 2, 3])])).unwrap();
@@ -360,6 +415,10 @@ mod tests {
         index.apply(said("b", 1, vec![removed(1), removed(2)])).unwrap();
         assert_eq!(index.held(), Held::default());
         assert!(found(&index, &[1]).is_empty() && !index.remove_object("t", ObjectName([1; 16])));
+        index.apply(said("b", 2, vec![added(3, [1])])).unwrap();
+        let known = index.named("t", ObjectName([3; 16])).unwrap();
+        assert_eq!(["a", "b", "c"].map(|node| index.says(node, known)), [false, true, false]);
+        assert!(index.named("u", ObjectName([3; 16])).is_none());
     }
 
     #[test]

@@ -20,6 +20,7 @@ pub mod name;
 pub mod pack;
 pub mod reader;
 mod single_flight;
+pub mod sweep;
 pub mod upload;
 
 pub use bucket::{Bucket, BucketConfig, Listed};

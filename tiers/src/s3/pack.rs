@@ -134,6 +134,11 @@ impl Packer {
         (0..self.packs.len()).map(|_| self.close(0)).collect()
     }
 
+    /// Whether the block is in an open pack.
+    pub fn holds(&self, header: &SlotHeader) -> bool {
+        self.held.contains(&key_of(header))
+    }
+
     /// Payload bytes that wait.
     pub fn bytes(&self) -> u64 {
         self.bytes

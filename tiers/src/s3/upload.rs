@@ -20,7 +20,10 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// The largest body of one request; larger objects go in equal parts, then of 8 MiB at least.
+/// The largest object that is written by one request: 32 MiB of blocks and their footer. In parts it would be two requests more, and several
+/// objects are under way at once anyway; for larger ones a try that fails would repeat too much.
+pub const WHOLE_BYTES_MAX: u64 = 40 << 20;
+/// The largest part of larger objects, which go in equal ones, of 8 MiB at least.
 pub const PART_BYTES_MAX: u64 = 16 << 20;
 /// The slowest link that is still waited for.
 const SLOWEST_BYTES_PER_MS: u64 = 1 << 10;
@@ -48,7 +51,7 @@ impl Bucket {
         if self.asks_first() && self.head(key, deadline).await?.is_some() {
             return Ok(Put::Present);
         }
-        if bytes <= PART_BYTES_MAX {
+        if bytes <= WHOLE_BYTES_MAX {
             self.put_whole(key, pieces, bytes, deadline).await
         } else {
             self.put_parts(key, cut(pieces, bytes), deadline).await

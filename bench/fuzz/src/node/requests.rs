@@ -43,6 +43,8 @@ pub fn config(material: &mut Material) -> NodeConfig {
         members_max: 6,
         profile: PrefillProfile::causal(0.0, 25.0, 0.001),
         has_peers: choice & 16 == 0,
+        has_bucket: choice & 8 == 0,
+        upload_bytes_max: if choice & 4 == 0 { 1 << 20 } else { 0 },
     }
 }
 

@@ -104,6 +104,8 @@ fn config(epoch: u64) -> NodeConfig {
         members_max: 16,
         profile: PrefillProfile::causal(0.0, 25.0, 0.001),
         has_peers: true,
+        has_bucket: false,
+        upload_bytes_max: 0,
     }
 }
 

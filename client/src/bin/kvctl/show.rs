@@ -28,7 +28,8 @@ fn tier(number: i32) -> String {
 impl Show for wire::StatusReply {
     fn table(&self) -> String {
         let counters = self.counters.unwrap_or_default();
-        let hits = counters.hit_blocks_dram + counters.hit_blocks_nvme + counters.hit_blocks_peer;
+        let hits = counters.hit_blocks_dram + counters.hit_blocks_nvme + counters.hit_blocks_peer
+            + counters.hit_blocks_s3;
         let asked = hits + counters.miss_blocks;
         let share = |part: u64| format!("{} of {} blocks asked for", percent(part, asked), count(asked));
         pairs(&[
@@ -45,6 +46,7 @@ impl Show for wire::StatusReply {
             ("hits in DRAM", share(counters.hit_blocks_dram)),
             ("hits on NVMe", share(counters.hit_blocks_nvme)),
             ("hits on other nodes", share(counters.hit_blocks_peer)),
+            ("hits in the bucket", share(counters.hit_blocks_s3)),
             ("misses", share(counters.miss_blocks)),
             ("committed", format!("{} blocks", count(counters.committed_blocks))),
             (
@@ -98,6 +100,9 @@ fn counters_object(counters: &wire::Counters) -> Value {
         "leases_expired": counters.leases_expired, "refused_requests": counters.refused_requests,
         "hit_blocks_peer": counters.hit_blocks_peer, "peer_read_bytes": counters.peer_read_bytes,
         "peer_errors": counters.peer_errors,
+        "hit_blocks_s3": counters.hit_blocks_s3, "s3_read_bytes": counters.s3_read_bytes,
+        "s3_write_bytes": counters.s3_write_bytes, "s3_errors": counters.s3_errors,
+        "s3_skipped_blocks": counters.s3_skipped_blocks,
     })
 }
 

@@ -171,7 +171,7 @@ impl World {
 
     fn check_moves(&self) {
         let marked = |handle: &Handle, tier, mark| self.node.catalog.get(*handle).is(tier, mark);
-        let under_way = self.moves.len() + self.peers.fetches.len();
+        let under_way = self.moves.len() + self.peers.fetches.len() + self.uploads.reading.len();
         assert_eq!(self.node.movement.moves.len(), under_way, "a move ends once");
         for (token, moved) in &self.node.movement.moves {
             let entry = self.node.catalog.get(moved.handle);
@@ -179,6 +179,11 @@ impl World {
                 MoveKind::Promotion => (Tier::Nvme, Tier::Dram),
                 MoveKind::Demotion => (Tier::Dram, Tier::Nvme),
                 MoveKind::Verification => unreachable!("nothing here is an earlier daemon's"),
+                MoveKind::Upload { .. } => {
+                    assert!(marked(&moved.handle, Tier::Dram, Mark::Moving));
+                    assert_eq!(entry.copy(Tier::Dram), Some(self.uploads.reading[token].0));
+                    continue;
+                }
                 MoveKind::Fetch { .. } => {
                     assert!(
                         marked(&moved.handle, Tier::Dram, Mark::Filling) && entry.copy(Tier::Nvme).is_none()
@@ -211,6 +216,10 @@ impl World {
         assert!(
             nvme || self.peers.fetches.values().all(|order| order.to != slot),
             "a slot is reused while it is fetched"
+        );
+        assert!(
+            nvme || self.uploads.reading.values().all(|(read, _)| *read != slot),
+            "a slot is reused while it is read out"
         );
         for moved in self.moves.values() {
             let end = if moved.promotion == nvme { moved.from } else { moved.to };

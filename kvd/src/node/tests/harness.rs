@@ -85,6 +85,7 @@ pub(super) struct World {
     pub(super) spaces: BTreeMap<u32, (Fingerprint, String)>,
     pub(super) follower: super::telling::Follower,
     pub(super) peers: super::transfers::Peers,
+    pub(super) uploads: super::uploading::Uploads,
     last: u64,
     digest: DefaultHasher,
 }
@@ -104,6 +105,8 @@ pub(super) fn config() -> NodeConfig {
         members_max: 16,
         profile: kvd_proto::cost::PrefillProfile::causal(0.0, 25.0, 0.001),
         has_peers: false,
+        has_bucket: false,
+        upload_bytes_max: 0,
     }
 }
 
@@ -217,6 +220,7 @@ impl World {
             spaces: BTreeMap::new(),
             follower: super::telling::Follower::default(),
             peers: super::transfers::Peers::default(),
+            uploads: super::uploading::Uploads::default(),
             last: 0,
             digest: DefaultHasher::new(),
         }
@@ -284,6 +288,7 @@ impl World {
                 self.nvme.remove(&slot);
             }
             Effect::Answer { ticket, answer } => self.answers.push((ticket, answer)),
+            effect @ Effect::Upload { .. } => self.upload_told(effect),
             effect @ (Effect::Seek { .. } | Effect::Fetch { .. }) => self.peers_told(effect),
             effect @ (Effect::Copies { .. } | Effect::Slice { .. }) => self.follower.told(effect),
             Effect::Fill { slots, filler } => {

@@ -20,3 +20,4 @@ mod sessions;
 mod simulation;
 mod telling;
 mod transfers;
+mod uploading;

@@ -103,7 +103,8 @@ impl Storm {
             }),
             74..76 => self.leave(),
             76..80 => self.device(),
-            80..88 => self.peers(),
+            80..87 => self.peers(),
+            87 => (0..4).for_each(|_| self.bucket()),
             88..90 => self.request(Self::small_talk),
             90 => self.ask(),
             91 if self.random.one_in(4) => self.world.pass_ms(2_500),
@@ -348,6 +349,21 @@ impl Storm {
         }
     }
 
+    fn bucket(&mut self) {
+        let reading: Vec<_> = self.world.uploads.reading.keys().copied().collect();
+        if let Some(token) = self.random.pick(&reading) {
+            let failure = match self.random.below(24) {
+                0 => Some(MoveError::Checksum),
+                1..4 => Some(MoveError::Later),
+                _ => None,
+            };
+            self.world.end_upload(token, failure);
+        }
+        if self.random.one_in(2) {
+            self.world.store_oldest();
+        }
+    }
+
     fn ask(&mut self) {
         let prefix = id(1 + self.random.below(6) * 1000 + self.random.below(4)).0[..4].to_vec();
         let question = match self.random.below(8) {
@@ -387,6 +403,8 @@ fn run(seed: u64, steps: u64) -> (u64, wire::Counters, [u64; 3], [u64; 2]) {
     config.lease_ttl_ms = 2000;
     config.dram_bytes *= 3;
     config.has_peers = seed % 4 < 2;
+    config.has_bucket = seed % 4 == 1;
+    config.upload_bytes_max = if config.has_bucket { 5 * super::harness::BLOCK_BYTES } else { 0 };
     if seed % 2 == 1 {
         config.dram_eviction = "s3fifo".to_owned();
     }
@@ -401,7 +419,7 @@ fn run(seed: u64, steps: u64) -> (u64, wire::Counters, [u64; 3], [u64; 2]) {
 
 #[test]
 fn whatever_happens_what_must_hold_holds() {
-    let mut seen = [0; 16];
+    let mut seen = [0; 18];
     for seed in 1..=4 {
         let (_, counters, [ready, not_yet, gone], [shared_reads, shared_fills]) = run(seed, 8000);
         let more = [
@@ -416,6 +434,8 @@ fn whatever_happens_what_must_hold_holds() {
             counters.leases_expired,
             counters.hit_blocks_peer,
             counters.peer_errors,
+            counters.hit_blocks_s3,
+            counters.s3_write_bytes,
             ready,
             not_yet,
             gone,

@@ -58,6 +58,7 @@ impl World {
                 wanted.chain[wanted.stored as usize - 1]
             },
             predicted_us: 1000,
+            from_bucket: ticket.is_multiple_of(3),
         });
         if offer.is_some() {
             self.peers.offered.insert(ticket);
@@ -114,6 +115,9 @@ impl World {
                 self.offer(ticket, 0);
             } else if let Some((&token, _)) = self.peers.fetches.first_key_value() {
                 self.end_fetch(token, None);
+            } else if let Some((&token, _)) = self.uploads.reading.first_key_value() {
+                self.end_upload(token, None);
+            } else if self.store_oldest() {
             } else {
                 return;
             }

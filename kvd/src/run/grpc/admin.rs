@@ -2,6 +2,7 @@
 
 use super::ask;
 use crate::node::event::{Answer, Question};
+use crate::run::bucket::BucketTier;
 use crate::run::dram::DramSegments;
 use crate::run::inbox::{Inbox, Input};
 use kvd_proto::Error;
@@ -18,11 +19,12 @@ const EVENTS_BEHIND_MAX: usize = 1024;
 pub(super) struct Admin {
     inbox: Inbox,
     dram: Arc<DramSegments>,
+    bucket: Option<BucketTier>,
 }
 
 impl Admin {
-    pub(super) fn new(inbox: Inbox, dram: Arc<DramSegments>) -> Self {
-        Self { inbox, dram }
+    pub(super) fn new(inbox: Inbox, dram: Arc<DramSegments>, bucket: Option<BucketTier>) -> Self {
+        Self { inbox, dram, bucket }
     }
 }
 
@@ -61,6 +63,7 @@ impl admin_server::Admin for Admin {
                 tier.medium = self.dram.info().description;
             }
         }
+        reply.tiers.extend(self.bucket.as_ref().map(BucketTier::status));
         Ok(Response::new(reply))
     }
 

@@ -14,6 +14,7 @@ mod workers;
 pub(super) use callers::{Callers, Grant};
 pub(super) use peer::Shelves;
 
+use super::bucket::BucketTier;
 use super::dram::DramSegments;
 use super::follower::Locations;
 use super::inbox::{Inbox, Input};
@@ -40,6 +41,7 @@ pub(super) struct Cluster {
     pub(super) shelves: Shelves,
     /// 0: bytes are not served.
     pub(super) data_port: u16,
+    pub(super) bucket: Option<BucketTier>,
 }
 
 /// Serves on both listeners until `stopped` resolves.
@@ -55,7 +57,7 @@ pub(super) async fn serve(
     let workers = workers::Service::start(node_epoch);
     let index = index::Service::new(cluster.joining, cluster.locations, cluster.links);
     let peer = peer::Service::new(inbox.clone(), cluster.shelves, cluster.data_port);
-    let services = Services { inbox, dram, workers, index, peer };
+    let services = Services { inbox, dram, bucket: cluster.bucket, workers, index, peer };
     let stop = |mut stopped: tokio::sync::watch::Receiver<bool>| async move {
         let _ = stopped.wait_for(|stopped| *stopped).await; // the sender gone is a stop too
     };
@@ -75,6 +77,7 @@ pub(super) async fn serve(
 struct Services {
     inbox: Inbox,
     dram: Arc<DramSegments>,
+    bucket: Option<BucketTier>,
     workers: workers::Service,
     index: index::Service,
     peer: peer::Service,
@@ -89,7 +92,7 @@ impl Services {
             .build_v1()
             .map_err(|e| format!("reflection: {e}"))?;
         let cache = CacheServer::new(cache::Cache::new(self.inbox.clone(), self.dram.clone()));
-        let admin = AdminServer::new(admin::Admin::new(self.inbox.clone(), self.dram.clone()));
+        let admin = admin::Admin::new(self.inbox.clone(), self.dram.clone(), self.bucket.clone());
         tokio::spawn(async move {
             reporter.set_serving::<CacheServer<cache::Cache>>().await;
             reporter.set_serving::<AdminServer<admin::Admin>>().await;
@@ -101,7 +104,7 @@ impl Services {
             .add_service(health)
             .add_service(reflection)
             .add_service(cache)
-            .add_service(admin)
+            .add_service(AdminServer::new(admin))
             .add_service(IndexServer::new(self.index.clone()))
             .add_service(PeerServer::new(self.peer.clone()))
             .add_service(WorkersServer::new(self.workers.clone())))

@@ -27,7 +27,7 @@ impl Sample {
     /// Blocks and accesses that went wrong on the node's own side or on another's, since its start.
     pub(crate) fn errors(&self) -> u64 {
         let counters = self.counters();
-        counters.checksum_errors + counters.nvme_errors + counters.peer_errors
+        counters.checksum_errors + counters.nvme_errors + counters.peer_errors + counters.s3_errors
     }
 }
 
@@ -37,6 +37,7 @@ pub(crate) struct Hits {
     pub(crate) dram: f64,
     pub(crate) nvme: f64,
     pub(crate) peer: f64,
+    pub(crate) s3: f64,
 }
 
 /// What a node did between two looks.
@@ -60,14 +61,20 @@ pub(crate) fn rates(before: Option<&Sample>, now: &Sample) -> Option<Rates> {
     let counters = now.counters();
     let grown = |of: fn(&Counters) -> u64| of(&counters).saturating_sub(of(&then)) as f64;
     let per_s = |of| grown(of) * 1000.0 / passed_ms as f64;
-    let [dram, nvme, peer] = [
+    let [dram, nvme, peer, s3] = [
         grown(|counters| counters.hit_blocks_dram),
         grown(|counters| counters.hit_blocks_nvme),
         grown(|counters| counters.hit_blocks_peer),
+        grown(|counters| counters.hit_blocks_s3),
     ];
-    let asked = dram + nvme + peer + grown(|counters| counters.miss_blocks);
+    let asked = dram + nvme + peer + s3 + grown(|counters| counters.miss_blocks);
     Some(Rates {
-        hits: (asked > 0.0).then(|| Hits { dram: dram / asked, nvme: nvme / asked, peer: peer / asked }),
+        hits: (asked > 0.0).then(|| Hits {
+            dram: dram / asked,
+            nvme: nvme / asked,
+            peer: peer / asked,
+            s3: s3 / asked,
+        }),
         matches_per_s: per_s(|counters| counters.match_requests),
         committed_blocks_per_s: per_s(|counters| counters.committed_blocks),
         nvme_read_bytes_per_s: per_s(|counters| counters.nvme_read_bytes),
@@ -101,7 +108,8 @@ mod tests {
             hit_blocks_dram: 55,
             hit_blocks_nvme: 3,
             hit_blocks_peer: 1,
-            miss_blocks: 51,
+            hit_blocks_s3: 1,
+            miss_blocks: 50,
             committed_blocks: 54,
             nvme_read_bytes: 3000,
             peer_read_bytes: 1000,
@@ -112,7 +120,7 @@ mod tests {
     #[test]
     fn only_what_happened_in_between_counts() {
         let seen = rates(Some(&sample(1, 10_000, early())), &sample(1, 12_000, late())).unwrap();
-        assert_eq!(seen.hits, Some(Hits { dram: 0.5, nvme: 0.3, peer: 0.1 }));
+        assert_eq!(seen.hits, Some(Hits { dram: 0.5, nvme: 0.3, peer: 0.1, s3: 0.1 }));
         assert_eq!((seen.matches_per_s, seen.committed_blocks_per_s), (5.0, 2.0));
         assert_eq!((seen.nvme_read_bytes_per_s, seen.peer_read_bytes_per_s), (1500.0, 500.0));
     }
@@ -121,7 +129,7 @@ mod tests {
     fn a_restarted_node_starts_at_zero() {
         let seen = rates(Some(&sample(1, 10_000, late())), &sample(2, 500, early())).unwrap();
         assert_eq!((seen.matches_per_s, seen.committed_blocks_per_s), (200.0, 100.0));
-        assert_eq!(seen.hits, Some(Hits { dram: 0.5, nvme: 0.0, peer: 0.0 }));
+        assert_eq!(seen.hits, Some(Hits { dram: 0.5, nvme: 0.0, peer: 0.0, s3: 0.0 }));
     }
 
     #[test]

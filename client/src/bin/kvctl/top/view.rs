@@ -19,7 +19,7 @@ const MODEL_CHARS_MAX: usize = 24;
 /// Longest reason shown under the tables. At the limit: cut.
 const REASON_CHARS_MAX: usize = 90;
 
-const NODE_HEADER: [&str; 14] = [
+const NODE_HEADER: [&str; 15] = [
     "\nNODE",
     "\nUP",
     "\nBLOCKS",
@@ -28,6 +28,7 @@ const NODE_HEADER: [&str; 14] = [
     "HITS\nDRAM",
     "HITS\nNVME",
     "HITS\nNODES",
+    "HITS\nS3",
     "MATCH\n/S",
     "COMMIT\n/S",
     "NVME\nREAD/S",
@@ -107,6 +108,7 @@ fn node_row(seen: &Seen) -> Vec<String> {
         hits(|hits| hits.dram),
         hits(|hits| hits.nvme),
         hits(|hits| hits.peer),
+        hits(|hits| hits.s3),
         known(rates.map(|rates| short(rates.matches_per_s))),
         known(rates.map(|rates| short(rates.committed_blocks_per_s))),
         known(rates.map(|rates| short_size(rates.nvme_read_bytes_per_s))),
@@ -148,7 +150,7 @@ fn node_object(seen: &Seen) -> Value {
         "dram_used_bytes": used(Tier::Dram), "dram_capacity_bytes": capacity(Tier::Dram),
         "nvme_used_bytes": used(Tier::Nvme), "nvme_capacity_bytes": capacity(Tier::Nvme),
         "hit_share_dram": hits.map(|hits| hits.dram), "hit_share_nvme": hits.map(|hits| hits.nvme),
-        "hit_share_peer": hits.map(|hits| hits.peer),
+        "hit_share_peer": hits.map(|hits| hits.peer), "hit_share_s3": hits.map(|hits| hits.s3),
         "matches_per_s": rates.map(|rates| rates.matches_per_s),
         "committed_blocks_per_s": rates.map(|rates| rates.committed_blocks_per_s),
         "nvme_read_bytes_per_s": rates.map(|rates| rates.nvme_read_bytes_per_s),
@@ -178,7 +180,7 @@ mod tests {
     const LINE_CHARS_MAX: usize = 120;
 
     fn node(node_name: &str, sample: Sample) -> Seen {
-        let hits = Some(Hits { dram: 0.5, nvme: 0.25, peer: 1.0 });
+        let hits = Some(Hits { dram: 0.5, nvme: 0.25, peer: 1.0, s3: 0.0 });
         let rates = Some(Rates {
             hits,
             matches_per_s: 1234.0,
@@ -230,10 +232,10 @@ mod tests {
 2 nodes, 1 away
 node-b: no answer?
 
-                        DRAM NVME HITS HITS  HITS MATCH COMMIT   NVME  NODES
-NODE     UP BLOCKS      USED USED DRAM NVME NODES    /S     /S READ/S READ/S LEASES ERRORS
-node-a 1m1s  12.3k 1.50/64Gi    -  50%  25%  100% 1.23k   56.7 2.79Gi      0      2      3
-node-b away      -         -    -    -    -     -     -      -      -      -      -      -
+                        DRAM NVME HITS HITS  HITS HITS MATCH COMMIT   NVME  NODES
+NODE     UP BLOCKS      USED USED DRAM NVME NODES   S3    /S     /S READ/S READ/S LEASES ERRORS
+node-a 1m1s  12.3k 1.50/64Gi    -  50%  25%  100%   0% 1.23k   56.7 2.79Gi      0      2      3
+node-b away      -         -    -    -    -     -    -     -      -      -      -      -      -
 
 WORKER   MODEL ROLE   NODE   RUNNING WAITING     KV RESERVED SILENT
 engine-0 llama decode node-a     3/8       0 50.0 %        0   40ms

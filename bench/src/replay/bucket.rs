@@ -1,0 +1,259 @@
+//! The bucket of a replay: an S3 server beside it, a proxy with bad days before that, and what came of both.
+//!
+//! Invariants: requests and bytes are the daemon's own counts, and the useful bytes those that the engine read; errors last the whole run, a hang
+//! begins when half of the requests have been served.
+
+use crate::demo::load::{get, http};
+use crate::engine::cache::Served;
+use crate::failure::Failure;
+use crate::report::{Output, Reporter};
+use crate::s3::proxy::{Fault, Proxy, Weather};
+use crate::s3::server::{BUCKET, KEYS, Server};
+use crate::scrape::counted;
+use serde::Serialize;
+use std::io::Write as _;
+use std::net::SocketAddr;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// A fetch that took longer is listed.
+const SLOW: Duration = Duration::from_millis(250);
+/// How long the end of the run waits for what is on its way to the bucket.
+const UPLOADS_WAIT: Duration = Duration::from_secs(60);
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// Faults that are as likely as each other.
+const FAULTS: [Fault; 6] =
+    [Fault::Busy, Fault::ResetBefore, Fault::ResetInBody, Fault::Truncate, Fault::Flip, Fault::WrongEtag];
+
+/// What there is to be.
+#[derive(Debug, Clone, clap::Args)]
+pub(super) struct BucketArgs {
+    /// The daemon has a bucket, too: on a server in this process, or on --s3-endpoint.
+    #[arg(long)]
+    s3: bool,
+    /// An S3 server, "http://host:port". Credentials come from where AWS's tools look for them.
+    #[arg(long, requires_all = ["s3", "s3_bucket"])]
+    s3_endpoint: Option<String>,
+    /// The bucket there, which must be empty.
+    #[arg(long)]
+    s3_bucket: Option<String>,
+    /// Of 1000 requests to the bucket, so many fail: refused as too many, reset, cut short, or answered with a wrong bit or name.
+    #[arg(long, default_value_t = 0, requires = "s3", value_parser = clap::value_parser!(u32).range(0..=1000))]
+    s3_errors: u32,
+    /// After half of the trace the bucket does not answer for so many seconds.
+    #[arg(long, default_value_t = 0, requires = "s3")]
+    s3_hang_s: u64,
+}
+
+/// The bucket, if there is one.
+pub(super) struct Bucket {
+    args: BucketArgs,
+    there: Option<There>,
+    hangs: Option<Instant>,
+    hung: bool,
+    slow: Vec<Slow>,
+    block_bytes: u64,
+    useful_bytes: u64,
+    stored: u64,
+}
+
+struct There {
+    server: Option<Server>,
+    proxy: Proxy,
+    bucket: String,
+    keys_file: Option<PathBuf>,
+    metrics: SocketAddr,
+}
+
+/// A request that fetched for long.
+#[derive(Debug, Clone, Serialize)]
+struct Slow {
+    request: usize,
+    fetch_ms: u64,
+    hit_blocks: u64,
+    missed_blocks: u64,
+}
+
+/// What the bucket came to.
+#[derive(Debug, Clone, Serialize)]
+struct Summary {
+    bench: &'static str,
+    server: String,
+    errors_per_mille: u32,
+    hang_s: u64,
+    stored_blocks: u64,
+    uploaded_blocks: f64,
+    skipped_blocks: f64,
+    put_requests: f64,
+    put_requests_per_uploaded_block: f64,
+    get_requests: f64,
+    received_bytes: f64,
+    useful_bytes: u64,
+    received_per_useful_byte: f64,
+    retries: f64,
+    failed_blocks: f64,
+    checksum_errors: f64,
+    slow_requests: Vec<Slow>,
+}
+
+impl Bucket {
+    /// In good weather, or with errors; `block_bytes`: of every block.
+    pub(super) async fn start(args: &BucketArgs, folder: &Path, block_bytes: u64) -> Result<Self, Failure> {
+        let there = if args.s3 { Some(There::start(args, folder).await?) } else { None };
+        let this = Self {
+            args: args.clone(),
+            there,
+            hangs: None,
+            hung: false,
+            slow: Vec::new(),
+            block_bytes,
+            useful_bytes: 0,
+            stored: 0,
+        };
+        this.weather(false);
+        Ok(this)
+    }
+
+    fn weather(&self, hangs: bool) {
+        let Some(there) = &self.there else { return };
+        let each = self.args.s3_errors / FAULTS.len() as u32;
+        let first = self.args.s3_errors - each * (FAULTS.len() as u32 - 1);
+        let errors = FAULTS.iter().enumerate().map(|(at, fault)| (*fault, if at == 0 { first } else { each }));
+        let per_mille = if hangs { vec![(Fault::Hang, 1000)] } else { errors.collect() };
+        there.proxy.set(Weather { per_mille, hang: Duration::from_secs(self.args.s3_hang_s), ..Weather::default() });
+    }
+
+    /// What the daemon must be told.
+    pub(super) fn tell(&self, command: &mut Command) {
+        let Some(there) = &self.there else { return };
+        command.arg(format!("--s3-endpoint={}", there.proxy.endpoint()));
+        command.arg(format!("--s3-bucket={}", there.bucket));
+        command.arg(format!("--metrics-address={}", there.metrics));
+        if let Some(keys) = &there.keys_file {
+            command.arg("--s3-keys-file").arg(keys);
+        }
+    }
+
+    /// Before each request.
+    pub(super) fn passes(&mut self, number: usize, requests: usize) {
+        if self.args.s3_hang_s == 0 {
+            return;
+        }
+        if !self.hung && number >= requests / 2 {
+            (self.hung, self.hangs) = (true, Some(Instant::now()));
+            self.weather(true);
+        }
+        if self.hangs.is_some_and(|since| since.elapsed().as_secs() >= self.args.s3_hang_s) {
+            self.hangs = None;
+            self.weather(false);
+        }
+    }
+
+    /// After each request.
+    pub(super) fn saw(&mut self, number: usize, served: &Served) {
+        self.useful_bytes += served.fetched.s3_bytes;
+        self.stored += served.stored;
+        let fetch = Duration::from_micros(served.fetched.real_us);
+        if fetch >= SLOW && self.there.is_some() {
+            self.slow.push(Slow {
+                request: number,
+                fetch_ms: fetch.as_millis() as u64,
+                hit_blocks: served.hits(),
+                missed_blocks: served.misses,
+            });
+        }
+    }
+
+    /// When what is on its way has come, or a minute is over.
+    pub(super) async fn report(self, output: Output) -> Result<(), Failure> {
+        let Some(there) = &self.there else { return Ok(()) };
+        let url = format!("http://{}/metrics", there.metrics);
+        let (client, start) = (http(), Instant::now());
+        let mut text = get(&client, &url).await?;
+        let done = |text: &str| (written(text), counted(text, "kvd_s3_put_requests_total", ""));
+        loop {
+            tokio::time::sleep(LOOK_EVERY * 4).await;
+            let now = get(&client, &url).await?;
+            let quiet = done(&now) == done(&text);
+            text = now;
+            if quiet || start.elapsed() > UPLOADS_WAIT {
+                break;
+            }
+        }
+        let summary = self.summary(there, &text);
+        Reporter::new(output).object(&summary, &summary.lines())?;
+        Ok(())
+    }
+
+    fn summary(&self, there: &There, text: &str) -> Summary {
+        let count = |name: &str| counted(text, name, "");
+        let uploaded_blocks = written(text) / self.block_bytes as f64;
+        let (put_requests, received_bytes) = (count("kvd_s3_put_requests_total"), count("kvd_s3_received_bytes_total"));
+        Summary {
+            bench: "replay_s3",
+            server: self.args.s3_endpoint.clone().unwrap_or_else(|| "s3s-fs in this process".to_owned()),
+            errors_per_mille: self.args.s3_errors,
+            hang_s: self.args.s3_hang_s,
+            stored_blocks: self.stored,
+            uploaded_blocks,
+            skipped_blocks: count("kvd_s3_skipped_blocks_total"),
+            put_requests,
+            put_requests_per_uploaded_block: put_requests / uploaded_blocks.max(1.0),
+            get_requests: count("kvd_s3_get_requests_total"),
+            received_bytes,
+            useful_bytes: self.useful_bytes,
+            received_per_useful_byte: received_bytes / (self.useful_bytes as f64).max(1.0),
+            retries: count("kvd_s3_retries_total"),
+            failed_blocks: count("kvd_s3_errors_total"),
+            checksum_errors: count("kvd_checksum_errors_total"),
+            slow_requests: self.slow.clone(),
+        }
+    }
+}
+
+/// Bytes of blocks that were uploaded.
+fn written(text: &str) -> f64 {
+    counted(text, "kvd_s3_written_bytes_total", "")
+}
+
+impl There {
+    async fn start(args: &BucketArgs, folder: &Path) -> Result<Self, Failure> {
+        let metrics = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+        if let (Some(endpoint), Some(bucket)) = (&args.s3_endpoint, &args.s3_bucket) {
+            let address = endpoint.trim_start_matches("http://");
+            let address = tokio::net::lookup_host(address).await?.next().ok_or("--s3-endpoint has no address")?;
+            let proxy = Proxy::start(address, 1).await?;
+            return Ok(Self { server: None, proxy, bucket: bucket.clone(), keys_file: None, metrics });
+        }
+        let server = Server::start(crate::s3::service)?;
+        let proxy = Proxy::start(server.address(), 1).await?;
+        let keys_file = folder.join("s3-keys");
+        let mut options = std::fs::OpenOptions::new();
+        let mut keys = options.create_new(true).write(true).mode(0o600).open(&keys_file)?;
+        keys.write_all(format!("{}\n{}\n", KEYS.0, KEYS.1).as_bytes())?;
+        let (bucket, keys_file) = (BUCKET.to_owned(), Some(keys_file));
+        Ok(Self { server: Some(server), proxy, bucket, keys_file, metrics })
+    }
+}
+
+impl Summary {
+    /// For people.
+    fn lines(&self) -> Vec<(&'static str, String)> {
+        let slow = self.slow_requests.iter().map(|slow| {
+            format!(
+                "request {} fetched for {} ms: {} blocks, and missed {}",
+                slow.request, slow.fetch_ms, slow.hit_blocks, slow.missed_blocks
+            )
+        });
+        vec![
+            ("bucket", format!("{}, {} of 1000 requests fail, hangs for {} s", self.server, self.errors_per_mille, self.hang_s)),
+            ("uploaded", format!("{:.0} of {} stored blocks; {:.0} left memory before", self.uploaded_blocks, self.stored_blocks, self.skipped_blocks)),
+            ("writes", format!("{:.0} requests, {:.4} a block", self.put_requests, self.put_requests_per_uploaded_block)),
+            ("reads", format!("{:.0} requests, {:.3} bytes for one of use", self.get_requests, self.received_per_useful_byte)),
+            ("trouble", format!("{:.0} retries, {:.0} blocks that did not come", self.retries, self.failed_blocks)),
+            ("slow fetches", slow.collect::<Vec<_>>().join("\n")),
+        ]
+    }
+}

@@ -1,0 +1,108 @@
+//! What all nodes wrote: their manifests, listed again and again, and read once; and the probe of a way that failed.
+//!
+//! Invariants: manifests of one node are applied in the order they were written; one that cannot be read, or is not its key's, is passed over and
+//! said so once; trouble costs what was not heard of, nothing else. What this daemon itself wrote it knows already.
+
+use super::{Shared, lock};
+use kvd_tiers::s3::bucket::{BucketError, Listed, WHOLE_BYTES_MAX};
+use kvd_tiers::s3::name::{ManifestKey, manifests_prefix};
+use kvd_tiers::s3::{Manifest, ObjectName};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// Manifests of one tenant that are listed. At the limit: later ones are not seen; nodes make theirs few.
+const LISTED_MAX: usize = 100_000;
+/// How long one listing, or one manifest, may take.
+const WAIT: Duration = Duration::from_secs(20);
+/// A way that failed is tried this often.
+const PROBE_EVERY: Duration = Duration::from_secs(1);
+/// Bytes of a probe.
+const PROBE_BYTES: u64 = 32;
+
+/// As long as the daemon runs.
+pub(super) async fn run(shared: Arc<Shared>) {
+    let mut seen: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    let every = Duration::from_millis(shared.config.s3.list_ms.into());
+    loop {
+        for tenant in shared.tenants() {
+            let seen = seen.entry(tenant.clone()).or_default();
+            let heard = shared.hear(&tenant, seen).await;
+            match &heard {
+                Ok(()) => _ = shared.heard.send_if_modified(|heard| heard.insert(tenant)),
+                Err(error) => tracing::warn!(%error, tenant, "manifests are not heard"),
+            }
+            lock(&shared.trouble).manifests = heard.err().map(|error| error.to_string());
+        }
+        let _ = tokio::time::timeout(every, shared.new_tenant.notified()).await;
+    }
+}
+
+/// Reopens a way that failed when something can be read again.
+pub(super) async fn probe(shared: Arc<Shared>) {
+    loop {
+        tokio::time::sleep(PROBE_EVERY).await;
+        if !lock(&shared.way).rests(0, shared.now_us()) {
+            continue;
+        }
+        match shared.probe().await {
+            Ok(()) => shared.read_worked(),
+            Err(error) => shared.read_failed(&error.to_string()),
+        }
+    }
+}
+
+impl Shared {
+    /// What is new for a tenant. An error: some of it was not heard, and is not among `seen`.
+    async fn hear(&self, tenant: &str, seen: &mut BTreeSet<String>) -> Result<(), BucketError> {
+        let prefix = &self.config.s3.prefix;
+        let listed = self.bucket.list(&manifests_prefix(prefix, tenant), "", LISTED_MAX, Instant::now() + WAIT).await?;
+        let there: BTreeSet<&String> = listed.iter().map(|listed| &listed.key).collect();
+        seen.retain(|key| there.contains(key));
+        for Listed { key, bytes } in listed.iter().filter(|listed| !seen.contains(&listed.key)).cloned().collect::<Vec<_>>() {
+            let Some(named) = ManifestKey::from_key(prefix, tenant, &key) else {
+                tracing::warn!(key, "not the name of a manifest");
+                seen.insert(key);
+                continue;
+            };
+            if named.node != self.config.node_name || named.write_epoch != self.write_epoch {
+                match self.bucket.get_bytes(&key, 0..bytes.min(WHOLE_BYTES_MAX), Instant::now() + WAIT).await {
+                    Ok(bytes) => self.heard(&named, &key, &bytes),
+                    Err(BucketError::Gone) => continue, // made one with others meanwhile
+                    Err(error) => return Err(error),
+                }
+            }
+            seen.insert(key);
+        }
+        Ok(())
+    }
+
+    fn heard(&self, named: &ManifestKey, key: &str, bytes: &[u8]) {
+        let Some(manifest) = Manifest::decode(bytes).filter(|manifest| manifest.is_of(named)) else {
+            tracing::warn!(key, "not a manifest, or another's");
+            self.missed.store(true, Ordering::Relaxed);
+            return;
+        };
+        if let Err(error) = lock(&self.index).apply(manifest) {
+            tracing::warn!(%error, "a manifest is not used");
+            self.missed.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Reads a few bytes of some object; without one, looks for one.
+    async fn probe(&self) -> Result<(), BucketError> {
+        let wait = Instant::now() + Duration::from_millis(self.config.s3.timeout_ms.into());
+        let prefix = &self.config.s3.prefix;
+        let known: Option<(String, ObjectName)> = lock(&self.index).newest().map(|known| (known.tenant.clone(), known.object));
+        let read = match known {
+            None => self.bucket.list(prefix, "", 1, wait).await.map(drop),
+            Some((tenant, object)) => self.bucket.get_bytes(&object.key(prefix, &tenant), 0..PROBE_BYTES, wait).await.map(drop),
+        };
+        match read {
+            Err(BucketError::Gone | BucketError::Truncated) => Ok(()), // it answers
+            other => other,
+        }
+    }
+}
