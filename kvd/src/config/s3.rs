@@ -110,7 +110,7 @@ pub(super) static KEYS: &[Key] = &[
     Key {
         name: "s3.index_blocks_max",
         kind: Kind::Count,
-        help: "Blocks in the bucket that this node knows, its own and others'. Beyond it new ones are not known, which costs hits.",
+        help: "Blocks in the bucket that this node knows, its own and others', at least 1000. Beyond it those it heard of first are forgotten, which costs hits.",
         default: |_, _| index_blocks(),
     },
     Key {
