@@ -1,14 +1,21 @@
 //! `kvd check`: what this machine has, what will be used of it, and what it costs to be without the rest (law 10).
 //!
-//! Invariant: looks by really trying (a segment, a ring, a direct write in the configured place), and leaves nothing
-//! behind that `serve` would not.
+//! Invariants: looks by really trying (a segment, a ring, a direct write in the configured place, an object in the bucket),
+//! and leaves nothing behind that `serve` would not; ends, whatever a bucket does.
 
-use crate::config::{Config, human_size};
+use crate::config::{Config, S3, human_size};
 use crate::run::{dram_options, nvme_options};
+use kvd_proto::{Code, Error};
 use kvd_tiers::media::Medium as _;
 use kvd_tiers::media::dram::DramMedium;
 use kvd_tiers::media::nvme::NvmeMedium;
+use kvd_tiers::s3::{Bucket, check as bucket};
 use std::fmt;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// A bucket that has not answered by then would not be worth asking for blocks.
+const BUCKET_WAIT: Duration = Duration::from_secs(10);
 
 /// One line of the report.
 #[derive(Debug)]
@@ -36,7 +43,7 @@ impl fmt::Display for Finding {
 
 /// Looks at everything a node of this config would use.
 pub fn run(config: &Config) -> Vec<Finding> {
-    vec![dram(config), descriptors(config), pidfd(), nvme(config), tcp(config)]
+    vec![dram(config), descriptors(config), pidfd(), nvme(config), s3(&config.s3), tcp(config)]
 }
 
 fn dram(config: &Config) -> Finding {
@@ -119,6 +126,50 @@ fn nvme(config: &Config) -> Finding {
             cost: "`kvd serve` makes data_dir; it refuses to start if this is so even then".to_owned(),
         },
     }
+}
+
+fn s3(config: &S3) -> Finding {
+    let Some(name) = &config.bucket else {
+        let cost = "what leaves NVMe, or this node, is gone".to_owned();
+        return Finding { what: "s3", good: false, found: "not configured".to_owned(), cost };
+    };
+    let endpoint = if config.endpoint.is_empty() { "AWS" } else { &config.endpoint };
+    let found = format!("bucket {name} at {endpoint} ({}), keys below \"{}\"", config.region, config.prefix);
+    let (found, problems) = match ask(config) {
+        Ok(steps) => (format!("{found}, {}", conditional_writes(&steps)), problems(steps)),
+        Err(error) => (found, vec![error.to_string()]),
+    };
+    let good = problems.is_empty();
+    Finding { what: "s3", good, found, cost: problems.join(&format!("\n{:20} ", "")) }
+}
+
+/// What the bucket did, step by step. An error: it could not even be asked.
+fn ask(config: &S3) -> Result<Vec<bucket::Finding>, Error> {
+    let no_runtime = |error: std::io::Error| {
+        Error::new(Code::Unavailable, "s3", format!("no runtime: {error}"), "raise the limit of open files")
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(no_runtime)?;
+    let asking =
+        async { Ok(Bucket::open(config.bucket_config()?).await?.check(Instant::now() + BUCKET_WAIT).await) };
+    // Whoever gives out credentials has a time limit of its own; the second half is for what tidies up.
+    let asked = runtime.block_on(async { tokio::time::timeout(2 * BUCKET_WAIT, asking).await });
+    asked.unwrap_or_else(|_| {
+        let fix = "check that whoever gives out credentials (s3.keys_file, or AWS's chain) answers";
+        Err(Error::new(Code::Unavailable, "s3", "no answer in time", fix))
+    })
+}
+
+fn conditional_writes(steps: &[bucket::Finding]) -> &'static str {
+    match steps.iter().find(|step| step.step == bucket::CONDITIONAL) {
+        Some(bucket::Finding { problem: None, .. }) => "conditional writes",
+        Some(_) => "without conditional writes",
+        None => "not writable",
+    }
+}
+
+/// Each step that failed, with what to do.
+fn problems(steps: Vec<bucket::Finding>) -> Vec<String> {
+    steps.into_iter().filter_map(|step| Some(format!("{}: {}", step.step, step.problem?))).collect()
 }
 
 fn tcp(config: &Config) -> Finding {

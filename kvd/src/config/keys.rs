@@ -2,6 +2,7 @@
 //!
 //! `values` parses and defaults by it, `text` prints it. Invariants: keys of one section stand together, top-level keys
 //! first; a default only looks at keys above its own; a key that `Config` lacks, or the reverse, fails a test.
+//! The rows of `[s3]` stand with what reads them (`s3`).
 
 use super::machine::{Machine, Room};
 use super::size::human;
@@ -37,6 +38,8 @@ pub(super) enum Kind {
     OptionalPath,
     /// A name.
     Text,
+    /// A name, or "" for none.
+    OptionalText,
     /// "address:port", or "" for off.
     Address,
     /// "host:port", or "" for none.
@@ -65,8 +68,12 @@ pub(super) struct Key {
 const EVICTIONS: Kind = Kind::Choice(&["lru", "s3fifo"]);
 const WISHES: Kind = Kind::Choice(&["auto", "off"]);
 
-/// Every key.
-pub(super) static KEYS: &[Key] = &[
+/// Every key, in the order in which they are resolved and printed.
+pub(super) fn keys() -> impl Iterator<Item = &'static Key> {
+    [NODE_AND_TIERS, super::s3::KEYS, SERVICE].into_iter().flatten()
+}
+
+static NODE_AND_TIERS: &[Key] = &[
     Key {
         name: "data_dir",
         kind: Kind::Path,
@@ -211,6 +218,9 @@ pub(super) static KEYS: &[Key] = &[
         help: "Memory of the catalog's own cache, at least 1MiB. The catalog is written behind and only read at a start.",
         default: |_, _| (integer(32 << 20), "enough to write behind".into()),
     },
+];
+
+static SERVICE: &[Key] = &[
     Key {
         name: "leases.ttl_ms",
         kind: Kind::Count,
@@ -285,7 +295,7 @@ pub(super) static KEYS: &[Key] = &[
     },
 ];
 
-fn fixed(value: impl Into<Value>, why: &str) -> Found {
+pub(super) fn fixed(value: impl Into<Value>, why: &str) -> Found {
     (value.into(), why.to_owned())
 }
 

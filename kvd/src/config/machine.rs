@@ -17,6 +17,8 @@ pub(super) struct Machine {
     pub(super) available_memory_bytes: u64,
     /// Whether a control group's limit was the smaller number.
     pub(super) memory_is_limited: bool,
+    /// Processors that this process may use.
+    pub(super) cores: u32,
     /// The host's name.
     pub(super) hostname: String,
     /// `$XDG_DATA_HOME`, or `~/.local/share`.
@@ -49,6 +51,7 @@ impl Machine {
         Self {
             available_memory_bytes: whole.min(limit),
             memory_is_limited: limit < whole,
+            cores: std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32),
             hostname: hostname(),
             user_data_dir: user_data_dir(),
             writable,
@@ -153,7 +156,7 @@ mod tests {
     #[test]
     fn finds_something_everywhere() {
         let machine = Machine::found();
-        assert!(machine.available_memory_bytes > 0);
+        assert!(machine.available_memory_bytes > 0 && machine.cores > 0);
         assert!(!machine.hostname.is_empty());
         assert!(matches!((machine.room)(Path::new("/no/such/folder/file")), Room::Free(bytes) if bytes > 0));
     }

@@ -7,6 +7,7 @@
 
 mod keys;
 mod machine;
+mod s3;
 mod size;
 mod text;
 mod values;
@@ -22,6 +23,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use values::Values;
 
+pub use s3::S3;
 pub use size::{human as human_size, parse_text as parse_size};
 
 /// Segments are whole huge pages.
@@ -49,6 +51,8 @@ pub struct Config {
     pub dram: Dram,
     /// The NVMe tier.
     pub nvme: Nvme,
+    /// The S3 tier.
+    pub s3: S3,
     /// What one session may hold.
     pub leases: Leases,
     /// The other nodes.
@@ -282,6 +286,7 @@ impl Config {
             check_range("dram.keep_ms", u64::from(self.dram.keep_ms), 1000, 86_400_000)?;
         }
         self.nvme.check()?;
+        self.s3.check()?;
         self.leases.check(self.dram.capacity_bytes)?;
         self.cluster.check()?;
         self.limits.check()

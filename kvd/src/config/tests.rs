@@ -1,6 +1,6 @@
 //! The configuration on a machine made up for the purpose.
 
-use super::keys::{KEYS, Kind};
+use super::keys::{Kind, keys};
 use super::machine::{Machine, Room};
 use super::*;
 
@@ -10,6 +10,7 @@ fn machine() -> Machine {
     Machine {
         available_memory_bytes: 24 * GIB,
         memory_is_limited: false,
+        cores: 16,
         hostname: "gpu-7".into(),
         user_data_dir: Some("/home-of-u/.local/share".into()),
         writable: |_| true,
@@ -35,6 +36,7 @@ fn zero_configuration_works() {
     assert_eq!((config.nvme.capacity_bytes, config.nvme.segment_bytes), (100 * GIB, GIB / 4));
     assert_eq!(config.nvme.path.as_deref(), Some(Path::new("/var/lib/kvd/nvme.kvd")));
     assert_eq!(config.leases.bytes_max_per_session, 3 * GIB);
+    assert_eq!((&config.s3.bucket, config.s3.buffer_bytes, config.s3.threads), (&None, GIB / 4, 4));
     Config::load(None).unwrap();
 }
 
@@ -98,14 +100,56 @@ fn what_is_printed_reads_back_and_explains_every_key() {
         printed.contains("# Default: 25 % of 24 GiB available memory.\ncapacity_bytes = \"6GiB\"\n"),
         "{printed}"
     );
-    for key in KEYS {
+    for key in keys() {
         assert!(!key.help.is_empty() && key.help.ends_with('.'), "{}", key.name);
     }
 }
 
 #[test]
+fn a_bucket_follows_its_endpoint_and_the_memory() {
+    let aws = load("[s3]\nbucket = 'kvd'").unwrap().s3;
+    assert_eq!((aws.bucket.as_deref(), aws.path_style, aws.ttl_ms), (Some("kvd"), false, 2_592_000_000));
+    let own = "[s3]\nbucket = 'kvd'\nendpoint = 'http://10.0.0.9:9000'\nprefix = ''\nttl_ms = 0";
+    let config = load(own).unwrap().s3.bucket_config().unwrap();
+    assert_eq!((config.path_style, config.prefix.as_str(), config.keys), (true, "", None));
+    let small = Machine { available_memory_bytes: GIB, cores: 1, ..machine() };
+    let s3 = load_on(&small, "[s3]\nbucket = 'kvd'").unwrap().s3;
+    assert_eq!((s3.buffer_bytes, s3.threads), (2 * s3.object_bytes, 1));
+    assert_eq!(load("").unwrap().s3.bucket_config().unwrap_err().field, "s3.bucket");
+}
+
+#[test]
+fn access_keys_come_from_a_file_that_nobody_else_reads() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("keys");
+    let read = |content: &[u8], mode: u32| {
+        std::fs::write(&file, content).unwrap();
+        std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+        let toml = format!("[s3]\nbucket = 'kvd'\nkeys_file = '{}'", file.display());
+        load(&toml).unwrap().s3.bucket_config()
+    };
+    let keys = read(b"AKEY\nASECRET\n", 0o600).unwrap().keys;
+    assert_eq!(keys, Some(("AKEY".to_owned(), "ASECRET".to_owned())));
+    for (content, mode, message, fix) in [
+        (&b"AKEY\nASECRET"[..], 0o640, "mode 640", "chmod 600"),
+        (b"AKEY", 0o600, "no access key and secret", "second"),
+        (b"aws_access_key = AKEY\nx", 0o600, "no access key and secret", "first line"),
+        (&[0xff; 40], 0o600, "no access key and secret", "first line"),
+        (&[b'a'; 5000], 0o600, "5000 bytes", "at most 4 KiB"),
+    ] {
+        let error = read(content, mode).unwrap_err();
+        assert!(error.field == "s3.keys_file" && error.message.contains("keys"), "{error}");
+        assert!(error.message.contains(message) && error.fix.contains(fix), "{error}");
+        assert!(!error.to_string().contains("ASECRET"), "{error}");
+    }
+    std::fs::remove_file(&file).unwrap();
+    let gone = format!("[s3]\nbucket = 'kvd'\nca_file = '{}'", file.display());
+    assert_eq!(load(&gone).unwrap().s3.bucket_config().unwrap_err().field, "s3.ca_file");
+}
+
+#[test]
 fn each_word_of_a_choice_is_known() {
-    for key in KEYS {
+    for key in keys() {
         let Kind::Choice(words) = key.kind else { continue };
         let (section, name) = key.name.split_once('.').unwrap();
         for word in words {
@@ -122,7 +166,7 @@ fn an_embedded_node_stays_in_its_folder() {
     assert_eq!((config.dram.capacity_bytes, config.nvme.capacity_bytes), (64 << 20, 96 << 20));
     assert_eq!(config.nvme.path.as_deref(), Some(Path::new("/t/nvme.kvd")));
     let no_nvme = Config::embedded_on(&machine(), Path::new("/t"), 64 << 20, 0).unwrap();
-    assert_eq!(no_nvme.nvme.path, None);
+    assert_eq!((no_nvme.nvme.path, no_nvme.s3.bucket), (None, None));
     Config::embedded(Path::new("/t"), 64 << 20, 0).unwrap();
 }
 
@@ -184,6 +228,18 @@ fn each_error_names_the_key_the_value_and_the_fix() {
         ("cluster.etcd", "not a list", "node-2:7700", "[cluster]\netcd = ['http://b:2']"),
         ("cluster.address", "\"a\" is not", "10.0.0.1:7700", "[cluster]\naddress = 'a'"),
         ("cluster.address", "\"\" is none", "listen", "listen.grpc_address = ''\n[cluster]\nnodes = ['a:1']"),
+        ("s3.bucket", "\"s3://b\"", "name alone", "[s3]\nbucket = 's3://b'"),
+        ("s3.bucket", "4 is not", "quotes", "[s3]\nbucket = 4"),
+        ("s3.endpoint", "\"minio:9000\"", "https://", "[s3]\nbucket = 'kvd'\nendpoint = 'minio:9000'"),
+        ("s3.region", "\"\" is not", "not empty", "[s3]\nregion = ''"),
+        ("s3.prefix", "\"kvd/\"", "slash", "[s3]\nbucket = 'kvd'\nprefix = 'kvd/'"),
+        ("s3.prefix", "\"a/../b\"", "slash", "[s3]\nbucket = 'kvd'\nprefix = 'a/../b'"),
+        ("s3.ca_file", "relative", "/", "[s3]\nbucket = 'kvd'\nca_file = 'ca.pem'"),
+        ("s3.object_bytes", "128 MiB", "64 MiB", "[s3]\nbucket = 'kvd'\nobject_bytes = '128MiB'"),
+        ("s3.buffer_bytes", "32 MiB", "64 MiB", "[s3]\nbucket = 'kvd'\nbuffer_bytes = '32MiB'"),
+        ("s3.ttl_ms", "5 is out", "1000", "[s3]\nbucket = 'kvd'\nttl_ms = 5"),
+        ("s3.threads", "0 is out", "1 to 64", "[s3]\nbucket = 'kvd'\nthreads = 0"),
+        ("s3.secret", "not a key", "`kvd config`", "[s3]\nsecret = 'x'"),
         ("cluster.address", "alone", "other machines", "[cluster]\netcd = ['10.0.0.9:2379']"),
     ];
     for (field, message, fix, toml) in cases {

@@ -1,6 +1,6 @@
 //! The file: reading `kvd.toml`, and writing a complete, commented one.
 
-use super::keys::{KEYS, Kind};
+use super::keys::{Kind, keys};
 use super::size;
 use super::values::Values;
 use kvd_proto::Error;
@@ -45,7 +45,7 @@ pub(super) fn write(values: &Values) -> String {
         "kvd.toml: every key with the value it has on this machine. Delete what may follow the machine.",
     );
     let mut current = "";
-    for key in KEYS {
+    for key in keys() {
         let (section, name) = key.name.split_once('.').unwrap_or(("", key.name));
         if section != current {
             writeln!(out, "\n[{section}]").expect("a String grows");

@@ -2,7 +2,7 @@
 //!
 //! Invariant: `Values` has every key of the table exactly once, each of its kind; sizes are integers.
 
-use super::keys::{KEYS, Key, Kind};
+use super::keys::{Key, Kind, keys};
 use super::machine::Machine;
 use super::{integer, size};
 use kvd_proto::Error;
@@ -29,7 +29,7 @@ impl Values {
     pub(super) fn resolve(given: &Table, source: &str, machine: &Machine) -> Result<Self, Error> {
         refuse_unknown(given)?;
         let mut values = Self::default();
-        for key in KEYS {
+        for key in keys() {
             let resolved = match lookup(given, key.name) {
                 Some(value) => key.given(value, source)?,
                 None => key.defaulted(machine, &values)?,
@@ -107,7 +107,7 @@ impl Key {
             Kind::Count => value.as_integer().is_some_and(|number| u32::try_from(number).is_ok()),
             Kind::Flag => value.is_bool(),
             Kind::Path | Kind::Text => value.as_str().is_some_and(|text| !text.is_empty()),
-            Kind::OptionalPath => value.is_str(),
+            Kind::OptionalPath | Kind::OptionalText => value.is_str(),
             Kind::Address => {
                 value.as_str().is_some_and(|text| text.is_empty() || text.parse::<SocketAddr>().is_ok())
             }
@@ -133,7 +133,7 @@ impl Kind {
             Self::Count => "a number of 0 or more",
             Self::Flag => "true or false",
             Self::Path | Self::OptionalPath => "a path",
-            Self::Text => "a name",
+            Self::Text | Self::OptionalText => "a name",
             Self::Address => "an address with a port",
             Self::Host => "a host with a port",
             Self::Hosts => "a list of hosts with ports",
@@ -148,6 +148,7 @@ impl Kind {
             Self::Flag => "write true or false, without quotes".into(),
             Self::Path | Self::Text => "write a text in quotes, not empty".into(),
             Self::OptionalPath => "write a path in quotes, or \"\" for none".into(),
+            Self::OptionalText => "write a text in quotes, or \"\" for none".into(),
             Self::Address => "write one such as \"127.0.0.1:7700\" or \"[::1]:7700\", or \"\" for off".into(),
             Self::Host => "write one such as \"10.0.0.1:7700\" or \"node-2:7700\", or \"\" for none".into(),
             Self::Hosts => "write [\"10.0.0.1:7700\", \"node-2:7700\"], or [] for none".into(),
@@ -165,7 +166,7 @@ fn lookup<'a>(given: &'a Table, name: &str) -> Option<&'a Value> {
 
 fn refuse_unknown(given: &Table) -> Result<(), Error> {
     for (name, value) in given {
-        let is_section = KEYS.iter().any(|key| key.name.split_once('.').is_some_and(|(s, _)| s == name));
+        let is_section = keys().any(|key| key.name.split_once('.').is_some_and(|(s, _)| s == name));
         match (value, is_section) {
             (Value::Table(section), true) => {
                 section.keys().try_for_each(|key| refuse_unknown_key(&format!("{name}.{key}")))?;
@@ -186,7 +187,7 @@ fn refuse_unknown(given: &Table) -> Result<(), Error> {
 }
 
 fn refuse_unknown_key(name: &str) -> Result<(), Error> {
-    if KEYS.iter().any(|key| key.name == name) {
+    if keys().any(|key| key.name == name) {
         return Ok(());
     }
     let fix = match nearest(name) {
@@ -202,7 +203,7 @@ fn nearest(name: &str) -> Option<&'static str> {
     let edits = |key: &Key| {
         if last(key.name) == last(name) { 1 } else { edit_distance(key.name, name) }
     };
-    let best = KEYS.iter().min_by_key(|key| edits(key))?;
+    let best = keys().min_by_key(|key| edits(key))?;
     (edits(best) <= name.len().div_ceil(3)).then_some(best.name)
 }
 

@@ -1,12 +1,13 @@
 //! A tier without a daemon: `kvd inspect` looks at what lies in it, `kvd repair` drops what is no good.
 //!
-//! One folder a medium (`nvme`), one way of telling (`report`). Invariants: looking writes nothing; repair only ever drops,
-//! it writes no payload and makes no header; neither touches what a daemon serves from; memory is bounded, whatever lies in
-//! the tier; what cannot be read is told and the rest goes on.
+//! One folder a medium (`nvme`, `s3`), one way of telling (`report`). Invariants: looking writes nothing; repair only ever drops,
+//! it writes no payload and makes no header; neither touches a file that a daemon serves from, and of a bucket, which is all nodes',
+//! goes only what none of them can use; memory is bounded, whatever lies in the tier; what cannot be read is told and the rest goes on.
 //! Leaves to others: what the bytes mean (tiers, proto), what a running daemon holds (kvctl).
 
 mod nvme;
 mod report;
+mod s3;
 
 use clap::{Args, Subcommand, ValueEnum};
 use kvd_proto::{Code, Error};
@@ -22,6 +23,8 @@ const USAGE: u8 = 2;
 pub enum Inspect {
     /// What lies in the file or device of an NVMe tier, read without a daemon and without its catalog. Writes nothing.
     Nvme(nvme::Inspect),
+    /// What lies in the bucket of an S3 tier: manifests, objects, and what of them is no good. Writes nothing; nodes go on.
+    S3(s3::Inspect),
 }
 
 /// What `kvd repair` can mend.
@@ -29,6 +32,8 @@ pub enum Inspect {
 pub enum Repair {
     /// Drops what is no good from the file or device of an NVMe tier, so that the rest can be served. Not beside a daemon.
     Nvme(nvme::Repair),
+    /// Drops what is no good from the bucket of an S3 tier. Nodes go on.
+    S3(s3::Repair),
 }
 
 /// How to tell it.
@@ -51,6 +56,7 @@ struct Telling {
 pub fn inspect(what: &Inspect) -> ExitCode {
     match what {
         Inspect::Nvme(asked) => end(nvme::inspect(asked)),
+        Inspect::S3(asked) => end(s3::inspect(asked)),
     }
 }
 
@@ -58,6 +64,7 @@ pub fn inspect(what: &Inspect) -> ExitCode {
 pub fn repair(what: &Repair) -> ExitCode {
     match what {
         Repair::Nvme(asked) => end(nvme::repair(asked)),
+        Repair::S3(asked) => end(s3::repair(asked)),
     }
 }
 

@@ -144,6 +144,8 @@ pub struct Listed {
     pub key: String,
     /// Its size.
     pub bytes: u64,
+    /// When it was written, in seconds since 1970, if the server says.
+    pub modified_s: Option<i64>,
 }
 
 /// Requests made, retries among them, and payload moved.
@@ -407,7 +409,11 @@ impl Bucket {
                 Ok(answer) => {
                     let more = answer.is_truncated.unwrap_or(false);
                     let listed = answer.contents.unwrap_or_default().into_iter().filter_map(|object| {
-                        Some(Listed { key: object.key?, bytes: object.size.unwrap_or(0).max(0) as u64 })
+                        Some(Listed {
+                            key: object.key?,
+                            bytes: object.size.unwrap_or(0).max(0) as u64,
+                            modified_s: object.last_modified.map(|modified| modified.secs()),
+                        })
                     });
                     return Ok((listed.collect(), more));
                 }

@@ -12,6 +12,9 @@ use tokio::time::Instant;
 /// What is written and read back.
 const CONTENT: &[u8] = b"written by kvd check; may be deleted";
 
+/// The step that tells whether two nodes may write one object twice.
+pub const CONDITIONAL: &str = "put only if absent";
+
 /// One step, and what was wrong with it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
@@ -47,7 +50,7 @@ impl Bucket {
     }
 
     async fn check_conditional(&self, key: &str, content: &[Bytes], deadline: Instant) -> Finding {
-        let step = "put only if absent";
+        let step = CONDITIONAL;
         let again = self.put_if_absent(key, content, deadline).await;
         if again == Ok(Put::Present) && self.asks_first() {
             let fix = "nothing must be done: kvd asks before it writes, and two nodes may rarely write one object twice";

@@ -51,6 +51,14 @@ pub(super) fn versioned(magic: [u8; 4], bytes: &[u8]) -> Option<(bool, Reader<'_
     intact.then_some((minor > MINOR, reader))
 }
 
+/// Whether these are intact bytes of another major version: nothing to read, and nothing to take for damaged.
+pub(super) fn is_of_another_version(magic: [u8; 4], bytes: &[u8]) -> bool {
+    let mut reader = Reader(bytes);
+    let head = (reader.array::<4>(), reader.u32(), reader.u16());
+    let (Some(found), Some(checksum), Some(major)) = head else { return false };
+    found == magic && major != MAJOR && crc32fast::hash(&bytes[COVERED_FROM..]) == checksum
+}
+
 /// A text of so many bytes.
 pub(super) fn text(reader: &mut Reader, bytes: usize) -> Option<String> {
     std::str::from_utf8(reader.take(bytes)?).ok().map(str::to_owned)

@@ -5,7 +5,7 @@
 //! below, so whoever reads a footer knows how much it may ask for.
 //! Leaves to others: what a definition says; whether this is the footer that the name stands for (`ObjectName::of_footer`).
 
-use super::envelope::{begin, finish, open, seal, text, versioned};
+use super::envelope::{begin, finish, is_of_another_version, open, seal, text, versioned};
 use super::name::ObjectName;
 use crate::catalog::record::{Reader, SPACE_BYTES_MAX};
 use bytes::Bytes;
@@ -170,6 +170,11 @@ impl Trailer {
         let bounded =
             trailer.footer_bytes as usize <= FOOTER_BYTES_MAX && trailer.footer_offset <= OBJECT_BYTES_MAX;
         (bounded && end == object_bytes).then_some(trailer)
+    }
+
+    /// Whether an object ends like this, intact, in a major version that is not known here.
+    pub fn is_of_another_version(bytes: &[u8; TRAILER_BYTES]) -> bool {
+        is_of_another_version(TRAILER_MAGIC, bytes)
     }
 }
 

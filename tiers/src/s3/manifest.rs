@@ -4,7 +4,7 @@
 //! kinds and fields of a higher minor version are skipped. What it says is a hint: the object is the truth.
 //! Leaves to others: whether it is the one its key names (`Manifest::is_of`, asked by whoever has the key), and who reads which when.
 
-use super::envelope::{begin, finish, open, text};
+use super::envelope::{begin, finish, is_of_another_version, open, text};
 use super::footer::{FOOTER_BYTES_MAX, OBJECT_SPACES_MAX, TRAILER_BYTES, cut};
 use super::name::{ManifestKey, NODE_BYTES_MAX, ObjectName};
 use crate::catalog::record::Reader;
@@ -122,6 +122,11 @@ impl Manifest {
         let key = ManifestKey { tenant, node, write_epoch, sequence };
         let manifest = Self { key, replaces_before, entries: known };
         (manifest.named() && (newer || reader.0.is_empty())).then_some(manifest)
+    }
+
+    /// Whether these are a manifest's bytes, intact, of a major version that is not known here.
+    pub fn is_of_another_version(bytes: &[u8]) -> bool {
+        is_of_another_version(MAGIC, bytes)
     }
 
     /// Whether it is the manifest of this key; any other under it is ignored.
@@ -364,6 +369,12 @@ mod tests {
         bytes[10] = 0;
         finish(&mut bytes);
         assert_eq!(Manifest::decode(&bytes), None, "of our own version nothing is too much");
+        assert!(!Manifest::is_of_another_version(&bytes));
+        bytes[8] = 2;
+        finish(&mut bytes);
+        assert!(Manifest::decode(&bytes).is_none() && Manifest::is_of_another_version(&bytes));
+        bytes.pop();
+        assert!(!Manifest::is_of_another_version(&bytes), "damaged, whatever its version");
     }
 
     #[test]

@@ -81,6 +81,12 @@ impl ManifestKey {
     }
 }
 
+/// The tenant of a key below the prefix, whatever else the key is.
+pub fn tenant_of_key(prefix: &str, key: &str) -> Option<String> {
+    let (tenant, _) = key.strip_prefix(&below(prefix, ""))?.split_once('/')?;
+    decoded(tenant).filter(|name| (1..=TENANT_BYTES_MAX).contains(&name.len()) && encoded(name) == tenant)
+}
+
 /// Where a tenant's objects are.
 pub fn objects_prefix(prefix: &str, tenant: &str) -> String {
     format!("{}objects/", tenant_prefix(prefix, tenant))
@@ -158,6 +164,9 @@ mod tests {
         {
             assert_eq!(ManifestKey::from_key("p", "t", other), None, "{other}");
         }
+        for other in ["p/t", "q/t/x", "pt/x", "p//x", "p/a.b/x", "p/%2/x", "p/%41/x"] {
+            assert_eq!(tenant_of_key("p", other), None, "{other}");
+        }
     }
 
     proptest! {
@@ -167,12 +176,14 @@ mod tests {
             let text = key.key("p");
             prop_assert!(!text.contains("..") && text.matches('/').count() == 4);
             prop_assert_eq!(ManifestKey::from_key("p", &tenant, &text), Some(key));
+            prop_assert_eq!(tenant_of_key("p", &text), Some(tenant));
         }
 
         #[test]
         fn any_text_never_panics(text in ".*") {
             prop_assert_eq!(ObjectName::from_key("", "t", &text), None);
             prop_assert_eq!(ManifestKey::from_key("", "t", &text), None);
+            let _ = tenant_of_key("", &text);
         }
     }
 }

@@ -61,7 +61,10 @@ impl Shared {
         let listed = self.bucket.list(&manifests_prefix(prefix, tenant), "", LISTED_MAX, Instant::now() + WAIT).await?;
         let there: BTreeSet<&String> = listed.iter().map(|listed| &listed.key).collect();
         seen.retain(|key| there.contains(key));
-        for Listed { key, bytes } in listed.iter().filter(|listed| !seen.contains(&listed.key)).cloned().collect::<Vec<_>>() {
+        for Listed { key, bytes, .. } in listed {
+            if seen.contains(&key) {
+                continue;
+            }
             let Some(named) = ManifestKey::from_key(prefix, tenant, &key) else {
                 tracing::warn!(key, "not the name of a manifest");
                 seen.insert(key);

@@ -24,6 +24,7 @@ use kvd_tiers::catalog::record::SpaceRecord;
 use kvd_tiers::s3::bucket::Counts;
 use kvd_tiers::s3::footer::Definition;
 use kvd_tiers::s3::index::Held;
+use kvd_tiers::s3::pack::PackLimits;
 use kvd_tiers::s3::sweep::Reads;
 use kvd_tiers::s3::{Bucket, BucketConfig, ObjectReader, S3Index};
 use ledger::Ledger;
@@ -223,6 +224,12 @@ impl Shared {
         tenants.sort_unstable();
         tenants.dedup();
         tenants
+    }
+
+    fn pack_limits(&self) -> PackLimits {
+        let s3 = &self.config.s3;
+        let pack_bytes_max = (s3.buffer_bytes / 2).max(s3.object_bytes);
+        PackLimits { object_bytes: s3.object_bytes, pack_bytes_max }
     }
 
     /// Whether all that is in the bucket for a tenant is known here.

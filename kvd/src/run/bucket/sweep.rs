@@ -10,7 +10,7 @@ use kvd_proto::slot_header::SlotHeader;
 use kvd_tiers::s3::bucket::BucketError;
 use kvd_tiers::s3::manifest::Entry;
 use kvd_tiers::s3::name::objects_prefix;
-use kvd_tiers::s3::pack::{Block, PackLimits};
+use kvd_tiers::s3::pack::Block;
 use kvd_tiers::s3::reader::{ReadError, Wish};
 use kvd_tiers::s3::sweep::Verdict;
 use kvd_tiers::s3::{Listed, ObjectName, ObjectRef, Packer, Sealed};
@@ -161,12 +161,6 @@ impl Shared {
         }
         let keys: Vec<_> = page.going.into_iter().map(|(_, key)| key).collect();
         self.bucket.delete(&keys, Instant::now() + WAIT).await
-    }
-
-    fn pack_limits(&self) -> PackLimits {
-        let s3 = &self.config.s3;
-        let pack_bytes_max = (s3.buffer_bytes / 2).max(s3.object_bytes);
-        PackLimits { object_bytes: s3.object_bytes, pack_bytes_max }
     }
 }
 
