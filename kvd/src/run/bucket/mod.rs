@@ -168,7 +168,7 @@ impl BucketTier {
     pub(super) fn stop(self) {
         let (done, ended) = oneshot::channel();
         self.order(Order::Stop { done });
-        let _ = self.runtime.block_on(tokio::time::timeout(STOP_WAIT, ended));
+        let _ = self.runtime.block_on(async { tokio::time::timeout(STOP_WAIT, ended).await });
         if let Some(runtime) = Arc::into_inner(self.runtime) {
             runtime.shutdown_background();
         }

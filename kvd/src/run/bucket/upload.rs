@@ -27,7 +27,7 @@ const PUT_WAIT: Duration = Duration::from_mins(1);
 const AGAIN: Duration = Duration::from_millis(500);
 const AGAIN_MAX: Duration = Duration::from_secs(30);
 /// How long a block of a new tenant waits for what the bucket has of it. Then it is left for later.
-const HEARD_WAIT: Duration = Duration::from_secs(2);
+const HEARD_WAIT: Duration = Duration::from_secs(5);
 /// How often a block is left to others.
 const LEFT_MAX: u32 = 2;
 
