@@ -68,9 +68,11 @@ fn modelled_us(fetched: &Fetched, scale: f64) -> f64 {
         0 => 0.0,
         bytes => fetch_us(0.0, latency_us, scaled(bytes), bytes_per_us),
     };
-    link_us
-        .max(source_us(fetched.nvme_bytes, NVME_LATENCY_US, NVME_BYTES_PER_US))
-        .max(source_us(fetched.s3_bytes, S3_LATENCY_US, S3_BYTES_PER_US))
+    link_us.max(source_us(fetched.nvme_bytes, NVME_LATENCY_US, NVME_BYTES_PER_US)).max(source_us(
+        fetched.s3_bytes,
+        S3_LATENCY_US,
+        S3_BYTES_PER_US,
+    ))
 }
 
 #[cfg(test)]

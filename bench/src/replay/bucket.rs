@@ -120,9 +120,14 @@ impl Bucket {
         let Some(there) = &self.there else { return };
         let each = self.args.s3_errors / FAULTS.len() as u32;
         let first = self.args.s3_errors - each * (FAULTS.len() as u32 - 1);
-        let errors = FAULTS.iter().enumerate().map(|(at, fault)| (*fault, if at == 0 { first } else { each }));
+        let errors =
+            FAULTS.iter().enumerate().map(|(at, fault)| (*fault, if at == 0 { first } else { each }));
         let per_mille = if hangs { vec![(Fault::Hang, 1000)] } else { errors.collect() };
-        there.proxy.set(Weather { per_mille, hang: Duration::from_secs(self.args.s3_hang_s), ..Weather::default() });
+        there.proxy.set(Weather {
+            per_mille,
+            hang: Duration::from_secs(self.args.s3_hang_s),
+            ..Weather::default()
+        });
     }
 
     /// What the daemon must be told.
@@ -190,7 +195,8 @@ impl Bucket {
     fn summary(&self, there: &There, text: &str) -> Summary {
         let count = |name: &str| counted(text, name, "");
         let uploaded_blocks = written(text) / self.block_bytes as f64;
-        let (put_requests, received_bytes) = (count("kvd_s3_put_requests_total"), count("kvd_s3_received_bytes_total"));
+        let (put_requests, received_bytes) =
+            (count("kvd_s3_put_requests_total"), count("kvd_s3_received_bytes_total"));
         Summary {
             bench: "replay_s3",
             server: self.args.s3_endpoint.clone().unwrap_or_else(|| "s3s-fs in this process".to_owned()),
@@ -223,7 +229,8 @@ impl There {
         let metrics = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?;
         if let (Some(endpoint), Some(bucket)) = (&args.s3_endpoint, &args.s3_bucket) {
             let address = endpoint.trim_start_matches("http://");
-            let address = tokio::net::lookup_host(address).await?.next().ok_or("--s3-endpoint has no address")?;
+            let address =
+                tokio::net::lookup_host(address).await?.next().ok_or("--s3-endpoint has no address")?;
             let proxy = Proxy::start(address, 1).await?;
             return Ok(Self { server: None, proxy, bucket: bucket.clone(), keys_file: None, metrics });
         }
@@ -248,11 +255,38 @@ impl Summary {
             )
         });
         vec![
-            ("bucket", format!("{}, {} of 1000 requests fail, hangs for {} s", self.server, self.errors_per_mille, self.hang_s)),
-            ("uploaded", format!("{:.0} of {} stored blocks; {:.0} left memory before", self.uploaded_blocks, self.stored_blocks, self.skipped_blocks)),
-            ("writes", format!("{:.0} requests, {:.4} a block", self.put_requests, self.put_requests_per_uploaded_block)),
-            ("reads", format!("{:.0} requests, {:.3} bytes for one of use", self.get_requests, self.received_per_useful_byte)),
-            ("trouble", format!("{:.0} retries, {:.0} blocks that did not come", self.retries, self.failed_blocks)),
+            (
+                "bucket",
+                format!(
+                    "{}, {} of 1000 requests fail, hangs for {} s",
+                    self.server, self.errors_per_mille, self.hang_s
+                ),
+            ),
+            (
+                "uploaded",
+                format!(
+                    "{:.0} of {} stored blocks; {:.0} left memory before",
+                    self.uploaded_blocks, self.stored_blocks, self.skipped_blocks
+                ),
+            ),
+            (
+                "writes",
+                format!(
+                    "{:.0} requests, {:.4} a block",
+                    self.put_requests, self.put_requests_per_uploaded_block
+                ),
+            ),
+            (
+                "reads",
+                format!(
+                    "{:.0} requests, {:.3} bytes for one of use",
+                    self.get_requests, self.received_per_useful_byte
+                ),
+            ),
+            (
+                "trouble",
+                format!("{:.0} retries, {:.0} blocks that did not come", self.retries, self.failed_blocks),
+            ),
             ("slow fetches", slow.collect::<Vec<_>>().join("\n")),
         ]
     }

@@ -55,7 +55,9 @@ struct Place {
 
 impl Node {
     pub(super) fn may_seek(&self, request: &wire::MatchRequest) -> bool {
-        (self.config.has_peers || self.config.has_bucket) && !request.this_node_only && self.seeking.waiting.len() < SEEKING_MAX
+        (self.config.has_peers || self.config.has_bucket)
+            && !request.this_node_only
+            && self.seeking.waiting.len() < SEEKING_MAX
     }
 
     /// Asks other nodes for these blocks of the chain.

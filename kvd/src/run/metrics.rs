@@ -11,9 +11,9 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::get;
 use kvd_client::transport::serve::{ServeCounts, Server};
+use kvd_proto::wire::{Counters, NodeStatus, StatusReply, TierStatus};
 use kvd_tiers::s3::bucket::Counts;
 use kvd_tiers::s3::index::Held;
-use kvd_proto::wire::{Counters, NodeStatus, StatusReply, TierStatus};
 use prometheus::{
     Encoder as _, Histogram, HistogramOpts, IntCounter, IntGaugeVec, Opts, Registry, TextEncoder,
 };
@@ -70,7 +70,8 @@ async fn scrape(State(asked): State<Asked>) -> Result<Vec<u8>, (StatusCode, Stri
     let served = data.map(|server| server.counts()).unwrap_or_default();
     tiers.tiers.extend(bucket.as_ref().map(BucketTier::status));
     let bucket = bucket.map(|bucket| (bucket.counts(), bucket.held())).unwrap_or_default();
-    let counts: Vec<_> = data_counters(&served).into_iter().chain(bucket_counters(&bucket.0, &bucket.1)).collect();
+    let counts: Vec<_> =
+        data_counters(&served).into_iter().chain(bucket_counters(&bucket.0, &bucket.1)).collect();
     render(&status, &tiers.tiers, &nodes, &counts, &timings).map_err(|e| failed(e.to_string()))
 }
 
@@ -184,7 +185,11 @@ fn data_counters(served: &ServeCounts) -> [Count; 6] {
 fn bucket_counters(made: &Counts, held: &Held) -> [Count; 7] {
     [
         ("kvd_s3_get_requests_total", "Reads sent to the bucket, tries after a first among them", made.gets),
-        ("kvd_s3_put_requests_total", "Writes sent to the bucket, and beginnings and ends of uploads", made.puts),
+        (
+            "kvd_s3_put_requests_total",
+            "Writes sent to the bucket, and beginnings and ends of uploads",
+            made.puts,
+        ),
         ("kvd_s3_other_requests_total", "Lists, looks and deletions sent to the bucket", made.others),
         ("kvd_s3_retries_total", "Tries after a first", made.retries),
         ("kvd_s3_received_bytes_total", "Bytes that came, of blocks, footers and manifests", made.read_bytes),

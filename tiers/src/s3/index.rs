@@ -373,14 +373,8 @@ mod tests {
 
     #[test]
     fn what_stands_before_a_chain_is_known_of_each() {
-        let first = |root, depth| Record {
-            id: id(root),
-            parent: id(root),
-            depth,
-            tokens: 16,
-            space: 0,
-            group: 0,
-        };
+        let first =
+            |root, depth| Record { id: id(root), parent: id(root), depth, tokens: 16, space: 0, group: 0 };
         let records =
             [first(9, 1), first(1, 0), first(1, 1), first(1, 0), first(1, 0), first(2, 0), first(3, 7)];
         let Entry::Added(mut object) = added(1, []) else { unreachable!() };

@@ -24,7 +24,7 @@ pub enum Verdict {
 /// A bit a slot.
 type Slots = Vec<u64>;
 
-/// Slots that were read in this half of a time to live, and in the one before.
+/// Slots that were read in this time to live, and in the one before: so a read counts for at least one.
 #[derive(Debug, Default)]
 pub struct Reads {
     now: HashMap<ObjectName, Slots>,
@@ -45,7 +45,7 @@ impl Reads {
         slots[at] |= 1 << (slot % 64);
     }
 
-    /// Half of a time to live has passed.
+    /// A time to live has passed.
     pub fn turn(&mut self) {
         self.before = std::mem::take(&mut self.now);
     }
@@ -86,7 +86,7 @@ mod tests {
         assert_eq!(old(&reads), Verdict::Repack(vec![3, 64, 199]));
         reads.turn();
         reads.read(OBJECT, 100);
-        assert_eq!(old(&reads), Verdict::Repack(vec![3, 64, 100, 199]), "both halves count");
+        assert_eq!(old(&reads), Verdict::Repack(vec![3, 64, 100, 199]), "both count");
         reads.turn();
         assert_eq!(old(&reads), Verdict::Repack(vec![100]));
         reads.turn();

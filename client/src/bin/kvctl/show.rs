@@ -28,7 +28,9 @@ fn tier(number: i32) -> String {
 impl Show for wire::StatusReply {
     fn table(&self) -> String {
         let counters = self.counters.unwrap_or_default();
-        let hits = counters.hit_blocks_dram + counters.hit_blocks_nvme + counters.hit_blocks_peer
+        let hits = counters.hit_blocks_dram
+            + counters.hit_blocks_nvme
+            + counters.hit_blocks_peer
             + counters.hit_blocks_s3;
         let asked = hits + counters.miss_blocks;
         let share = |part: u64| format!("{} of {} blocks asked for", percent(part, asked), count(asked));

@@ -21,7 +21,10 @@ impl World {
         let Effect::Upload { token, from, attempt } = effect else { panic!("{effect:?}") };
         let published = self.published.get(&from).expect("what is uploaded is shown");
         self.check_content(from, &published.header);
-        assert!(self.uploads.reading.values().all(|(slot, _)| *slot != from), "{from:?} is read out once at a time");
+        assert!(
+            self.uploads.reading.values().all(|(slot, _)| *slot != from),
+            "{from:?} is read out once at a time"
+        );
         assert!(self.uploads.reading.insert(token, (from, attempt)).is_none());
     }
 
@@ -51,7 +54,8 @@ impl World {
 
 /// A node with a bucket that takes so many blocks at a time.
 fn world(config: NodeConfig, blocks: u64) -> (World, u64, u32) {
-    let mut world = World::new(NodeConfig { has_bucket: true, upload_bytes_max: blocks * BLOCK_BYTES, ..config });
+    let mut world =
+        World::new(NodeConfig { has_bucket: true, upload_bytes_max: blocks * BLOCK_BYTES, ..config });
     let member = world.open("a");
     let space = world.space(member);
     (world, member, space)

@@ -72,7 +72,9 @@ impl BucketTier {
         let fingerprint = orders.first().map(|order| order.header.fingerprint);
         let patience = Duration::from_micros(found.offer.predicted_us);
         for share in shares(found, orders) {
-            debug_assert!(share.orders.iter().all(|(_, order)| Some(order.header.fingerprint) == fingerprint));
+            debug_assert!(
+                share.orders.iter().all(|(_, order)| Some(order.header.fingerprint) == fingerprint)
+            );
             self.runtime.spawn(self.shared.clone().read(share, patience));
         }
     }
@@ -153,7 +155,13 @@ impl Shared {
     }
 
     /// What a read says of the way and of the object.
-    fn judge(&self, object: &ObjectRef, bytes: u64, elapsed_us: u64, result: &Result<Arc<Footer>, ReadError>) {
+    fn judge(
+        &self,
+        object: &ObjectRef,
+        bytes: u64,
+        elapsed_us: u64,
+        result: &Result<Arc<Footer>, ReadError>,
+    ) {
         let of_way = |error: &BucketError| !matches!(error, BucketError::Gone | BucketError::Truncated);
         let failed = match result {
             Ok(_) => None,

@@ -58,7 +58,10 @@ impl Shared {
     /// What is new for a tenant. An error: some of it was not heard, and is not among `seen`.
     async fn hear(&self, tenant: &str, seen: &mut BTreeSet<String>) -> Result<(), BucketError> {
         let prefix = &self.config.s3.prefix;
-        let listed = self.bucket.list(&manifests_prefix(prefix, tenant), "", LISTED_MAX, Instant::now() + WAIT).await?;
+        let listed = self
+            .bucket
+            .list(&manifests_prefix(prefix, tenant), "", LISTED_MAX, Instant::now() + WAIT)
+            .await?;
         let there: BTreeSet<&String> = listed.iter().map(|listed| &listed.key).collect();
         seen.retain(|key| there.contains(key));
         for Listed { key, bytes, .. } in listed {
@@ -71,7 +74,8 @@ impl Shared {
                 continue;
             };
             if named.node != self.config.node_name || named.write_epoch != self.write_epoch {
-                match self.bucket.get_bytes(&key, 0..bytes.min(WHOLE_BYTES_MAX), Instant::now() + WAIT).await {
+                match self.bucket.get_bytes(&key, 0..bytes.min(WHOLE_BYTES_MAX), Instant::now() + WAIT).await
+                {
                     Ok(bytes) => self.heard(&named, &key, &bytes),
                     Err(BucketError::Gone) => continue, // made one with others meanwhile
                     Err(error) => return Err(error),
@@ -98,10 +102,13 @@ impl Shared {
     async fn probe(&self) -> Result<(), BucketError> {
         let wait = Instant::now() + Duration::from_millis(self.config.s3.timeout_ms.into());
         let prefix = &self.config.s3.prefix;
-        let known: Option<(String, ObjectName)> = lock(&self.index).newest().map(|known| (known.tenant.clone(), known.object));
+        let known: Option<(String, ObjectName)> =
+            lock(&self.index).newest().map(|known| (known.tenant.clone(), known.object));
         let read = match known {
             None => self.bucket.list(prefix, "", 1, wait).await.map(drop),
-            Some((tenant, object)) => self.bucket.get_bytes(&object.key(prefix, &tenant), 0..PROBE_BYTES, wait).await.map(drop),
+            Some((tenant, object)) => {
+                self.bucket.get_bytes(&object.key(prefix, &tenant), 0..PROBE_BYTES, wait).await.map(drop)
+            }
         };
         match read {
             Err(BucketError::Gone | BucketError::Truncated) => Ok(()), // it answers

@@ -201,11 +201,14 @@ impl Shared {
         let folder = manifests_prefix(prefix, tenant);
         let listed = self.bucket.list(&folder, "", usize::MAX, deadline()).await?;
         let keys: Vec<_> = listed.into_iter().map(|listed| listed.key).collect();
-        let keys: Vec<_> =
-            keys.into_iter().filter(|key| ManifestKey::from_key(prefix, tenant, key).as_ref().is_some_and(own)).collect();
+        let keys: Vec<_> = keys
+            .into_iter()
+            .filter(|key| ManifestKey::from_key(prefix, tenant, key).as_ref().is_some_and(own))
+            .collect();
         let mut held: BTreeMap<ObjectName, Entry> = BTreeMap::new();
         for key in &keys {
-            let bytes = self.bucket.get_bytes(key, 0..WHOLE_BYTES_MAX.min(self.size(key).await?), deadline()).await?;
+            let bytes =
+                self.bucket.get_bytes(key, 0..WHOLE_BYTES_MAX.min(self.size(key).await?), deadline()).await?;
             // one that cannot be read says nothing: it goes with the others
             for entry in Manifest::decode(&bytes).map(|manifest| manifest.entries).unwrap_or_default() {
                 match entry {
@@ -215,7 +218,8 @@ impl Shared {
             }
         }
         let first = self.ledger.peek(tenant);
-        let (_, rest) = self.write_entries(tenant, held.into_values().collect(), (self.write_epoch, first)).await;
+        let (_, rest) =
+            self.write_entries(tenant, held.into_values().collect(), (self.write_epoch, first)).await;
         if rest.is_empty() {
             self.bucket.delete(&keys, deadline()).await?;
             self.ledger.few(tenant);

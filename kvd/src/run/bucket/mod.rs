@@ -110,9 +110,15 @@ impl BucketTier {
         }
         let threads = config.s3.threads as usize;
         let mut runtime = tokio::runtime::Builder::new_multi_thread();
-        let runtime = runtime.worker_threads(threads).enable_all().thread_name("kvd-s3").build().map_err(|error| {
-            Error::new(kvd_proto::Code::Unavailable, "s3.threads", error.to_string(), "see the system's limits")
-        })?;
+        let runtime =
+            runtime.worker_threads(threads).enable_all().thread_name("kvd-s3").build().map_err(|error| {
+                Error::new(
+                    kvd_proto::Code::Unavailable,
+                    "s3.threads",
+                    error.to_string(),
+                    "see the system's limits",
+                )
+            })?;
         let bucket = Arc::new(runtime.block_on(Bucket::open(config.s3.bucket_config()?))?);
         let shared = Arc::new(Shared {
             config: config.clone(),
@@ -241,7 +247,8 @@ impl Shared {
 
     fn trouble(&self) -> String {
         let trouble = lock(&self.trouble);
-        let named = [("reads", &trouble.reads), ("uploads", &trouble.uploads), ("manifests", &trouble.manifests)];
+        let named =
+            [("reads", &trouble.reads), ("uploads", &trouble.uploads), ("manifests", &trouble.manifests)];
         let said = named.iter().filter_map(|(what, why)| Some(format!("{what}: {}", why.as_ref()?)));
         said.collect::<Vec<_>>().join("; ")
     }

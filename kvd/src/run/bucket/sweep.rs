@@ -38,7 +38,7 @@ pub(super) async fn run(shared: Arc<Shared>) {
     let mut turned = Instant::now();
     loop {
         tokio::time::sleep(every).await;
-        if turned.elapsed().as_millis() as u64 >= ttl_ms / 2 {
+        if turned.elapsed().as_millis() as u64 >= ttl_ms {
             lock(&shared.reads).turn();
             turned = Instant::now();
         }

@@ -48,7 +48,8 @@ struct Uploads {
 
 /// Until it is told to stop.
 pub(super) async fn run(shared: Arc<Shared>, mut orders: mpsc::UnboundedReceiver<Order>) {
-    let mut uploads = Uploads { packer: Packer::new(shared.pack_limits()), puts: JoinSet::new(), shared: shared.clone() };
+    let mut uploads =
+        Uploads { packer: Packer::new(shared.pack_limits()), puts: JoinSet::new(), shared: shared.clone() };
     let mut look = tokio::time::interval(LOOK_EVERY);
     loop {
         tokio::select! {
@@ -181,7 +182,8 @@ impl Shared {
         let Ok(group) = u8::try_from(header.group) else { return false };
         let Ok(located) = locations.locate(chain, group, 0).await else { return false };
         let own = &self.config.cluster.address;
-        let mut others = located.nodes.iter().filter(|node| node.node_epoch != self.write_epoch && node.blocks > 0);
+        let mut others =
+            located.nodes.iter().filter(|node| node.node_epoch != self.write_epoch && node.blocks > 0);
         match attempt {
             0 => others.next().is_some(),
             _ => others.any(|node| rank(&node.address, &header.id) > rank(own, &header.id)),
