@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 /// A fetch that took longer is listed.
 const SLOW: Duration = Duration::from_millis(250);
 /// How long the end of the run waits for what is on its way to the bucket.
-const UPLOADS_WAIT: Duration = Duration::from_secs(60);
+const UPLOADS_WAIT: Duration = Duration::from_mins(1);
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// Faults that are as likely as each other.
 const FAULTS: [Fault; 6] =
@@ -60,7 +60,7 @@ pub(super) struct Bucket {
 }
 
 struct There {
-    server: Option<Server>,
+    _server: Option<Server>,
     proxy: Proxy,
     bucket: String,
     keys_file: Option<PathBuf>,
@@ -187,12 +187,12 @@ impl Bucket {
                 break;
             }
         }
-        let summary = self.summary(there, &text);
+        let summary = self.summary(&text);
         Reporter::new(output).object(&summary, &summary.lines())?;
         Ok(())
     }
 
-    fn summary(&self, there: &There, text: &str) -> Summary {
+    fn summary(&self, text: &str) -> Summary {
         let count = |name: &str| counted(text, name, "");
         let uploaded_blocks = written(text) / self.block_bytes as f64;
         let (put_requests, received_bytes) =
@@ -232,7 +232,7 @@ impl There {
             let address =
                 tokio::net::lookup_host(address).await?.next().ok_or("--s3-endpoint has no address")?;
             let proxy = Proxy::start(address, 1).await?;
-            return Ok(Self { server: None, proxy, bucket: bucket.clone(), keys_file: None, metrics });
+            return Ok(Self { _server: None, proxy, bucket: bucket.clone(), keys_file: None, metrics });
         }
         let server = Server::start(crate::s3::service)?;
         let proxy = Proxy::start(server.address(), 1).await?;
@@ -241,7 +241,7 @@ impl There {
         let mut keys = options.create_new(true).write(true).mode(0o600).open(&keys_file)?;
         keys.write_all(format!("{}\n{}\n", KEYS.0, KEYS.1).as_bytes())?;
         let (bucket, keys_file) = (BUCKET.to_owned(), Some(keys_file));
-        Ok(Self { server: Some(server), proxy, bucket, keys_file, metrics })
+        Ok(Self { _server: Some(server), proxy, bucket, keys_file, metrics })
     }
 }
 

@@ -44,6 +44,9 @@ pub struct Shell {
     checksums: VecDeque<(SlotRef, u32)>,
     /// By token; where a header is shown if all goes well.
     moves: BTreeMap<u64, Option<SlotRef>>,
+    /// Of them, those to the bucket, with their bytes.
+    uploads: HashMap<u64, u32>,
+    slot_bytes: HashMap<SegmentId, u32>,
     sought: BTreeMap<u64, Wanted>,
     offered: BTreeSet<u64>,
     /// Where the next slice of everything begins.
@@ -69,6 +72,8 @@ impl Shell {
             openings: VecDeque::new(),
             checksums: VecDeque::new(),
             moves: BTreeMap::new(),
+            uploads: HashMap::new(),
+            slot_bytes: HashMap::new(),
             sought: BTreeMap::new(),
             offered: BTreeSet::new(),
             slice_from: 0,
@@ -186,7 +191,11 @@ impl Shell {
         if let Some(slot) = shown.filter(|_| result.is_ok()) {
             assert!(self.published.insert(slot), "a copy lands in a published slot: {slot:?}");
         }
+        let uploaded = self.uploads.remove(&token).map(|bytes| (bytes, result.is_ok()));
         self.tell([Event::Moved { token, result, elapsed_us }]);
+        if let Some((bytes, stored)) = uploaded {
+            self.tell([Event::Uploaded { bytes: bytes.into(), stored }]);
+        }
         true
     }
 
@@ -241,6 +250,7 @@ impl Shell {
             Effect::OpenSegment { tier, segment, geometry, tenant, .. } => {
                 self.openings.push_back((tier, segment));
                 if tier == Tier::Dram {
+                    self.slot_bytes.insert(segment, geometry.slot_bytes);
                     let before = self.segments.insert(segment, (geometry.slots, tenant));
                     assert!(before.is_none(), "segment {segment} is ordered twice");
                 }
@@ -252,6 +262,11 @@ impl Shell {
             Effect::Retire { slot, .. } => _ = self.published.remove(&slot),
             Effect::Demote { token, .. } => self.start(token, None),
             Effect::Promote { token, to, .. } => self.start(token, Some(to)),
+            Effect::Upload { token, from, .. } => {
+                assert!(self.published.contains(&from), "what is uploaded is shown");
+                self.uploads.insert(token, self.slot_bytes[&from.segment]);
+                self.start(token, None);
+            }
             Effect::Seek { ticket, wanted } => {
                 assert!((wanted.stored as usize) < wanted.chain.len(), "nothing is sought");
                 assert!(self.sought.insert(ticket, *wanted).is_none());

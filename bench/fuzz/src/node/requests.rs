@@ -299,7 +299,12 @@ pub fn fate(material: &mut Material) -> Result<(), MoveError> {
 /// What another node says it would send.
 pub fn offer(material: &mut Material) -> Option<Offer> {
     let (blocks, predicted_us) = (material.number32(), material.number());
-    (!material.one_in(4)).then(|| Offer { blocks, parent: id(material), predicted_us })
+    (!material.one_in(4)).then(|| Offer {
+        blocks,
+        parent: id(material),
+        predicted_us,
+        from_bucket: material.one_in(2),
+    })
 }
 
 /// What another node says of a claim.

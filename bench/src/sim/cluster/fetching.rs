@@ -160,6 +160,7 @@ impl World {
                 blocks: reply.blocks.min(fetch.choice.blocks),
                 parent: BlockId::from_slice("parent", &reply.parent).expect("an id"),
                 predicted_us: fetch.choice.predicted_us.max(reply.predicted_us),
+                from_bucket: false,
             });
         }
         let machine = fetch.machine;

@@ -302,6 +302,7 @@ impl World {
                 self.published(at, slice, None, next);
             }
             Effect::Verify { slot, .. } => unreachable!("{slot:?} is no earlier daemon's"),
+            Effect::Upload { from, .. } => unreachable!("{from:?} is read out for no bucket"),
             Effect::Close { .. }
             | Effect::Space { .. }
             | Effect::Fill { .. }
