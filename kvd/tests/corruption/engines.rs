@@ -61,13 +61,12 @@ impl Engines {
     /// What is found under the name, all of it read in place: there nobody but the daemon has looked at its bytes before.
     pub(crate) async fn find(&self, name: Name) -> Found {
         let (handle, chain) = (&self.0[usize::from(name.0)], self.chain(name));
-        let tiers = within("exists", handle.exists(&chain)).await.unwrap();
-        let Some(tier) = tiers.first() else { return Found::Nothing };
         let request = name.1.to_be_bytes();
         let found = within("match", handle.match_prefix(&request, &chain, 0)).await.unwrap();
         if found.blocks() == 0 {
-            return Found::Nothing; // it is known, and the device is left alone for a while: it has failed too often
+            return Found::Nothing; // or it is known, and the device left alone for a while: it has failed too often
         }
+        let tier = found.source(0);
         let here = within("its arrival", found.wait_ready(0)).await;
         let right = found.view(0, 0).filter(|_| here).and_then(|view| {
             let word = |at: u64| view.word(at as usize * 8) == content::word(content_name(name), at);
@@ -78,7 +77,7 @@ impl Engines {
         match (right, tier) {
             (None, _) => Found::Refused,
             (Some(false), _) => Found::Wrong,
-            (Some(true), Tier::Nvme) => Found::Right,
+            (Some(true), Tier::Nvme | Tier::S3) => Found::Right,
             (Some(true), _) => Found::AnotherCopy,
         }
     }
