@@ -122,7 +122,10 @@ async fn a_check_says_what_the_bucket_lets_us_do() {
     left.rig.proxy.set(Weather::default());
     left.write_keys("AKEY\nwrong\n");
     let line = left.check().await;
-    assert!(line.starts_with("without") && line.contains("list: ") && line.contains("access key"), "{line}");
+    assert!(
+        line.starts_with("without") && line.contains("list, put: ") && line.contains("access key"),
+        "{line}"
+    );
     left.write_keys("one line\n");
     assert!(left.check().await.contains("s3.keys_file"));
 }
