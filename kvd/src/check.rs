@@ -169,14 +169,14 @@ fn conditional_writes(steps: &[bucket::Finding]) -> &'static str {
 
 /// What failed and what to do, with the steps that failed alike.
 fn problems(steps: Vec<bucket::Finding>) -> Vec<String> {
-    let mut told: Vec<(String, String)> = Vec::new();
+    let mut told: Vec<(Vec<&str>, String)> = Vec::new();
     for (step, problem) in steps.into_iter().filter_map(|step| Some((step.step, step.problem?.to_string()))) {
         match told.last_mut() {
-            Some((steps, same)) if *same == problem => *steps += &format!(", {step}"),
-            _ => told.push((step.to_owned(), problem)),
+            Some((steps, same)) if *same == problem => steps.push(step),
+            _ => told.push((vec![step], problem)),
         }
     }
-    told.into_iter().map(|(steps, problem)| format!("{steps}: {problem}")).collect()
+    told.into_iter().map(|(steps, problem)| format!("{}: {problem}", steps.join(", "))).collect()
 }
 
 fn tcp(config: &Config) -> Finding {
