@@ -167,9 +167,16 @@ fn conditional_writes(steps: &[bucket::Finding]) -> &'static str {
     }
 }
 
-/// Each step that failed, with what to do.
+/// What failed and what to do, with the steps that failed alike.
 fn problems(steps: Vec<bucket::Finding>) -> Vec<String> {
-    steps.into_iter().filter_map(|step| Some(format!("{}: {}", step.step, step.problem?))).collect()
+    let mut told: Vec<(Vec<&str>, String)> = Vec::new();
+    for (step, problem) in steps.into_iter().filter_map(|step| Some((step.step, step.problem?.to_string()))) {
+        match told.last_mut() {
+            Some((steps, same)) if *same == problem => steps.push(step),
+            _ => told.push((vec![step], problem)),
+        }
+    }
+    told.into_iter().map(|(steps, problem)| format!("{}: {problem}", steps.join(", "))).collect()
 }
 
 fn tcp(config: &Config) -> Finding {

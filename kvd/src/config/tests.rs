@@ -170,11 +170,40 @@ fn an_embedded_node_stays_in_its_folder() {
     Config::embedded(Path::new("/t"), 64 << 20, 0).unwrap();
 }
 
-/// Field, part of the message, part of the fix.
+/// Field, part of the message, part of the fix, what is refused.
+type Refusal<'a> = (&'a str, &'a str, &'a str, &'a str);
+
+#[track_caller]
+fn refused(cases: &[Refusal]) {
+    for (field, message, fix, toml) in cases {
+        let error = load(toml).expect_err(toml);
+        assert_eq!(&error.field, field, "{error}");
+        assert!(error.message.contains(message) && error.fix.contains(fix), "{error}");
+    }
+}
+
+#[test]
+fn each_error_of_a_bucket_names_the_key_the_value_and_the_fix() {
+    refused(&[
+        ("s3.bucket", "\"s3://b\"", "name alone", "[s3]\nbucket = 's3://b'"),
+        ("s3.bucket", "4 is not", "quotes", "[s3]\nbucket = 4"),
+        ("s3.endpoint", "\"minio:9000\"", "https://", "[s3]\nbucket = 'kvd'\nendpoint = 'minio:9000'"),
+        ("s3.region", "\"\" is not", "not empty", "[s3]\nregion = ''"),
+        ("s3.prefix", "\"kvd/\"", "slash", "[s3]\nbucket = 'kvd'\nprefix = 'kvd/'"),
+        ("s3.prefix", "\"a/../b\"", "slash", "[s3]\nbucket = 'kvd'\nprefix = 'a/../b'"),
+        ("s3.ca_file", "relative", "/", "[s3]\nbucket = 'kvd'\nca_file = 'ca.pem'"),
+        ("s3.object_bytes", "128 MiB", "64 MiB", "[s3]\nbucket = 'kvd'\nobject_bytes = '128MiB'"),
+        ("s3.buffer_bytes", "32 MiB", "64 MiB", "[s3]\nbucket = 'kvd'\nbuffer_bytes = '32MiB'"),
+        ("s3.ttl_ms", "5 is out", "1000", "[s3]\nbucket = 'kvd'\nttl_ms = 5"),
+        ("s3.threads", "0 is out", "1 to 64", "[s3]\nbucket = 'kvd'\nthreads = 0"),
+        ("s3.secret", "not a key", "`kvd config`", "[s3]\nsecret = 'x'"),
+    ]);
+}
+
 #[test]
 fn each_error_names_the_key_the_value_and_the_fix() {
     let long = format!("[listen]\nsession_socket = '/{}'", "s".repeat(107));
-    let cases: &[(&str, &str, &str, &str)] = &[
+    refused(&[
         ("dram.capacity_byte", "not a key", "dram.capacity_bytes", "[dram]\ncapacity_byte = 1"),
         ("dram.queue_depth", "not a key", "nvme.queue_depth", "[dram]\nqueue_depth = 1"),
         ("drum.capacity_bytes", "not a key", "dram.capacity_bytes", "[drum]\ncapacity_bytes = 1"),
@@ -228,25 +257,8 @@ fn each_error_names_the_key_the_value_and_the_fix() {
         ("cluster.etcd", "not a list", "node-2:7700", "[cluster]\netcd = ['http://b:2']"),
         ("cluster.address", "\"a\" is not", "10.0.0.1:7700", "[cluster]\naddress = 'a'"),
         ("cluster.address", "\"\" is none", "listen", "listen.grpc_address = ''\n[cluster]\nnodes = ['a:1']"),
-        ("s3.bucket", "\"s3://b\"", "name alone", "[s3]\nbucket = 's3://b'"),
-        ("s3.bucket", "4 is not", "quotes", "[s3]\nbucket = 4"),
-        ("s3.endpoint", "\"minio:9000\"", "https://", "[s3]\nbucket = 'kvd'\nendpoint = 'minio:9000'"),
-        ("s3.region", "\"\" is not", "not empty", "[s3]\nregion = ''"),
-        ("s3.prefix", "\"kvd/\"", "slash", "[s3]\nbucket = 'kvd'\nprefix = 'kvd/'"),
-        ("s3.prefix", "\"a/../b\"", "slash", "[s3]\nbucket = 'kvd'\nprefix = 'a/../b'"),
-        ("s3.ca_file", "relative", "/", "[s3]\nbucket = 'kvd'\nca_file = 'ca.pem'"),
-        ("s3.object_bytes", "128 MiB", "64 MiB", "[s3]\nbucket = 'kvd'\nobject_bytes = '128MiB'"),
-        ("s3.buffer_bytes", "32 MiB", "64 MiB", "[s3]\nbucket = 'kvd'\nbuffer_bytes = '32MiB'"),
-        ("s3.ttl_ms", "5 is out", "1000", "[s3]\nbucket = 'kvd'\nttl_ms = 5"),
-        ("s3.threads", "0 is out", "1 to 64", "[s3]\nbucket = 'kvd'\nthreads = 0"),
-        ("s3.secret", "not a key", "`kvd config`", "[s3]\nsecret = 'x'"),
         ("cluster.address", "alone", "other machines", "[cluster]\netcd = ['10.0.0.9:2379']"),
-    ];
-    for (field, message, fix, toml) in cases {
-        let error = load(toml).expect_err(toml);
-        assert_eq!(&error.field, field, "{error}");
-        assert!(error.message.contains(message) && error.fix.contains(fix), "{error}");
-    }
+    ]);
 }
 
 #[test]

@@ -90,10 +90,14 @@ impl Left {
         }
     }
 
+    /// As people see it.
+    pub(super) async fn text(&self, words: &[&str]) -> String {
+        String::from_utf8(self.run(words).await.stdout).unwrap()
+    }
+
     /// What `kvd check` says of the bucket.
     pub(super) async fn check(&self) -> String {
-        let output = self.run(&["check"]).await;
-        let text = String::from_utf8(output.stdout).unwrap();
+        let text = self.text(&["check"]).await;
         let from = text.lines().position(|line| line.contains(" s3 ")).expect("a line of the bucket");
         let lines: Vec<_> = text.lines().collect();
         let more = lines[from + 1..].iter().take_while(|line| line.starts_with("    ")).count();

@@ -36,6 +36,10 @@ async fn a_healthy_bucket_is_counted_whole() {
     let one = left.kvd(&["inspect", "s3", "--tenant", "other"]).await;
     assert_eq!((one.code, one.of("tenant").len(), one.summary()["objects"].as_u64()), (0, 1, Some(1)));
     assert_eq!(one.summary()["verified_bytes"], 0);
+    let table = left.text(&["inspect", "s3"]).await;
+    let lines: Vec<_> = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>()).collect();
+    assert_eq!(lines[1][..5], ["a.tenant", "2", "3", "5", "20"], "{table}");
+    assert!(table.ends_with("6 objects, 24 blocks, 1.5 MiB, 0 B verified, 0 bad, 1 orphans\n"), "{table}");
 }
 
 #[tokio::test]
@@ -45,11 +49,11 @@ async fn what_was_changed_is_named_and_dropping_drops_that_alone() {
     left.flip(1);
     left.put_under_another_key(3, 2);
     left.cut_manifest();
-    let (objects, manifest) = (left.keys(&[0, 1, 2]), left.cut.clone());
-    let expected = left::sorted([objects.as_slice(), &[manifest.clone()]].concat());
+    let (first, manifest) = (left.keys(&[0]), left.cut.clone());
+    let expected = left::sorted([left.keys(&[0, 1, 2]), vec![manifest.clone()]].concat());
 
     let looked = left.kvd(&["inspect", "s3"]).await;
-    assert_eq!((looked.code, looked.keys("bad")), (1, left::sorted(vec![objects[0].clone(), manifest])));
+    assert_eq!((looked.code, looked.keys("bad")), (1, left::sorted([first, vec![manifest]].concat())));
     let said = left.kvd(&["inspect", "s3", "--verify"]).await;
     assert_eq!((said.code, said.keys("bad")), (1, expected.clone()));
     let before = left.files();
@@ -118,7 +122,10 @@ async fn a_check_says_what_the_bucket_lets_us_do() {
     left.rig.proxy.set(Weather::default());
     left.write_keys("AKEY\nwrong\n");
     let line = left.check().await;
-    assert!(line.starts_with("without") && line.contains("list: ") && line.contains("access key"), "{line}");
+    assert!(
+        line.starts_with("without") && line.contains("list, put: ") && line.contains("access key"),
+        "{line}"
+    );
     left.write_keys("one line\n");
     assert!(left.check().await.contains("s3.keys_file"));
 }

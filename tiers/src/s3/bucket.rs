@@ -109,6 +109,10 @@ impl From<BucketError> for Error {
             }
             BucketError::Refused { .. } => "check bucket, region and path style",
             BucketError::Unexpected(_) => "check that the endpoint speaks S3",
+            // The SDK tells it by its words alone.
+            BucketError::Unreachable(why) if why.contains("credentials") => {
+                "name a file with an access key (s3.keys_file), or let AWS's chain find one on this machine"
+            }
             BucketError::Unreachable(_) => {
                 "check that the endpoint is right, reachable from here, and that its certificate is trusted (s3.ca_file)"
             }

@@ -105,9 +105,10 @@ impl Walk {
         }
         for some in ours.chunks(READS_AT_ONCE) {
             let names: Vec<_> = some.iter().map(|(name, _)| *name).collect();
-            let verdicts = match self.verify {
-                true => verify(&self.place, &row.tenant, &names).await,
-                false => vec![Verdict::Unverified; names.len()],
+            let verdicts = if self.verify {
+                verify(&self.place, &row.tenant, &names).await
+            } else {
+                vec![Verdict::Unverified; names.len()]
             };
             for ((name, listed), verdict) in some.iter().zip(verdicts) {
                 let named = named.objects.remove(name);
@@ -146,11 +147,8 @@ impl Walk {
         let Some(mending) = self.mending.filter(|_| trouble.why.is_dropped()) else {
             return self.bad(trouble);
         };
-        let deleted = match mending.dry_run {
-            true => Ok(()),
-            false => self.place.bucket.delete(std::slice::from_ref(&trouble.key), request_deadline()).await,
-        };
-        match deleted {
+        let keys = if mending.dry_run { &[][..] } else { std::slice::from_ref(&trouble.key) };
+        match self.place.bucket.delete(keys, request_deadline()).await {
             Ok(()) => {
                 self.summary.dropped += 1;
                 self.report.row(&DroppedRow { trouble, dry_run: mending.dry_run });
