@@ -183,6 +183,9 @@ impl Node {
         let chain = Chain::from_packed("chain", &sought.request.chain).expect("it was checked when asked");
         let found = self.find(sought.space, &chain, true);
         let stored = found.iter().map(Vec::len).min().unwrap_or(0);
+        if stored < sought.stored as usize {
+            return orders; // what was here has gone meanwhile: the offer begins after it
+        }
         let near = self.sessions.memory_node(sought.member);
         let ends_us = self.now_us + offer.predicted_us.min(PREDICTED_US_MAX);
         let kind = MoveKind::Fetch { ends_us, from_bucket: offer.from_bucket };

@@ -101,6 +101,19 @@ fn an_offer_that_does_not_come_in_time_is_a_miss_and_a_late_one_is_declined() {
     assert_eq!(reply(&mut world, member, request).blocks, 2);
 }
 
+/// Once, blocks before the offer were ordered of it when they had gone meanwhile: nobody had leased those, and a bucket's shell had no place for them.
+#[test]
+fn what_goes_while_others_are_asked_is_not_ordered_of_them() {
+    let (mut world, member, space) = world();
+    world.put(member, space, &ids(1..3));
+    let (ticket, request) = seek(&mut world, member, space, 1..5);
+    let everything = kvd_proto::wire::purge_request::What::Everything(true);
+    world.question(super::super::event::Question::Purge(everything));
+    world.offer(ticket, 2);
+    assert!(world.peers.fetches.is_empty());
+    assert_eq!(reply(&mut world, member, request).blocks, 0);
+}
+
 #[test]
 fn who_asks_for_what_comes_waits_for_the_same_bytes() {
     let (mut world, member, space) = world();

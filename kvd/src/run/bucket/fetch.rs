@@ -202,7 +202,8 @@ fn moved(result: &Result<Arc<Footer>, ReadError>, slot: u32, order: &FetchOrder,
 fn shares(found: Found, orders: Vec<FetchOrder>) -> Vec<Share> {
     let mut by_object: BTreeMap<_, Share> = BTreeMap::new();
     for order in orders {
-        let (object, slot) = found.places[&(order.block, order.group)].clone();
+        let place = found.places.get(&(order.block, order.group));
+        let (object, slot) = place.expect("only what was offered is ordered").clone();
         let share = by_object.entry(object.object).or_insert_with(|| Share { object, orders: Vec::new() });
         share.orders.push((slot, order));
     }
