@@ -3,6 +3,7 @@
 
 use crate::bucket_server::{BUCKET, KEYS, Server};
 use crate::bucket_weather::{Fault, Proxy};
+use crate::cluster::Cluster;
 use crate::daemon::{Daemon, MIB, Setup};
 use crate::engine::{BLOCK_BYTES, Engine};
 use crate::wait::{DEADLINE, until};
@@ -257,4 +258,53 @@ async fn bad_weather_costs_retries() {
     until("all of it", DEADLINE, async || (engine.get(&names).await == 120).then_some(())).await;
     first.is_well().await;
     second.is_well().await;
+}
+
+/// Stores a prompt that grows, so that memory grows with it; how many blocks of it.
+async fn grow(engine: &Engine, names: &[u64]) -> u64 {
+    let mut stored = 0;
+    for end in (50..=names.len()).step_by(50) {
+        let fill = engine.reserve(b"", &names[..end]).await.unwrap();
+        crate::engine::fill_all(&fill, &names[..end]);
+        stored += u64::from(fill.commit().await.unwrap());
+    }
+    stored
+}
+
+/// Both compute the same prompts at the same time, and others of their own.
+#[tokio::test]
+#[ignore = "slow: blocks that two nodes have are left to each other for 20 s"]
+async fn two_nodes_upload_once_what_both_computed_and_lose_nothing_of_it() {
+    const BOTH: u64 = 300;
+    const OWN: u64 = 100;
+    let (bucket, cluster) = (Bucket::start().await, Cluster::new());
+    let setup = |name| Setup { dram_bytes: 64 * MIB, ..bucket.setup(name) };
+    let mut nodes = [cluster.node(0, setup("a")).await, cluster.node(1, setup("b")).await];
+    let engines = [Engine::open(&nodes[0].socket()).await, Engine::open(&nodes[1].socket()).await];
+    let chains =
+        [(1..=BOTH).collect(), (1001..=1000 + OWN).collect(), (2001..=2000 + OWN).collect::<Vec<u64>>()];
+    let (one, other) = tokio::join!(grow(&engines[0], &chains[0]), grow(&engines[1], &chains[0]));
+    assert_eq!((one, other), (BOTH, BOTH));
+    assert_eq!(grow(&engines[0], &chains[1]).await + grow(&engines[1], &chains[2]).await, 2 * OWN);
+    for node in &nodes {
+        let all = async || (node.tier(Tier::S3).await.copies >= BOTH + 2 * OWN).then_some(());
+        until("all of it in the bucket", 9 * DEADLINE, all).await;
+    }
+    let mut uploaded = 0;
+    for node in &nodes {
+        uploaded += node.status().await.counters.unwrap().s3_write_bytes / BLOCK_BYTES as u64;
+    }
+    let duplicates = uploaded - (BOTH + 2 * OWN);
+    println!(
+        "{} blocks of two nodes, {BOTH} of them on both: {uploaded} uploaded, {duplicates} twice",
+        BOTH + 2 * OWN
+    );
+    assert!(duplicates * 100 <= uploaded);
+    nodes.iter_mut().for_each(Daemon::kill);
+    let third = Daemon::start(&setup("c")).await;
+    let engine = Engine::open(&third.socket()).await;
+    knows(&third, BOTH + 2 * OWN + duplicates).await;
+    for names in &chains {
+        assert_eq!(engine.get(names).await, names.len(), "nothing that was uploaded is lost");
+    }
 }
