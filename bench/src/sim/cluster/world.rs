@@ -302,6 +302,9 @@ impl World {
                 self.published(at, slice, None, next);
             }
             Effect::Verify { slot, .. } => unreachable!("{slot:?} is no earlier daemon's"),
+            Effect::CloseSegment { .. } | Effect::Resize { .. } | Effect::Attach { .. } | Effect::Detach => {
+                unreachable!("nobody changes tiers here")
+            }
             Effect::Close { .. }
             | Effect::Space { .. }
             | Effect::Fill { .. }
