@@ -19,4 +19,5 @@ mod seeking;
 mod sessions;
 mod simulation;
 mod telling;
+mod tier_change;
 mod transfers;
