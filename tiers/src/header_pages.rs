@@ -108,11 +108,19 @@ impl HeaderPages {
         assert!(!under_way, "segment {segment} has header pages under way");
         assert!(run_bytes(geometry.header_bytes) <= RUN_BYTES_MAX, "{geometry:?}");
         let runs = 1 + geometry.slots.div_ceil(run_slots(geometry.header_bytes)) as usize;
-        let old: Vec<_> = self.dirty.range((segment, 0)..=(segment, u32::MAX)).map(|(key, _)| *key).collect();
-        for key in old {
-            self.take_dirty(key);
-        }
+        self.forget_dirty(segment);
         self.segments.insert(segment, Segment { header, written: vec![written; runs.div_ceil(64)] });
+    }
+
+    /// A segment whose slots hold nothing is given up, and what was to be written there; `false`: something is under way,
+    /// ask again. What its pages said stays on the device until that takes their space back.
+    pub fn close(&mut self, segment: SegmentId) -> bool {
+        self.forget_dirty(segment);
+        self.queue.retain(|key| key.0 != segment);
+        if self.flights.iter().flatten().any(|flight| flight.key.0 == segment) {
+            return false;
+        }
+        self.segments.remove(&segment).is_some()
     }
 
     /// The segment's page lists the space from the next flush on, where it has room.
@@ -284,6 +292,13 @@ impl HeaderPages {
 
     fn io_range(&self, (segment, run): RunKey) -> std::ops::Range<u64> {
         self.segments[&segment].range(run)
+    }
+
+    fn forget_dirty(&mut self, segment: SegmentId) {
+        let old: Vec<_> = self.dirty.range((segment, 0)..=(segment, u32::MAX)).map(|(key, _)| *key).collect();
+        for key in old {
+            self.take_dirty(key);
+        }
     }
 
     fn take_dirty(&mut self, key: RunKey) -> Dirty {

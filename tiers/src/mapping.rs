@@ -7,7 +7,7 @@
 //! Leaves to others: who may read or write which bytes when (kvd), and the order of accesses between processes.
 
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
+use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, MlockFlags, ProtFlags};
 use std::ffi::c_void;
@@ -208,6 +208,14 @@ impl Mapping {
         Ok(unsafe { rustix::mm::mlock_with(address, bytes, MlockFlags::ONFAULT) }?)
     }
 
+    /// Gives the memory back, here and in every process that has it mapped: whoever looks there finds zeros. Reserved huge pages
+    /// stay: they are nobody else's to have, and looking at one that is gone may kill a process.
+    pub fn discard(&self) -> std::io::Result<()> {
+        let Some(fd) = self.fd().filter(|_| self.pages != Pages::Huge) else { return Ok(()) };
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        Ok(rustix::fs::fallocate(fd, flags, 0, self.bytes as u64)?)
+    }
+
     fn advise(&self, range: Range<usize>, advice: Advice) -> Result<(), Errno> {
         let (address, bytes) = self.pages_of(range);
         // SAFETY: the range is ours and mapped; the advices used here change no byte.
@@ -330,6 +338,21 @@ mod tests {
         rustix::io::pread(memory.fd().unwrap(), &mut out, PAGE_BYTES as u64).unwrap();
         assert_eq!(&out, b"shared");
         assert_eq!(memory.pages(), Pages::Ordinary);
+    }
+
+    #[test]
+    fn discarded_memory_is_gone_for_whoever_has_it_mapped() {
+        let memory = Mapping::memfd("kvd-test", 4 * PAGE_BYTES, MemfdOptions::default()).unwrap();
+        let other =
+            Mapping::adopt(memory.fd().unwrap().try_clone_to_owned().unwrap(), 4 * PAGE_BYTES).unwrap();
+        memory.copy_in(0, &pattern(4 * PAGE_BYTES));
+        let blocks = || rustix::fs::fstat(memory.fd().unwrap()).unwrap().st_blocks;
+        assert!(blocks() > 0);
+        memory.discard().unwrap();
+        assert_eq!(blocks(), 0);
+        let mut out = [7; 8];
+        other.copy_out(PAGE_BYTES, &mut out);
+        assert_eq!(out, [0; 8]);
     }
 
     #[test]

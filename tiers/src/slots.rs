@@ -2,14 +2,15 @@
 //!
 //! Owns: the state (free, live, quarantined), the generation and the owner of every slot; no bytes.
 //! Invariants: a slot is in one state at a time, and each transition asserts the state it leaves; a generation rises
-//! each time a slot becomes free again, so that a reader with an old one knows; a segment leaves only when all its slots
-//! are free. Memory: 4 B generation + 4 B owner + 2 bits of state a slot.
+//! each time a slot becomes free again, so that a reader with an old one knows; a segment goes only when all its slots
+//! are free, and none of its slots is given while it is leaving. Memory: 4 B generation + 4 B owner + 2 bits of state a slot.
 //! Allocation is ascending next-fit: consecutive allocations are consecutive slots of one segment wherever they are free,
 //! because answers travel as runs. Cost: a bitmap scan, one word per 64 slots, each word passed once a sweep.
 //! Leaves to others: when a slot may be reused (law 2: leases, transfers) and what is in it.
 
 use crate::segment::{SegmentId, SlotRef};
 use hashbrown::HashTable;
+use std::ops::Range;
 
 /// Slots of one segment. At the limit: `add_segment` asserts; geometry never makes more (1 GiB of 4 KiB slots).
 pub const SEGMENT_SLOTS_MAX: u32 = 1 << 20;
@@ -27,6 +28,8 @@ pub struct SlotPool {
     total: u64,
     free: u64,
     quarantined: u64,
+    /// Free slots of segments that are leaving: nobody's, and given to nobody.
+    withheld: u64,
 }
 
 /// The segments that lie in one memory node, and where its next slot comes from.
@@ -43,6 +46,7 @@ struct MemoryNode {
 struct Segment {
     id: SegmentId,
     node: usize,
+    leaving: bool,
     free: Bits,
     quarantined: Bits,
     generations: Vec<u32>,
@@ -60,6 +64,7 @@ impl SlotPool {
             total: 0,
             free: 0,
             quarantined: 0,
+            withheld: 0,
         }
     }
 
@@ -94,11 +99,61 @@ impl SlotPool {
         let at = self.at(id);
         let segment = self.segments[at].take().expect("indexed segments exist");
         assert_eq!(segment.free.ones, segment.slots(), "segment {id} is in use");
-        self.nodes[segment.node].with_free.clear(at);
-        self.nodes[segment.node].free -= segment.slots() as u64;
         self.index.find_entry(hash(id), |&(other, _)| other == id).expect("indexed").remove();
-        self.total -= segment.slots() as u64;
-        self.free -= segment.slots() as u64;
+        let slots = segment.slots() as u64;
+        self.total -= slots;
+        if segment.leaving {
+            self.withheld -= slots;
+            return;
+        }
+        self.nodes[segment.node].with_free.clear(at);
+        self.nodes[segment.node].free -= slots;
+        self.free -= slots;
+    }
+
+    /// No slot of the segment is given from now on, so that it becomes free; taken back by `stay`.
+    pub fn leave(&mut self, id: SegmentId) {
+        let at = self.at(id);
+        let segment = self.segments[at].as_mut().expect("indexed segments exist");
+        assert!(!std::mem::replace(&mut segment.leaving, true), "segment {id} is leaving already");
+        let free = segment.free.ones as u64;
+        let node = &mut self.nodes[segment.node];
+        node.with_free.clear(at);
+        node.free -= free;
+        self.free -= free;
+        self.withheld += free;
+    }
+
+    /// A segment that was leaving gives slots again.
+    pub fn stay(&mut self, id: SegmentId) {
+        let at = self.at(id);
+        let segment = self.segments[at].as_mut().expect("indexed segments exist");
+        assert!(std::mem::replace(&mut segment.leaving, false), "segment {id} is not leaving");
+        let free = segment.free.ones as u64;
+        let node = &mut self.nodes[segment.node];
+        if free > 0 {
+            node.with_free.set(at);
+        }
+        node.free += free;
+        self.free += free;
+        self.withheld -= free;
+    }
+
+    /// Slots of a segment that are live or quarantined.
+    pub fn used_in(&self, id: SegmentId) -> u64 {
+        let segment = self.segments[self.at(id)].as_ref().expect("indexed segments exist");
+        (segment.slots() - segment.free.ones) as u64
+    }
+
+    /// The live ones of a segment's slots, with their owners.
+    pub fn live_in(
+        &self,
+        segment: SegmentId,
+        slots: Range<u32>,
+    ) -> impl Iterator<Item = (SlotRef, u32)> + '_ {
+        let owners = &self.segment(SlotRef { segment, slot: slots.start }).owners;
+        let live = slots.map(move |slot| (SlotRef { segment, slot }, owners[slot as usize]));
+        live.filter(|(_, owner)| *owner != NOBODY)
     }
 
     /// The next free slot in memory node `near`, else in the one that has most; now live and `owner`'s. `None`: there is none.
@@ -185,7 +240,7 @@ impl SlotPool {
 
     /// Slots with an owner.
     pub fn live_slots(&self) -> u64 {
-        self.total - self.free - self.quarantined
+        self.total - self.free - self.quarantined - self.withheld
     }
 
     /// Slots in quarantine.
@@ -214,6 +269,7 @@ impl SlotPool {
         let place = &self.nodes[node];
         if let Some(Some(segment)) = self.segments.get(place.at_segment)
             && segment.node == node
+            && !segment.leaving
             && let Some(slot) = segment.free.next(place.at_slot)
         {
             return Some((place.at_segment, slot));
@@ -226,6 +282,7 @@ impl SlotPool {
     fn take(&mut self, at: usize, slot: usize, owner: u32) -> SlotRef {
         assert_ne!(owner, NOBODY);
         let segment = self.segments[at].as_mut().expect("the segment exists");
+        assert!(!segment.leaving, "segment {} is leaving", segment.id);
         segment.free.clear(slot);
         segment.owners[slot] = owner;
         let node = &mut self.nodes[segment.node];
@@ -244,7 +301,11 @@ impl SlotPool {
         segment.free.set(index);
         segment.owners[index] = NOBODY;
         segment.generations[index] = segment.generations[index].wrapping_add(1);
-        let (node, first) = (segment.node, segment.free.ones == 1);
+        let (node, first, leaving) = (segment.node, segment.free.ones == 1, segment.leaving);
+        if leaving {
+            self.withheld += 1;
+            return;
+        }
         self.nodes[node].free += 1;
         if first {
             self.nodes[node].with_free.set(at);
@@ -276,6 +337,7 @@ impl Segment {
         let mut segment = Self {
             id,
             node,
+            leaving: false,
             free: Bits::default(),
             quarantined: Bits::default(),
             generations: vec![0; slots],
@@ -431,14 +493,39 @@ mod tests {
     }
 
     #[test]
+    fn a_leaving_segment_gives_no_slot_and_goes_when_it_is_free() {
+        let mut pool = pool(&[(1, 3), (2, 3)]);
+        let slots: Vec<_> = (0..4).map(|owner| pool.allocate(owner, 0).unwrap()).collect();
+        assert_eq!(slots[3], at(2, 0));
+        pool.leave(2); // the cursor is in it
+        assert_eq!((pool.free_slots(), pool.free_slots_in(0), pool.live_slots()), (0, 0, 4));
+        assert_eq!(pool.allocate(9, 0), None);
+        assert_eq!(pool.live_in(2, 0..3).collect::<Vec<_>>(), [(at(2, 0), 3)]);
+        pool.free(slots[1]);
+        assert_eq!(pool.allocate(9, 0), Some(slots[1]), "the other one's are given");
+        pool.quarantine(slots[3]);
+        assert!(pool.used_in(2) == 1 && pool.live_in(2, 0..3).next().is_none());
+        pool.release_quarantine(slots[3]);
+        assert!(pool.used_in(2) == 0 && pool.free_slots() == 0);
+        pool.stay(2);
+        assert_eq!((pool.free_slots(), pool.allocate(9, 0)), (3, Some(at(2, 0))));
+        pool.free(at(2, 0));
+        pool.leave(2);
+        pool.remove_segment(2);
+        assert_eq!((pool.total_slots(), pool.live_slots(), pool.free_slots()), (3, 3, 0));
+    }
+
+    #[test]
     fn wrong_transitions_stop_the_daemon() {
-        let wrong: [fn(&mut SlotPool); 6] = [
+        let wrong: [fn(&mut SlotPool); 8] = [
             |pool| pool.free(at(1, 1)),
             |pool| pool.quarantine(at(1, 1)),
             |pool| pool.release_quarantine(at(1, 0)),
             |pool| pool.adopt(at(1, 0), 1),
             |pool| pool.remove_segment(1),
             |pool| pool.set_generation(at(1, 0), 1),
+            |pool| pool.stay(1),
+            |pool| (0..2).for_each(|_| pool.leave(1)),
         ];
         for change in wrong {
             let mut pool = pool(&[(1, 2)]);

@@ -85,6 +85,10 @@ impl<M: Medium> Medium for BadDisk<M> {
         }
     }
 
+    fn resize(&mut self, capacity_bytes: u64) -> Result<(), MediumError> {
+        self.inner.resize(capacity_bytes)
+    }
+
     fn close_segment(&mut self, segment: SegmentId) {
         self.inner.close_segment(segment);
     }

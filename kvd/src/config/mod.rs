@@ -420,7 +420,7 @@ impl Limits {
     }
 }
 
-fn check_segments(tier: &str, capacity_bytes: u64, segment_bytes: u64) -> Result<(), Error> {
+pub(crate) fn check_segments(tier: &str, capacity_bytes: u64, segment_bytes: u64) -> Result<(), Error> {
     let key = format!("{tier}.segment_bytes");
     check_range(&key, segment_bytes, SEGMENT_BYTES_MIN, SEGMENT_BYTES_MAX)?;
     if !segment_bytes.is_multiple_of(SEGMENT_ALIGN_BYTES) {

@@ -30,6 +30,7 @@ impl Node {
             node.tell_policies();
             node.verify_some();
             node.upload_some();
+            node.change_tiers();
             node.make_room();
             node.serve_waiting();
             node.serve_held();
@@ -91,6 +92,10 @@ impl Node {
             Event::Ask { ticket, question } => self.ask(ticket, question),
             Event::Tell(on) => self.tell(on),
             Event::TellSlice { ticket, from } => self.tell_slice(ticket, from),
+            Event::SegmentClosed { tier, segment } => self.segment_closed(tier, segment),
+            Event::Resized { tier, result } => self.resized(tier, result),
+            Event::Attached { result } => self.attached(result),
+            Event::Detached => self.detached(),
             Event::Tick => self.tick(),
         }
     }
@@ -154,6 +159,7 @@ impl Node {
                 return self.start_search(ticket, id_prefix, Then::Pin { ttl_ms });
             }
             Question::Purge(what) => return self.start_purge(ticket, what),
+            Question::ChangeTier(request) => return self.start_tier_change(ticket, &request),
         };
         self.out.push(Effect::Answer { ticket, answer });
     }
@@ -167,6 +173,7 @@ impl Node {
         self.unpin_expired();
         self.close_idle();
         self.search_again();
+        self.end_waits();
         self.telling.due = true;
     }
 }

@@ -3,6 +3,7 @@
 //! Invariants: events carry facts (bytes moved, processes gone, time passed), effects carry orders; neither carries a
 //! file, socket or clock. Every `Effect` that starts something has the `Event` that ends it.
 
+use super::NvmeConfig;
 use super::telling::Run;
 use kvd_proto::cost::PrefillProfile;
 use kvd_proto::slot_header::SlotHeader;
@@ -169,6 +170,27 @@ pub enum Event {
         /// 0, then what the last slice said.
         from: Handle,
     },
+    /// Ends `Effect::CloseSegment`.
+    SegmentClosed {
+        /// Its tier.
+        tier: Tier,
+        /// Which.
+        segment: SegmentId,
+    },
+    /// Ends `Effect::Resize`.
+    Resized {
+        /// Which.
+        tier: Tier,
+        /// Or why not: it is as it was.
+        result: Result<(), String>,
+    },
+    /// Ends `Effect::Attach`.
+    Attached {
+        /// What there is now, or why not.
+        result: Result<NvmeConfig, String>,
+    },
+    /// Ends `Effect::Detach`: the device is closed.
+    Detached,
     /// Time has passed; sent at least ten times a second.
     Tick,
 }
@@ -297,7 +319,32 @@ pub enum Effect {
         /// Where.
         slot: SlotRef,
     },
-    /// A space whose blocks may outlive the daemon, for a later one to know.
+    /// Give up a segment of which nothing is used; answered by `SegmentClosed`.
+    CloseSegment {
+        /// Its tier.
+        tier: Tier,
+        /// Which.
+        segment: SegmentId,
+    },
+    /// Segments of the tier may take so many bytes, and no more; answered by `Resized`.
+    Resize {
+        /// Which.
+        tier: Tier,
+        /// Whole segments.
+        bytes: u64,
+    },
+    /// Open a device as the NVMe tier, empty; answered by `Attached`.
+    Attach {
+        /// From the root on.
+        path: String,
+        /// Whole segments.
+        bytes: u64,
+        /// Of one segment.
+        segment_bytes: u64,
+    },
+    /// Close the NVMe device: nothing moves, and what is there stays there; answered by `Detached`.
+    Detach,
+    /// A space whose blocks may outlive the daemon, for a later one to know; again for each device.
     Space {
         /// What its blocks' headers say.
         fingerprint: Fingerprint,
@@ -399,6 +446,8 @@ pub enum Question {
         /// How long.
         ttl_ms: u32,
     },
+    /// Resize, drain, detach or attach a tier.
+    ChangeTier(wire::ChangeTierRequest),
     /// Drop blocks.
     Purge(wire::purge_request::What),
 }
@@ -416,6 +465,8 @@ pub enum Answer {
     Blocks(wire::DescribeBlockReply),
     /// How many were pinned.
     Pin(wire::PinBlockReply),
+    /// How far a change of a tier is.
+    TierChange(wire::ChangeTierReply),
     /// How many were dropped.
     Purge(wire::PurgeReply),
     /// The question makes no sense.

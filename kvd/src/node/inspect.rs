@@ -11,7 +11,8 @@ use kvd_tiers::catalog::{Handle, Mark, TIERS};
 impl Node {
     /// Whether work is left that needs no new event.
     pub fn busy(&self) -> bool {
-        self.purging() || self.searching() || self.hunting() || !self.deferred.is_empty()
+        let told = self.purging() || self.searching() || self.hunting();
+        told || self.changing() || !self.deferred.is_empty()
     }
 
     pub(super) fn status(&self) -> Answer {
@@ -44,6 +45,7 @@ impl Node {
             read_bytes_per_us: self.movement.read_speed(*tier).bytes_per_us(),
             write_us: if *tier == Tier::Nvme { self.movement.write_us(largest.into()) } else { 0 },
             trouble: self.tier_trouble(*tier),
+            change: self.tier_change(*tier),
             ..self.memory.status(*tier)
         };
         Answer::Tiers(wire::ListTiersReply { tiers: tiers.map(status).collect() })

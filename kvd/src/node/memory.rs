@@ -8,8 +8,9 @@
 //! meets neither a device nor a scan.
 
 use super::event::Effect;
+use super::leaving::Leaving;
 use super::recovery::RecoveredSegment;
-use super::{Node, NodeConfig};
+use super::{Node, NodeConfig, NvmeConfig};
 use kvd_proto::Error;
 use kvd_proto::wire::{self, Tier};
 use kvd_tiers::catalog::{Handle, Mark};
@@ -24,6 +25,8 @@ const SCAN_MAX: usize = 64;
 const SEARCHES_MAX: usize = 16;
 /// Demotions started in one call.
 const DEMOTIONS_PER_CALL_MAX: usize = 4;
+/// Copies dropped in one call where they cannot be written.
+const DROPS_PER_CALL_MAX: usize = 64;
 /// A full pool keeps this share of its slots free (1/16), within `FREE_SLOTS`.
 const FREE_SHARE: u64 = 16;
 const FREE_SLOTS: (u64, u64) = (2, 4096);
@@ -43,10 +46,12 @@ pub(super) struct Pool {
     hunting: bool,
 }
 
-struct Open {
-    pool: usize,
+pub(super) struct Open {
+    pub(super) pool: usize,
     /// Place among `TierSpace::nodes`.
-    node: usize,
+    pub(super) node: usize,
+    /// Not only ordered.
+    pub(super) opened: bool,
     populated_bytes: u64,
 }
 
@@ -54,16 +59,19 @@ struct Open {
 pub(super) struct Memory {
     pub(super) pools: Vec<Pool>,
     by_class: HashMap<(usize, usize, u32, u16), usize>,
-    segments: HashMap<(usize, SegmentId), Open>,
-    tiers: [TierSpace; 2],
+    pub(super) segments: HashMap<(usize, SegmentId), Open>,
+    pub(super) tiers: [TierSpace; 2],
+    pub(super) leaving: [Leaving; 2],
 }
 
-struct TierSpace {
-    capacity_bytes: u64,
-    segment_bytes: u64,
-    taken_bytes: u64,
+pub(super) struct TierSpace {
+    pub(super) capacity_bytes: u64,
+    /// What the shell lets segments take: more, while some are leaving.
+    pub(super) given_bytes: u64,
+    pub(super) segment_bytes: u64,
+    pub(super) taken_bytes: u64,
     /// DRAM only: the machine's memory nodes; one without a number where segments are not bound.
-    nodes: Vec<MemoryNode>,
+    pub(super) nodes: Vec<MemoryNode>,
     next_segment: SegmentId,
     eviction: String,
     refused_until_us: u64,
@@ -72,15 +80,15 @@ struct TierSpace {
 }
 
 #[derive(Debug)]
-struct MemoryNode {
+pub(super) struct MemoryNode {
     number: Option<u32>,
-    taken_bytes: u64,
+    pub(super) taken_bytes: u64,
 }
 
 /// After a segment could not be opened, how long not to try again.
 const REFUSED_US: u64 = 5_000_000;
 
-fn at(tier: Tier) -> usize {
+pub(super) fn at(tier: Tier) -> usize {
     match tier {
         Tier::Dram => 0,
         Tier::Nvme => 1,
@@ -88,10 +96,16 @@ fn at(tier: Tier) -> usize {
     }
 }
 
+/// Of segments that hold slots of this size.
+pub(super) fn segment_bytes_min(slot_bytes: u32) -> u64 {
+    2 * u64::from(slot_bytes) + (64 << 10)
+}
+
 impl Memory {
     pub(super) fn new(config: &NodeConfig) -> Self {
         let tier = |capacity_bytes, segment_bytes, eviction: &str| TierSpace {
             capacity_bytes,
+            given_bytes: capacity_bytes,
             segment_bytes,
             taken_bytes: 0,
             nodes: vec![MemoryNode { number: None, taken_bytes: 0 }],
@@ -109,7 +123,39 @@ impl Memory {
             Some(nvme) => tier(nvme.bytes, nvme.segment_bytes, &nvme.eviction),
             None => tier(0, 0, &config.dram_eviction),
         };
-        Self { pools: Vec::new(), by_class: HashMap::new(), segments: HashMap::new(), tiers: [dram, nvme] }
+        let (by_class, segments, leaving) = (HashMap::new(), HashMap::new(), Default::default());
+        Self { pools: Vec::new(), by_class, segments, tiers: [dram, nvme], leaving }
+    }
+
+    /// NVMe is there from now on, empty; its pools, if there are any, are those of an earlier device.
+    pub(super) fn attach(&mut self, nvme: &NvmeConfig) {
+        let space = &mut self.tiers[at(Tier::Nvme)];
+        assert_eq!((space.capacity_bytes, space.taken_bytes), (0, 0), "there is one already");
+        (space.capacity_bytes, space.given_bytes) = (nvme.bytes, nvme.bytes);
+        space.segment_bytes = nvme.segment_bytes;
+        space.eviction.clone_from(&nvme.eviction);
+        for pool in self.pools.iter_mut().filter(|pool| pool.tier == Tier::Nvme) {
+            let Geometry { slot_bytes, parts, .. } = pool.geometry;
+            pool.geometry = Geometry::nvme(slot_bytes, parts, nvme.segment_bytes);
+            pool.policy = eviction::by_name(&nvme.eviction).expect("the config checked the policy's name");
+        }
+    }
+
+    /// There is no NVMe from now on. Nothing of it is used.
+    pub(super) fn detach(&mut self) {
+        for pool in self.pools.iter_mut().filter(|pool| pool.tier == Tier::Nvme) {
+            assert!(pool.slots.live_slots() == 0 && !pool.opening, "something of NVMe is used");
+            pool.slots = SlotPool::new(pool.geometry.slot_bytes);
+        }
+        self.segments.retain(|(of, _), _| *of != at(Tier::Nvme));
+        self.leaving[at(Tier::Nvme)] = Leaving::default();
+        let space = &mut self.tiers[at(Tier::Nvme)];
+        (space.capacity_bytes, space.taken_bytes, space.nodes[0].taken_bytes) = (0, 0, 0);
+        (space.refused_until_us, space.refused_why) = (0, String::new());
+    }
+
+    pub(super) fn any_opening(&self, tier: Tier) -> bool {
+        self.pools.iter().any(|pool| pool.tier == tier && pool.opening)
     }
 
     /// A memory node's place by its number; whoever prefers none gets one by `turn`.
@@ -128,9 +174,8 @@ impl Memory {
 
     /// Whether slots of this size fit the tiers' segments at all.
     pub(super) fn check_class(&self, slot_bytes: u32) -> Result<(), Error> {
-        let too_small = |tier: &&TierSpace| {
-            tier.capacity_bytes > 0 && tier.segment_bytes < 2 * u64::from(slot_bytes) + (64 << 10)
-        };
+        let too_small =
+            |tier: &&TierSpace| tier.capacity_bytes > 0 && tier.segment_bytes < segment_bytes_min(slot_bytes);
         let Some(tier) = self.tiers.iter().find(too_small) else { return Ok(()) };
         Err(Error::invalid(
             "layout",
@@ -193,7 +238,7 @@ impl Memory {
         space.taken_bytes += space.segment_bytes;
         space.nodes[node].taken_bytes += space.segment_bytes;
         space.next_segment = space.next_segment.max(segment + 1);
-        self.segments.insert((at(tier), segment), Open { pool, node, populated_bytes: 0 });
+        self.segments.insert((at(tier), segment), Open { pool, node, opened: true, populated_bytes: 0 });
         state.slots.add_segment(segment, found.geometry.slots, node);
         true
     }
@@ -242,8 +287,11 @@ impl Memory {
     }
 }
 
-fn lowest_free(segments: &HashMap<(usize, SegmentId), Open>) -> SegmentId {
-    let free = |id: &SegmentId| !segments.contains_key(&(at(Tier::Nvme), *id));
+/// The first place on NVMe where there is no segment.
+fn lowest_free(segments: &HashMap<(usize, SegmentId), Open>, leaving: &[Leaving; 2]) -> SegmentId {
+    let nvme = at(Tier::Nvme);
+    let free =
+        |id: &SegmentId| !segments.contains_key(&(nvme, *id)) && !leaving[nvme].closing.contains_key(id);
     (0..=SegmentId::MAX).find(free).expect("there are fewer segments than ids")
 }
 
@@ -267,6 +315,11 @@ impl TierSpace {
 }
 
 impl Pool {
+    /// Free slots below which the next segment is ordered.
+    fn low(&self) -> u64 {
+        u64::from(self.geometry.slots / 4).max(1)
+    }
+
     /// Slots a full pool keeps free.
     fn reserve_slots(&self) -> u64 {
         (self.slots.total_slots() / FREE_SHARE).clamp(FREE_SLOTS.0, FREE_SLOTS.1)
@@ -301,15 +354,28 @@ impl Node {
         space.nodes[node].taken_bytes += space.segment_bytes;
         let segment = match state.tier {
             // extents are places in a file, and recovery may have found only some of them
-            Tier::Nvme => lowest_free(&self.memory.segments),
+            Tier::Nvme => lowest_free(&self.memory.segments, &self.memory.leaving),
             _ => space.next_segment,
         };
         space.next_segment = segment + 1;
         let (tier, geometry, tenant) = (state.tier, state.geometry, self.tenants[state.tenant].clone());
         let numa_node = space.nodes[node].number;
-        self.memory.segments.insert((at(tier), segment), Open { pool, node, populated_bytes: 0 });
+        self.memory
+            .segments
+            .insert((at(tier), segment), Open { pool, node, opened: false, populated_bytes: 0 });
         self.out.push(Effect::OpenSegment { tier, segment, geometry, tenant, numa_node });
         true
+    }
+
+    /// After the tier has become larger: whoever is short of slots gets a segment before somebody waits for it.
+    pub(super) fn grow_all(&mut self, tier: Tier) {
+        self.memory.tiers[at(tier)].refused_until_us = 0;
+        for pool in 0..self.memory.pools.len() {
+            let state = &self.memory.pools[pool];
+            if state.tier == tier && state.slots.total_slots() > 0 && state.slots.free_slots() < state.low() {
+                self.grow(pool, 0);
+            }
+        }
     }
 
     pub(super) fn opening(&self, pool: usize) -> bool {
@@ -317,7 +383,9 @@ impl Node {
     }
 
     pub(super) fn segment_opened(&mut self, tier: Tier, segment: SegmentId, result: Result<(), String>) {
-        let Open { pool, node, .. } = self.memory.segments[&(at(tier), segment)];
+        let open = self.memory.segments.get_mut(&(at(tier), segment)).expect("it was ordered");
+        let (pool, node) = (open.pool, open.node);
+        open.opened = result.is_ok();
         let state = &mut self.memory.pools[pool];
         assert!(std::mem::replace(&mut state.opening, false), "segment {segment} was not ordered");
         match result {
@@ -357,8 +425,8 @@ impl Node {
     ) -> Option<SlotRef> {
         let slots = &mut self.memory.pools[pool].slots;
         if let Some(slot) = slots.allocate(owner, near) {
-            let Pool { slots, geometry, tier, .. } = &self.memory.pools[pool];
-            let low = u64::from(geometry.slots / 4).max(1);
+            let Pool { slots, tier, .. } = &self.memory.pools[pool];
+            let low = self.memory.pools[pool].low();
             let near_low = *tier == Tier::Dram
                 && slots.free_slots_in(near) < low
                 && self.memory.tiers[at(Tier::Dram)].has_room(near);
@@ -414,7 +482,7 @@ impl Node {
         })
     }
 
-    fn is_last_copy(&self, handle: Handle, tier: Tier) -> bool {
+    pub(super) fn is_last_copy(&self, handle: Handle, tier: Tier) -> bool {
         let other = if tier == Tier::Dram { Tier::Nvme } else { Tier::Dram };
         self.catalog.get(handle).readable(other).is_none()
     }
@@ -457,10 +525,11 @@ impl Node {
         let state = &mut self.memory.pools[pool];
         state.slots.free(slot);
         let generation = state.slots.generation(slot);
-        self.out.push(match state.tier {
-            Tier::Dram => Effect::Retire { slot, generation },
-            _ => Effect::Forget { slot },
-        });
+        match state.tier {
+            Tier::Dram => self.out.push(Effect::Retire { slot, generation }),
+            _ if self.tier_changes.detaches() => {} // the device keeps it
+            _ => self.out.push(Effect::Forget { slot }),
+        }
     }
 
     pub(super) fn pool_of(&self, handle: Handle, tier: Tier) -> usize {
@@ -483,14 +552,17 @@ impl Node {
     }
 
     /// Keeps some slots of every full DRAM pool free, and as many as somebody waits for: drops what is on NVMe too, writes the others there first.
+    /// While NVMe drains those are dropped, or nothing could be read from there.
     pub(super) fn make_room(&mut self) {
+        let drains = self.tier_changes.drains();
+        let most = if drains { DROPS_PER_CALL_MAX } else { DEMOTIONS_PER_CALL_MAX };
         for pool in 0..self.memory.pools.len() {
             if self.memory.pools[pool].tier != Tier::Dram || self.config.nvme.is_none() {
                 continue;
             }
             self.memory.pools[pool].hunting = false;
             let demanded = self.demanded_slots(pool);
-            for _ in 0..DEMOTIONS_PER_CALL_MAX {
+            for _ in 0..most {
                 let state = &self.memory.pools[pool];
                 let space = &self.memory.tiers[at(Tier::Dram)];
                 let full = space.taken_bytes + space.segment_bytes > space.capacity_bytes && !state.opening;
@@ -505,7 +577,7 @@ impl Node {
                     break;
                 };
                 self.memory.pools[pool].looked = 0;
-                if !self.is_last_copy(victim, Tier::Dram) {
+                if drains || !self.is_last_copy(victim, Tier::Dram) {
                     self.evict(victim, pool);
                 } else if !self.demote(victim) {
                     break;

@@ -17,6 +17,7 @@ mod filling;
 mod hand_off;
 mod inspect;
 mod lease;
+mod leaving;
 mod matching;
 mod memory;
 mod movement;
@@ -28,6 +29,7 @@ mod search;
 mod seeking;
 mod session;
 mod telling;
+mod tier_change;
 mod uploading;
 mod verifying;
 
@@ -62,7 +64,7 @@ pub struct NodeConfig {
     pub dram_eviction: String,
     /// The machine's memory nodes, by number; fewer than two: segments are not bound to any.
     pub numa_nodes: Vec<u32>,
-    /// The NVMe tier, where there is one.
+    /// The NVMe tier, where there is one; comes and goes with `tier_change`.
     pub nvme: Option<NvmeConfig>,
     /// How long a lease lasts.
     pub lease_ttl_ms: u32,
@@ -130,6 +132,7 @@ pub struct Node {
     unverified: VecDeque<Handle>,
     telling: telling::Telling,
     uploading: uploading::Uploading,
+    tier_changes: tier_change::TierChanges,
     counters: Counters,
 }
 
@@ -174,6 +177,7 @@ impl Node {
             unverified: VecDeque::new(),
             telling: telling::Telling::default(),
             uploading: uploading::Uploading::default(),
+            tier_changes: tier_change::TierChanges::default(),
             counters: Counters::default(),
             config,
         }

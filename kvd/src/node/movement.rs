@@ -7,6 +7,7 @@
 use super::Node;
 use super::event::{Effect, MoveError};
 use super::lease::{ItemState, LeaseId};
+use super::memory::at;
 use kvd_proto::slot_header::FLAG_CHECKSUMMED;
 use kvd_proto::wire::Tier;
 use kvd_tiers::catalog::{Handle, Mark};
@@ -200,6 +201,19 @@ impl Movement {
         matches!(kind, Some(MoveKind::Fetch { from_bucket: true, .. }))
     }
 
+    /// Whether anything is being written to NVMe.
+    pub(super) fn demotes(&self) -> bool {
+        self.demotions > 0
+    }
+
+    /// The device has gone: of the next one nothing is known.
+    pub(super) fn forget_device(&mut self) {
+        assert!(self.promotions == 0 && self.demotions == 0, "the device has something under way");
+        let fresh = Self::default();
+        (self.nvme_reads, self.nvme_writes) = (fresh.nvme_reads, fresh.nvme_writes);
+        (self.reads, self.writes, self.stalled_until_us) = (fresh.reads, fresh.writes, 0);
+    }
+
     /// Another block may be fetched.
     pub(super) fn may_fetch(&self) -> bool {
         self.fetches < FETCHES_MAX
@@ -264,7 +278,8 @@ impl Node {
 
     /// Whether what leaves DRAM may go to NVMe now.
     pub(super) fn can_demote(&self) -> bool {
-        self.config.nvme.is_some() && self.now_us >= self.movement.writes.left_alone_until_us
+        let writes = self.config.nvme.is_some() && !self.tier_changes.drains();
+        writes && self.now_us >= self.movement.writes.left_alone_until_us
     }
 
     /// Orders a checksummed DRAM block to NVMe; `false`: the device is busy, sick or has no room.
@@ -401,6 +416,7 @@ impl Node {
     fn demoted(&mut self, handle: Handle, result: Result<(), MoveError>) {
         let (dram, nvme) = (self.pool_of(handle, Tier::Dram), self.pool_of(handle, Tier::Nvme));
         self.memory.pools[dram].leaving -= 1;
+        self.memory.leaving[at(Tier::Dram)].wake();
         self.catalog.get_mut(handle).unmark(Tier::Dram, Mark::Moving);
         self.catalog.stay(handle, Tier::Dram);
         if result.is_err() {

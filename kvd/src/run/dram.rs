@@ -15,6 +15,7 @@ use rustix::fd::{BorrowedFd, OwnedFd};
 use std::any::Any;
 use std::collections::HashMap;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 /// One segment.
@@ -22,6 +23,8 @@ pub(crate) struct DramSegment {
     pub(crate) geometry: Geometry,
     pub(crate) payload: Arc<Mapping>,
     table: Mutex<LiveTable>,
+    /// Nobody uses its memory any more, whoever has it mapped.
+    given_up: AtomicBool,
 }
 
 /// All segments.
@@ -116,6 +119,17 @@ impl DramSegment {
     }
 }
 
+impl Drop for DramSegment {
+    /// When the last thread of ours has let go, of which one may just be populating it. At the daemon's end memory stays: it may be kept.
+    fn drop(&mut self) {
+        if self.given_up.load(Ordering::Relaxed)
+            && let Err(error) = self.payload.discard()
+        {
+            tracing::warn!(%error, "memory of a segment that was given up stays with whoever has it mapped");
+        }
+    }
+}
+
 impl DramSegments {
     pub(crate) fn new(options: DramOptions) -> Self {
         Self { medium: Mutex::new(DramMedium::new(options)), segments: RwLock::default() }
@@ -172,9 +186,24 @@ impl DramSegments {
         payload: Arc<Mapping>,
         table: LiveTable,
     ) -> Arc<DramSegment> {
-        let opened = Arc::new(DramSegment { geometry, payload, table: Mutex::new(table) });
+        let (table, given_up) = (Mutex::new(table), AtomicBool::new(false));
+        let opened = Arc::new(DramSegment { geometry, payload, table, given_up });
         self.segments.write().unwrap_or_else(PoisonError::into_inner).insert(segment, opened.clone());
         opened
+    }
+
+    /// Lets go of a segment of which nothing is used, and of its memory, though clients may have it mapped for as long as they
+    /// live. No lease is on any of its slots, so nobody in there reads or fills: who read by a lease that has ended finds another
+    /// generation in the table, which it has mapped too.
+    pub(crate) fn give_up(&self, segment: SegmentId) {
+        self.get(segment).given_up.store(true, Ordering::Relaxed);
+        self.close(segment);
+    }
+
+    /// Segments may take so many bytes.
+    pub(crate) fn resize(&self, bytes: u64) -> Result<(), String> {
+        let mut medium = self.medium.lock().unwrap_or_else(PoisonError::into_inner);
+        medium.resize(bytes).map_err(|error| error.to_string())
     }
 
     /// Lets go of a segment that nobody was told of.
@@ -184,8 +213,12 @@ impl DramSegments {
     }
 
     pub(crate) fn get(&self, segment: SegmentId) -> Arc<DramSegment> {
-        let segments = self.segments.read().unwrap_or_else(PoisonError::into_inner);
-        segments.get(&segment).cloned().unwrap_or_else(|| panic!("segment {segment} was never opened"))
+        self.find(segment).unwrap_or_else(|| panic!("segment {segment} is not open"))
+    }
+
+    /// For those whose lease may have ended, and the segment with it.
+    pub(crate) fn find(&self, segment: SegmentId) -> Option<Arc<DramSegment>> {
+        self.segments.read().unwrap_or_else(PoisonError::into_inner).get(&segment).cloned()
     }
 
     pub(crate) fn publish(&self, slot: SlotRef, generation: u32, header: &SlotHeader) {

@@ -3,6 +3,7 @@
 //! Invariant: the queue is bounded by what feeds it (one completion for each order under way, one request for each
 //! waiting caller); the node's thread drains it whole at every wake-up.
 
+use super::attach::Attached;
 use super::grpc::Grant;
 use super::workers::Checksumming;
 use crate::node::event::{Answer, Event, MoveError, Question};
@@ -29,6 +30,8 @@ pub(crate) enum Input {
     Checksummed(Vec<Checksumming>),
     /// An NVMe extent is usable, or not.
     SegmentOpened { segment: SegmentId, result: Result<(), String> },
+    /// A device was opened as the NVMe tier, or not.
+    Attached(Box<Result<Attached, String>>),
     /// A gRPC caller opens a session: a member without a socket. `maps`: as for `Event::Open`.
     Join { request: wire::OpenSessionRequest, maps: bool, answer: oneshot::Sender<(u64, wire::NodeFrame)> },
     /// A gRPC caller's request.

@@ -49,6 +49,15 @@ impl Ledger {
         self.tell(Change::Segment { segment });
     }
 
+    /// A segment whose slots hold nothing is given up; `false`: its pages are under way, ask again.
+    pub(super) fn close_segment(&mut self, segment: SegmentId) -> bool {
+        let closed = self.headers.close(segment);
+        if closed {
+            self.tell(Change::Segment { segment });
+        }
+        closed
+    }
+
     /// The slot's bytes are on the device.
     pub(super) fn demoted(&mut self, slot: SlotRef, header: &SlotHeader) {
         let space = self.spaces.get_mut(&header.fingerprint).expect("a block's space is told before");

@@ -3,6 +3,7 @@
 //! Threads: the node's (reactor), one for NVMe, one for checksums, one that populates, one for gRPC and HTTP.
 //! Invariant: all of them end when the node's thread ends; the data directory is locked for as long as any may write.
 
+mod attach;
 mod bucket;
 mod dram;
 mod fetcher;
@@ -29,6 +30,7 @@ mod workers;
 use crate::config::{Config, Engine, Wish};
 use crate::keeper::Thing;
 use crate::node::{Node, NodeConfig, NvmeConfig, Recovered};
+use attach::Attach;
 use bucket::BucketTier;
 use dram::DramSegments;
 use found::Heap;
@@ -49,7 +51,7 @@ use servers::{Servers, Shared};
 use shelf::Shelf;
 use std::fs::File;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -111,6 +113,7 @@ pub fn serve_over(config: &Config, made: impl FnOnce(NvmeMedium) -> Box<dyn Medi
         grpc_socket = %config.listen.grpc_socket.display(),
         "serving"
     );
+    let attach = Attach::new(config.clone(), epoch, inbox.clone());
     let parts = Parts {
         poll,
         listener,
@@ -126,19 +129,21 @@ pub fn serve_over(config: &Config, made: impl FnOnce(NvmeMedium) -> Box<dyn Medi
         fetcher,
         keeping,
         reattached,
+        moving,
+        attach,
     };
-    let ran = Reactor::new(parts).and_then(|mut reactor| reactor.run());
+    let ran = Reactor::new(parts).and_then(Reactor::run);
     servers.stop();
     if let Some(bucket) = bucket {
         bucket.stop();
     }
-    if let Some(moving) = moving {
-        let _ = moving.join(); // a panic there was printed there
-    }
+    let ran = ran.map(|moving| {
+        moving.map(std::thread::JoinHandle::join) // a panic there was printed there
+    });
     for socket in [&config.listen.session_socket, &config.listen.grpc_socket] {
         let _ = std::fs::remove_file(socket);
     }
-    ran.map_err(|e| io("the node's thread", e))
+    ran.map(|_| ()).map_err(|e| io("the node's thread", e))
 }
 
 /// A broken invariant in one thread must not leave the others serving: the whole daemon ends, and its clients miss.
@@ -180,10 +185,14 @@ pub(crate) fn dram_options(config: &Config) -> DramOptions {
 
 pub(crate) fn nvme_options(config: &Config) -> Option<NvmeOptions> {
     let path = config.nvme.path.clone()?;
-    Some(NvmeOptions {
+    Some(nvme_options_at(config, path, config.nvme.capacity_bytes, config.nvme.segment_bytes))
+}
+
+fn nvme_options_at(config: &Config, path: PathBuf, capacity_bytes: u64, segment_bytes: u64) -> NvmeOptions {
+    NvmeOptions {
         path,
-        capacity_bytes: config.nvme.capacity_bytes,
-        segment_bytes: config.nvme.segment_bytes,
+        capacity_bytes,
+        segment_bytes,
         queue_depth: config.nvme.queue_depth as usize,
         engine: match config.nvme.engine {
             Engine::Auto => nvme::Engine::Auto,
@@ -192,7 +201,7 @@ pub(crate) fn nvme_options(config: &Config) -> Option<NvmeOptions> {
         },
         sqpoll: config.nvme.sqpoll,
         iopoll: config.nvme.iopoll,
-    })
+    }
 }
 
 /// An opened tier and what its thread begins with.

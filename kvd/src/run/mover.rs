@@ -2,14 +2,16 @@
 //!
 //! Owns: the NVMe medium, part checksums by slot and the ledger for a later daemon. Invariants: a promotion succeeds only if every part has
 //! the checksum that was recorded when it was written; every order ends with one input to the node; at most the medium's
-//! queue depth is under way, the rest waits here, bounded by the node's own limits.
+//! queue depth is under way, the rest waits here, bounded by the node's own limits. It ends with the device: a tier that is
+//! attached has a thread of its own.
 
 use super::dram::DramSegments;
 use super::inbox::{Inbox, Input};
 use super::ledger::Ledger;
 use super::shelf::Shelf;
-use crate::node::event::MoveError;
+use crate::node::event::{Event, MoveError};
 use kvd_proto::slot_header::SlotHeader;
+use kvd_proto::wire::Tier;
 use kvd_tiers::catalog::record::SpaceRecord;
 use kvd_tiers::header_pages::HeaderPages;
 use kvd_tiers::media::{Direction, Done, Io, Medium, MediumInfo, Wake};
@@ -24,6 +26,8 @@ const IDLE: Duration = Duration::from_millis(200);
 /// An order to the thread.
 pub(super) enum Order {
     Open { segment: SegmentId, geometry: Geometry, tenant: String },
+    Close { segment: SegmentId },
+    Resize { bytes: u64 },
     Space(SpaceRecord),
     Demote { token: u64, from: SlotRef, to: SlotRef, header: Box<SlotHeader> },
     Promote { token: u64, from: SlotRef, to: SlotRef },
@@ -40,7 +44,7 @@ pub(super) struct Mover {
 }
 
 impl Mover {
-    /// Starts the thread; it ends with `Order::Stop`.
+    /// Starts the thread; it ends with `Order::Stop`, and says so when the device is closed.
     pub(super) fn start(
         medium: Box<dyn Medium>,
         segment_bytes: u64,
@@ -62,11 +66,18 @@ impl Mover {
             pending: VecDeque::new(),
             under_way: HashMap::with_capacity(queue_depth),
             next_io: 0,
+            closing: Vec::new(),
             ended: Vec::new(),
             refused: None,
             stopping: false,
         };
-        (mover, super::workers::spawn("kvd-nvme", move || thread.run()))
+        let run = move || {
+            thread.run();
+            let inbox = thread.inbox.clone();
+            drop(thread);
+            inbox.push(Input::Event(Event::Detached));
+        };
+        (mover, super::workers::spawn("kvd-nvme", run))
     }
 
     pub(super) fn order(&self, orders: &mut Vec<Order>) {
@@ -95,6 +106,8 @@ struct Thread {
     pending: VecDeque<Transfer>,
     under_way: HashMap<u64, Transfer>,
     next_io: u64,
+    /// Segments to be closed when their header pages are still.
+    closing: Vec<SegmentId>,
     /// Transfers that ended in this round.
     ended: Vec<Input>,
     /// The engine itself has failed, with this; every later transfer fails with it at once.
@@ -126,6 +139,7 @@ impl Thread {
                 self.fail_all(&error.to_string());
             }
             done.drain(..).for_each(|done| self.finish(done));
+            self.close_some();
             self.inbox.push_all(&mut self.ended);
         }
         self.ledger.close();
@@ -139,6 +153,8 @@ impl Thread {
     fn take(&mut self, order: Order) {
         match order {
             Order::Open { segment, geometry, tenant } => self.open(segment, geometry, tenant),
+            Order::Close { segment } => self.closing.push(segment),
+            Order::Resize { bytes } => self.resize(bytes),
             Order::Space(space) => self.ledger.space(space),
             Order::Demote { token, from, to, header } => self.demote(token, from, to, header),
             Order::Promote { token, from, to } => self.promote(token, from, to),
@@ -155,6 +171,25 @@ impl Thread {
         }
         let result = opened.map_err(|error| error.to_string());
         self.inbox.push(Input::SegmentOpened { segment, result });
+    }
+
+    /// No slot of such a segment moves: the node has nothing there. A device that has failed stays as it is.
+    fn close_some(&mut self) {
+        let (ledger, medium) = (&mut self.ledger, &mut self.medium);
+        for segment in
+            self.closing.extract_if(.., |segment| self.refused.is_some() || ledger.close_segment(*segment))
+        {
+            if self.refused.is_none() {
+                medium.close_segment(segment);
+            }
+            self.shelf.close(segment);
+            self.ended.push(Input::Event(Event::SegmentClosed { tier: Tier::Nvme, segment }));
+        }
+    }
+
+    fn resize(&mut self, bytes: u64) {
+        let result = self.medium.resize(bytes).map_err(|error| error.to_string());
+        self.ended.push(Input::Event(Event::Resized { tier: Tier::Nvme, result }));
     }
 
     fn demote(&mut self, token: u64, from: SlotRef, to: SlotRef, mut header: Box<SlotHeader>) {

@@ -4,6 +4,9 @@
 //! Invariants: nothing here decides; nothing here waits but the one `poll`; every wake-up drains everything into as few
 //! `apply` calls as the node's batch limit allows. A member's process is watched by pidfd until the node lets it go.
 
+mod devices;
+
+use super::attach::Attach;
 use super::bucket::{self, BucketTier};
 use super::dram::DramSegments;
 use super::fetcher;
@@ -24,13 +27,14 @@ use kvd_proto::slot_header::SlotHeader;
 use kvd_proto::wire::{self, ClientFrame, Tier, client_frame, node_frame};
 use kvd_proto::{Code, Error};
 use kvd_tiers::catalog::record::SpaceRecord;
-use kvd_tiers::segment::{Geometry, SegmentId, SlotRef};
+use kvd_tiers::segment::{SegmentId, SlotRef};
 use mio::{Events, Interest, Poll, Token};
 use prost::Message as _;
 use rustix::fd::OwnedFd;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
@@ -62,6 +66,8 @@ pub(super) struct Parts {
     pub(super) fetcher: fetcher::Orders,
     pub(super) keeping: Keeping,
     pub(super) reattached: Reattached,
+    pub(super) moving: Option<JoinHandle<()>>,
+    pub(super) attach: Attach,
 }
 
 pub(super) struct Reactor {
@@ -70,8 +76,12 @@ pub(super) struct Reactor {
     inbox: Inbox,
     node: Node,
     dram: Arc<DramSegments>,
+    /// While there is a device.
     mover: Option<Mover>,
     bucket: Option<BucketTier>,
+    /// Its thread, or that of the one before, which may be closing it still.
+    moving: Option<JoinHandle<()>>,
+    attach: Attach,
     orders: Vec<Order>,
     checksums: Sender<Vec<Reading>>,
     /// Slots to read, as ordered in this round.
@@ -128,6 +138,8 @@ impl Reactor {
             dram: parts.dram,
             mover: parts.mover,
             bucket: parts.bucket,
+            moving: parts.moving,
+            attach: parts.attach,
             orders: Vec::new(),
             members,
             last_member,
@@ -155,8 +167,8 @@ impl Reactor {
         })
     }
 
-    /// Until `Input::Stop`.
-    pub(super) fn run(&mut self) -> std::io::Result<()> {
+    /// Until `Input::Stop`. The thread that is left ends by itself.
+    pub(super) fn run(mut self) -> std::io::Result<Option<JoinHandle<()>>> {
         let mut polled = Events::with_capacity(POLLED_MAX);
         let mut inputs = Vec::new();
         while !self.stopping {
@@ -186,7 +198,7 @@ impl Reactor {
         if let Some(mover) = &self.mover {
             mover.order(&mut vec![Order::Stop]);
         }
-        Ok(())
+        Ok(self.moving)
     }
 
     fn polled(&mut self, event: &mio::event::Event) {
@@ -334,7 +346,12 @@ impl Reactor {
             }
             Input::Tell { member, body } => self.events.push(Event::Request { member, request_id: 0, body }),
             Input::Follow { lease, frames } => self.callers.follow(lease, frames),
-            Input::Ask { question, answer } => {
+            Input::Attached(attached) => self.attached(*attached),
+            Input::Ask { mut question, answer } => {
+                if let Err(error) = self.attach.complete(&mut question) {
+                    let _ = answer.send(Answer::Refused(error)); // who stopped waiting is not told
+                    return;
+                }
                 self.last_ticket += 1;
                 self.questions.insert(self.last_ticket, answer);
                 self.events.push(Event::Ask { ticket: self.last_ticket, question });
@@ -411,8 +428,9 @@ impl Reactor {
             let order = std::mem::take(&mut self.to_read);
             self.checksums.send(order).expect("the thread lives as long as its sender");
         }
-        if let Some(mover) = &self.mover {
-            mover.order(&mut self.orders);
+        match &self.mover {
+            Some(mover) => mover.order(&mut self.orders),
+            None => self.orders.clear(), // spaces: who attaches a device is told all of them
         }
         self.send_all();
     }
@@ -436,6 +454,10 @@ impl Reactor {
             Effect::OpenSegment { tier, segment, geometry, tenant, numa_node } => {
                 self.open_segment(tier, segment, geometry, tenant, numa_node);
             }
+            Effect::CloseSegment { tier, segment } => self.close_segment(tier, segment),
+            Effect::Resize { tier, bytes } => self.resize(tier, bytes),
+            Effect::Attach { path, bytes, segment_bytes } => self.attach.open(path, bytes, segment_bytes),
+            Effect::Detach => self.detach(),
             Effect::Publish { slot, generation, header } => {
                 let segment = self.dram.get(slot.segment);
                 segment.table().publish(slot.slot, generation, &header);
@@ -499,25 +521,6 @@ impl Reactor {
     /// Without servers nothing is answered any more, and the node is about to end.
     fn tell_fetcher(&self, order: fetcher::Order) {
         let _ = self.fetcher.send(order);
-    }
-
-    fn open_segment(
-        &mut self,
-        tier: Tier,
-        segment: SegmentId,
-        geometry: Geometry,
-        tenant: String,
-        numa_node: Option<u32>,
-    ) {
-        if tier == Tier::Nvme {
-            self.orders.push(Order::Open { segment, geometry, tenant });
-            return;
-        }
-        let result = self.dram.open(segment, geometry, numa_node).map(|opened| {
-            self.keeping.segment(segment, &opened, tenant, numa_node);
-            let _ = self.populate.send((segment, opened));
-        });
-        self.events.push(Event::SegmentOpened { tier, segment, result });
     }
 
     fn send(&mut self, member: MemberId, frame: wire::NodeFrame) {

@@ -21,6 +21,10 @@ impl Shelf {
         self.segments.insert(segment, Segment { geometry, checksums });
     }
 
+    pub(super) fn close(&mut self, segment: SegmentId) {
+        self.segments.remove(&segment);
+    }
+
     pub(super) fn geometry(&self, segment: SegmentId) -> &Geometry {
         &self.get(segment).geometry
     }

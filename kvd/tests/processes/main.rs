@@ -38,6 +38,7 @@ mod refusals;
 mod restart;
 mod round_trip;
 mod stopped;
+mod tiers;
 mod victim;
 mod wait;
 mod wire_abuse;

@@ -242,3 +242,26 @@ proptest! {
         prop_assert_eq!((world.pages.dirty_headers, world.pages.lost_headers()), (0, 0));
     }
 }
+
+#[test]
+fn a_segment_that_is_given_up_writes_nothing_more_and_may_come_again() {
+    let mut world = World::new(4, Vec::new());
+    world.open(1, 1);
+    world.open(2, 1);
+    world.settle();
+    world.pages.put(at(1, 0), &slot_header(1, 1));
+    world.pages.put(at(2, 0), &slot_header(1, 2));
+    world.pages.flush();
+    world.pages.submit(&mut world.medium, world.now_us);
+    assert!(!world.pages.close(1), "its pages are under way");
+    world.settle();
+    world.pages.put(at(1, 1), &slot_header(1, 3));
+    assert!(world.pages.close(1));
+    assert!(world.pages.idle(), "what was to be written is forgotten");
+    world.medium.close_segment(1);
+    world.open(1, 2);
+    world.settle();
+    world.pages.put(at(2, 1), &slot_header(1, 4));
+    world.settle();
+    assert_eq!(world.pages.lost_headers(), 0);
+}

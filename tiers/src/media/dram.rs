@@ -149,6 +149,16 @@ impl Medium for DramMedium {
         }
     }
 
+    fn resize(&mut self, capacity_bytes: u64) -> Result<(), MediumError> {
+        let open_bytes = self.open_bytes;
+        if capacity_bytes < open_bytes {
+            let what = format!("{open_bytes} bytes of DRAM are open, {capacity_bytes} wanted");
+            return Err(MediumError::NoSpace(what));
+        }
+        self.options.capacity_bytes = capacity_bytes;
+        Ok(())
+    }
+
     fn submit(&mut self, io: Io) -> Result<(), Io> {
         if self.finished.len() == self.options.queue_depth {
             return Err(io);

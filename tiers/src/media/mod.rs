@@ -138,6 +138,9 @@ pub trait Medium: Send {
     fn open_segment(&mut self, segment: SegmentId, bytes: u64) -> Result<(), MediumError>;
     /// Forgets a segment with no transfer under way (asserted); its space may be given to another.
     fn close_segment(&mut self, segment: SegmentId);
+    /// From now on segments may take so many bytes; those beyond are closed already (asserted where ids are places), and
+    /// their space is given back. Refused, nothing has changed.
+    fn resize(&mut self, capacity_bytes: u64) -> Result<(), MediumError>;
     /// Accepts a transfer, or hands it back when the queue is full. Errors come by `Done`, never here.
     fn submit(&mut self, io: Io) -> Result<(), Io>;
     /// Appends what has completed to `done`; waits up to `wait` for the first one (`None`: does not wait; a fault of the

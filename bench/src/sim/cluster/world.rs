@@ -303,6 +303,9 @@ impl World {
             }
             Effect::Verify { slot, .. } => unreachable!("{slot:?} is no earlier daemon's"),
             Effect::Upload { from, .. } => unreachable!("{from:?} is read out for no bucket"),
+            Effect::CloseSegment { .. } | Effect::Resize { .. } | Effect::Attach { .. } | Effect::Detach => {
+                unreachable!("nobody changes tiers here")
+            }
             Effect::Close { .. }
             | Effect::Space { .. }
             | Effect::Fill { .. }

@@ -1,7 +1,7 @@
 //! kvctl: how a person looks inside a node and tunes it, over gRPC on its Unix socket.
 //!
 //! Owns the command line. `node` dials, `show` turns replies into tables or JSON, `text` reads and writes single values; `top`
-//! watches a whole cluster, `planner` asks the planner, which is no node.
+//! watches a whole cluster, `tier` changes one, `planner` asks the planner, which is no node.
 //! Invariants: nothing hangs (every call has a deadline, `events` apart) and nothing panics on what a node or a person
 //! says; errors go to stderr with exit code 1, answers to stdout.
 
@@ -10,6 +10,7 @@ mod planner;
 mod show;
 mod table;
 mod text;
+mod tier;
 mod top;
 
 use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
@@ -22,6 +23,7 @@ use std::io::{IsTerminal as _, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use text::{Id, Prefix, Ttl};
+use tier::TierArgs;
 use top::TopArgs;
 
 /// Look inside a kvd node.
@@ -52,6 +54,8 @@ enum Command {
     Spaces,
     /// DRAM and NVMe: used, quarantined, speed now
     Tiers,
+    /// Resize, drain, detach or attach a tier, until the daemon ends
+    Tier(TierArgs),
     /// Engines of this node: role, load, what of their capacity is promised
     Workers,
     /// Nodes of the cluster, and what this one has heard of each
@@ -187,6 +191,7 @@ async fn run(cli: &Cli) -> Result<(), Error> {
         Command::Status => Box::new(node.status().await?),
         Command::Spaces => Box::new(node.spaces().await?),
         Command::Tiers => Box::new(node.tiers().await?),
+        Command::Tier(change) => Box::new(node.change_tier(change.to_wire()?).await?),
         Command::Nodes => Box::new(node.nodes().await?),
         Command::Locate { ids, group, block_bytes } => {
             Box::new(node.locate(ids, *group, *block_bytes).await?)

@@ -127,6 +127,13 @@ impl Node {
         within(&self.at, self.wait, answer).await
     }
 
+    pub(crate) async fn change_tier(
+        &mut self,
+        request: wire::ChangeTierRequest,
+    ) -> Result<wire::ChangeTierReply, Error> {
+        within(&self.at, self.wait, self.client.change_tier(request)).await
+    }
+
     pub(crate) async fn events(&mut self) -> Result<tonic::Streaming<wire::NodeEvent>, Error> {
         let answer = self.client.events(wire::EventsRequest {});
         within(&self.at, self.wait, answer).await

@@ -340,7 +340,11 @@ impl Show for wire::ListTiersReply {
                 status.eviction.clone(),
                 duration_us(status.read_us),
                 duration_us(status.write_us),
-                if status.trouble.is_empty() { "ok" } else { "degraded" }.to_owned(),
+                match (status.trouble.is_empty(), status.change.is_empty()) {
+                    (true, true) => "ok".to_owned(),
+                    (true, false) => status.change.clone(),
+                    (false, _) => "degraded".to_owned(),
+                },
                 status.medium.clone(),
             ]
         };
@@ -374,6 +378,7 @@ impl Show for wire::ListTiersReply {
                 "quarantined_bytes": status.quarantined_bytes, "populated_bytes": status.populated_bytes,
                 "segments": status.segments, "copies": status.copies, "eviction": status.eviction,
                 "read_us": status.read_us, "write_us": status.write_us, "trouble": status.trouble,
+                "change": status.change,
                 "read_latency_us": status.read_latency_us, "read_bytes_per_us": status.read_bytes_per_us,
             })
         };

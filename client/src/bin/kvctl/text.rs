@@ -88,6 +88,24 @@ impl FromStr for Interval {
     }
 }
 
+/// Bytes, as `kvd.toml` takes them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Size(pub(crate) u64);
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+        let (number, unit) = text.split_at(digits);
+        let unit = if unit.is_empty() { "B" } else { unit };
+        let scale = SIZE_UNITS.iter().find(|(name, _)| name.eq_ignore_ascii_case(unit));
+        let bytes = number.parse::<u64>().ok().zip(scale);
+        let bytes = bytes.and_then(|(number, (_, scale))| number.checked_mul(*scale));
+        bytes.map(Self).ok_or_else(|| "write a whole number and a unit: 64GiB, 512MiB, 1TiB".into())
+    }
+}
+
 fn milliseconds(text: &str) -> Result<u32, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);

@@ -4,6 +4,7 @@
 
 use super::super::event::MemberId;
 use super::super::lease::ItemState;
+use super::super::memory::at;
 use super::super::movement::MoveKind;
 use super::harness::{Promise, World};
 use kvd_proto::BlockId;
@@ -130,7 +131,13 @@ impl World {
                 if !promise.fill && open {
                     self.check_readable(slot, promise.space, id, group);
                 } else if promise.fill && !self.published.contains_key(&slot) {
-                    let pool = self.node.memory.pool_of_segment(Tier::Dram, slot.segment).expect("a pool");
+                    let Some(pool) = self.node.memory.pool_of_segment(Tier::Dram, slot.segment) else {
+                        assert!(
+                            self.was_committed(*lease, block, group),
+                            "{slot:?} of lease {lease} is gone"
+                        );
+                        continue;
+                    };
                     let slots = &self.node.memory.pools[pool].slots;
                     let free = slots.owner(slot).is_none() && slots.quarantined_slots() == 0;
                     assert!(
@@ -154,7 +161,11 @@ impl World {
     fn check_capacity(&self) {
         for tier in [Tier::Dram, Tier::Nvme] {
             let status = self.node.memory.status(tier);
-            assert!(status.segment_bytes_total <= status.capacity_bytes, "{status:?}");
+            let given_bytes = self.node.memory.tiers[at(tier)].given_bytes;
+            assert!(
+                status.capacity_bytes <= given_bytes && status.segment_bytes_total <= given_bytes,
+                "{status:?}"
+            );
             assert!(status.used_bytes + status.quarantined_bytes <= status.segment_bytes_total, "{status:?}");
         }
     }
@@ -166,7 +177,7 @@ impl World {
             bytes += self.node.slot_bytes_of(*handle);
         }
         assert_eq!(bytes, self.node.pinned_bytes);
-        assert!(bytes <= self.node.config.dram_bytes / 2);
+        assert!(bytes <= self.devices.dram_bytes_max / 2);
     }
 
     fn check_moves(&self) {

@@ -479,7 +479,7 @@ impl World {
             }
         }
         assert_eq!(self.node.hand_offs.totals().1, bytes);
-        assert!(bytes <= self.node.config.dram_bytes / 4);
+        assert!(bytes <= self.devices.dram_bytes_max / 4);
         for (handle, entry) in self.node.catalog.iter().filter(|(handle, _)| self.node.is_tail(*handle)) {
             assert!(entry.copy(Tier::Nvme).is_none(), "a tail on NVMe");
             assert!(entry.leases() > 0 || entry.readable(Tier::Dram).is_none(), "a tail nobody holds");

@@ -86,7 +86,8 @@ pub(super) struct World {
     pub(super) follower: super::telling::Follower,
     pub(super) peers: super::transfers::Peers,
     pub(super) uploads: super::uploading::Uploads,
-    last: u64,
+    pub(super) devices: super::tier_change::Devices,
+    pub(super) last: u64,
     digest: DefaultHasher,
 }
 
@@ -198,6 +199,7 @@ pub(super) fn open_of(tenant: &str, name: &str) -> wire::OpenSessionRequest {
 impl World {
     pub(super) fn new(config: NodeConfig) -> Self {
         Self {
+            devices: super::tier_change::Devices::new(&config),
             node: Node::new(config),
             now_us: 0,
             dram: BTreeMap::new(),
@@ -233,7 +235,7 @@ impl World {
         self.node.apply_and_settle([event], self.now_us, &mut effects);
         effects.into_iter().for_each(|effect| self.execute(effect));
         self.check();
-        while self.opens_at_once && self.open_next(Ok(())) {}
+        while self.opens_at_once && (self.open_next(Ok(())) || self.end_next()) {}
     }
 
     /// A session that maps nothing reads no more by a lease that has ended, whoever joins it later.
@@ -263,6 +265,13 @@ impl World {
                 let before = self.segments.insert((tier == Tier::Nvme, segment), (geometry, tenant));
                 assert!(before.is_none(), "{tier:?} segment {segment} is ordered while it is open");
                 self.openings.push_back((tier, segment));
+                self.check_place(tier, segment);
+            }
+            effect @ (Effect::CloseSegment { .. }
+            | Effect::Resize { .. }
+            | Effect::Attach { .. }
+            | Effect::Detach) => {
+                self.devices_told(effect);
             }
             Effect::Publish { slot, generation, header } => {
                 self.check_content(slot, &header);

@@ -19,5 +19,6 @@ mod seeking;
 mod sessions;
 mod simulation;
 mod telling;
+mod tier_change;
 mod transfers;
 mod uploading;

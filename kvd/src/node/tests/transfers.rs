@@ -106,7 +106,7 @@ impl World {
     /// Ends everything that is under way, well.
     pub(super) fn settle(&mut self) {
         loop {
-            if self.open_next(Ok(())) || self.checksum_next() {
+            if self.open_next(Ok(())) || self.checksum_next() || self.end_next() {
                 continue;
             }
             if let Some((&token, _)) = self.moves.first_key_value() {

@@ -94,6 +94,14 @@ impl admin_server::Admin for Admin {
         Ok(Response::new(answered!(self, Question::Purge(what), Purge)))
     }
 
+    async fn change_tier(
+        &self,
+        request: Request<wire::ChangeTierRequest>,
+    ) -> Result<Response<wire::ChangeTierReply>, Status> {
+        let question = Question::ChangeTier(request.into_inner());
+        Ok(Response::new(answered!(self, question, TierChange)))
+    }
+
     type EventsStream =
         std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<wire::NodeEvent, Status>> + Send + 'static>>;
 

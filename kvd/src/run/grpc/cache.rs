@@ -235,7 +235,7 @@ fn verified(
     id: &kvd_proto::BlockId,
     group: u32,
 ) -> Result<Vec<u8>, Miss> {
-    let segment = dram.get(slot.segment);
+    let segment = dram.find(slot.segment).ok_or(Miss::OtherBlock)?;
     let (generation, header) = segment.table().read(slot.slot).ok_or(Miss::OtherBlock)?;
     if header.id != *id || u32::from(header.group) != group {
         return Err(Miss::OtherBlock);
@@ -288,7 +288,7 @@ impl<'a> Filling<'a> {
             let message = format!("{} of a layout with {}", data.group, self.groups);
             return Err(Error::invalid("group", message, "number groups as in the layout, from 0"));
         };
-        let segment = self.dram.get(slot.segment);
+        let segment = self.dram.find(slot.segment).ok_or_else(too_late)?;
         let came = self.came.entry((data.block, data.group)).or_default();
         let end = u64::from(data.offset) + data.data.len() as u64;
         if data.offset != *came || end > u64::from(segment.geometry.slot_bytes) {
@@ -304,20 +304,15 @@ impl<'a> Filling<'a> {
         if self.grant.as_ref().is_some_and(|grant| grant.while_open(copy)) {
             return Ok(());
         }
-        Err(Error::new(
-            Code::LeaseEnded,
-            "lease",
-            "the write took longer than its lease lasts",
-            "send fewer blocks in one write, or raise leases.ttl_ms",
-        ))
+        Err(too_late())
     }
 
     /// Blocks of which every group came whole.
     fn whole(&self) -> Vec<wire::BlockRange> {
         let full = |block: u32, group: u32| {
             slot_of(&self.runs, block, group).is_none_or(|slot| {
-                let slot_bytes = self.dram.get(slot.segment).geometry.slot_bytes;
-                self.came.get(&(block, group)) == Some(&slot_bytes)
+                let segment = self.dram.find(slot.segment);
+                segment.is_some_and(|it| self.came.get(&(block, group)) == Some(&it.geometry.slot_bytes))
             })
         };
         let granted = |block: &u32| self.states[*block as usize] == ReserveState::Granted as u8;
@@ -325,6 +320,15 @@ impl<'a> Filling<'a> {
         let whole = blocks.filter(|block| (0..self.groups).all(|group| full(*block, group)));
         whole.map(|first| wire::BlockRange { first, count: 1 }).collect()
     }
+}
+
+fn too_late() -> Error {
+    Error::new(
+        Code::LeaseEnded,
+        "lease",
+        "the write took longer than its lease lasts",
+        "send fewer blocks in one write, or raise leases.ttl_ms",
+    )
 }
 
 fn random() -> u64 {

@@ -78,7 +78,7 @@ struct Open {
 impl Open {
     /// The block's group as it can be read from now on; `None`: the slot holds something else.
     fn tell(&self, slot: SlotRef, id: &kvd_proto::BlockId, block: u32, group: u32) -> Option<PeerBlock> {
-        let segment = self.shelves.dram.get(slot.segment);
+        let segment = self.shelves.dram.find(slot.segment)?;
         let (generation, header) = segment.table().read(slot.slot)?;
         if header.id != *id || u32::from(header.group) != group {
             return None;
@@ -115,7 +115,7 @@ impl Source for Shelves {
         if told != piece.generation {
             return None;
         }
-        self.dram.get(slot.segment).held(slot.slot, piece, shelf)
+        self.dram.find(slot.segment)?.held(slot.slot, piece, shelf)
     }
 }
 

@@ -220,6 +220,10 @@ impl<M: Medium> Medium for FaultMedium<M> {
         self.inner.close_segment(segment);
     }
 
+    fn resize(&mut self, capacity_bytes: u64) -> Result<(), MediumError> {
+        self.inner.resize(capacity_bytes)
+    }
+
     fn submit(&mut self, io: Io) -> Result<(), Io> {
         let Some(index) = self.free.pop() else { return Err(io) };
         let fault = self.plan.next(io.direction);

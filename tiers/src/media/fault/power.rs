@@ -271,6 +271,13 @@ impl Medium for PowerMedium {
         self.open.remove(&segment);
     }
 
+    fn resize(&mut self, capacity_bytes: u64) -> Result<(), MediumError> {
+        let segments = (capacity_bytes / self.options.segment_bytes) as u32;
+        assert!(self.open.iter().all(|open| *open < segments), "what is open stays");
+        self.options.segments = segments;
+        Ok(())
+    }
+
     fn submit(&mut self, io: Io) -> Result<(), Io> {
         if self.finished.len() == self.options.queue_depth {
             return Err(io);

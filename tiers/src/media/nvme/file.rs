@@ -12,6 +12,7 @@ use rustix::fd::OwnedFd;
 use rustix::fs::{AtFlags, FallocateFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Segments of one file or device (256 TiB in segments of 256 MiB). At the limit: refused.
@@ -25,7 +26,8 @@ const OPEN_TRIES: u32 = 50;
 #[derive(Debug)]
 pub(super) struct SegmentFile {
     pub(super) fd: OwnedFd,
-    pub(super) capacity_bytes: u64,
+    /// Changed by one thread, the medium's; an engine's threads know positions.
+    capacity_bytes: AtomicU64,
     pub(super) direct: bool,
     pub(super) block_device: bool,
     access: Access,
@@ -55,17 +57,48 @@ impl SegmentFile {
             // as large as it is
             (false, _) => whole_segments(path, segment_bytes, size_bytes)?,
         };
-        let segments = capacity_bytes / segment_bytes;
-        if segments > SEGMENTS_MAX {
-            let what = format!("{segments} segments exceed {SEGMENTS_MAX}; make segments larger");
-            return Err(unusable(path, what));
-        }
+        check_count(path, capacity_bytes, segment_bytes)?;
+        let capacity_bytes = AtomicU64::new(capacity_bytes);
         Ok(Self { fd, capacity_bytes, direct, block_device, access, path: path.into(), segment_bytes })
+    }
+
+    /// Bytes of all segments that there may be.
+    pub(super) fn capacity_bytes(&self) -> u64 {
+        self.capacity_bytes.load(Ordering::Relaxed)
+    }
+
+    /// More segments, if there is space for them, or fewer: a file is then cut. A device is used whole, and stays so.
+    pub(super) fn resize_to(&self, capacity_bytes: u64) -> Result<(), MediumError> {
+        let path = self.path.as_path();
+        if self.block_device {
+            return device_capacity(path, capacity_bytes, self.segment_bytes, self.capacity_bytes())
+                .map(|_| ());
+        }
+        let size = self.size_bytes().ok_or_else(|| unusable(path, "its size cannot be read"))?;
+        check_capacity(path, capacity_bytes, self.segment_bytes)?;
+        if capacity_bytes < size {
+            self.resize(capacity_bytes, (capacity_bytes / self.segment_bytes) as SegmentId)?;
+        } else {
+            self.check_free(capacity_bytes - size)?;
+        }
+        self.capacity_bytes.store(capacity_bytes, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Whether the file system has so many bytes more; one that cannot tell is believed to.
+    fn check_free(&self, bytes: u64) -> Result<(), MediumError> {
+        let Ok(stat) = rustix::fs::fstatvfs(&self.fd) else { return Ok(()) };
+        let free = stat.f_bavail.saturating_mul(stat.f_frsize);
+        if bytes <= free {
+            return Ok(());
+        }
+        let path = self.path.display();
+        Err(MediumError::NoSpace(format!("{bytes} bytes more for {path}, its file system has {free} free")))
     }
 
     /// Where a segment starts, or why there is no such segment.
     pub(super) fn position(&self, segment: SegmentId) -> Result<u64, MediumError> {
-        let segments = self.capacity_bytes / self.segment_bytes;
+        let segments = self.capacity_bytes() / self.segment_bytes;
         if u64::from(segment) >= segments {
             let path = self.path.display();
             return Err(MediumError::NoSpace(format!("segment {segment} of {segments} in {path}")));
@@ -231,13 +264,27 @@ fn device_capacity(path: &Path, wanted: u64, segment: u64, size: u64) -> Result<
     Ok(whole)
 }
 
-fn file_capacity(path: &Path, wanted: u64, segment: u64, size: u64) -> Result<u64, MediumError> {
+fn check_count(path: &Path, capacity: u64, segment: u64) -> Result<(), MediumError> {
+    let segments = capacity / segment;
+    if segments > SEGMENTS_MAX {
+        let what = format!("{segments} segments exceed {SEGMENTS_MAX}; make segments larger");
+        return Err(unusable(path, what));
+    }
+    Ok(())
+}
+
+fn check_capacity(path: &Path, wanted: u64, segment: u64) -> Result<(), MediumError> {
     if wanted < segment || !wanted.is_multiple_of(segment) {
         let what = format!(
             "a capacity of {wanted} bytes is no whole number of segments of {segment}; change either"
         );
         return Err(unusable(path, what));
     }
+    check_count(path, wanted, segment)
+}
+
+fn file_capacity(path: &Path, wanted: u64, segment: u64, size: u64) -> Result<u64, MediumError> {
+    check_capacity(path, wanted, segment)?;
     whole_segments(path, segment, size)?;
     if size > wanted {
         let what = format!(
@@ -340,7 +387,7 @@ mod tests {
         std::fs::write(&path, vec![1; 2 << 20]).unwrap();
         {
             let (first, _second) = (open(Access::Read).unwrap(), open(Access::Read).unwrap());
-            assert_eq!(first.capacity_bytes, 2 * SEGMENT);
+            assert_eq!(first.capacity_bytes(), 2 * SEGMENT);
             assert!(open(Access::Serve).unwrap_err().to_string().contains("used by another process"));
             assert!(matches!(first.allocate(2), Err(MediumError::NoSpace(_))));
             first.allocate(1).unwrap();
@@ -364,6 +411,24 @@ mod tests {
         assert!(
             matches!(file.allocate(3), Err(MediumError::NoSpace(text)) if text.contains("segment 3 of 3"))
         );
+    }
+
+    #[test]
+    fn a_file_is_cut_when_it_is_made_smaller_and_grows_only_into_free_space() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("segments");
+        let file = SegmentFile::open(&options(&path, 4 * SEGMENT), Access::Serve).unwrap();
+        file.allocate(3).unwrap();
+        file.resize_to(2 * SEGMENT).unwrap();
+        assert_eq!((file.size_bytes(), file.capacity_bytes()), (Some(2 * SEGMENT), 2 * SEGMENT));
+        assert!(matches!(file.allocate(2), Err(MediumError::NoSpace(_))));
+        file.resize_to(5 * SEGMENT).unwrap();
+        file.allocate(4).unwrap();
+        for (bytes, why) in [(SEGMENT + 4096, "no whole number"), (SEGMENT << 19, "has")] {
+            let text = file.resize_to(bytes).unwrap_err().to_string();
+            assert!(text.contains(why) && text.contains(path.to_str().unwrap()), "{text}");
+            assert_eq!((file.size_bytes(), file.capacity_bytes()), (Some(5 * SEGMENT), 5 * SEGMENT));
+        }
     }
 
     /// In memory, where a file system refuses at once; one on a disk would first take all space from everyone else.

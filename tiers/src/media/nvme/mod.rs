@@ -120,7 +120,7 @@ impl NvmeMedium {
         }
         let file = Arc::new(SegmentFile::open(&options, access)?);
         let (mover, engine) = choose(&options, &file)?;
-        let segments = (file.capacity_bytes / options.segment_bytes) as usize;
+        let segments = (file.capacity_bytes() / options.segment_bytes) as usize;
         let kind = if file.block_device { "block device" } else { "file" };
         let cache = if file.direct { "O_DIRECT" } else { "through the page cache (O_DIRECT refused)" };
         Ok(Self {
@@ -165,7 +165,7 @@ impl Medium for NvmeMedium {
             description: self.description.clone(),
             align_bytes: PART_ALIGN,
             queue_depth: self.options.queue_depth,
-            capacity_bytes: self.file.capacity_bytes,
+            capacity_bytes: self.file.capacity_bytes(),
         }
     }
 
@@ -183,6 +183,16 @@ impl Medium for NvmeMedium {
             assert_eq!(self.under_way[segment as usize], 0, "segment {segment} has transfers under way");
             *open = false;
         }
+    }
+
+    fn resize(&mut self, capacity_bytes: u64) -> Result<(), MediumError> {
+        let segments = (capacity_bytes / self.options.segment_bytes) as usize;
+        assert!(self.open.iter().skip(segments).all(|open| !open), "segments beyond the end are closed");
+        self.file.resize_to(capacity_bytes)?;
+        let segments = (self.file.capacity_bytes() / self.options.segment_bytes) as usize;
+        self.open.resize(segments, false);
+        self.under_way.resize(segments, 0);
+        Ok(())
     }
 
     fn submit(&mut self, io: Io) -> Result<(), Io> {

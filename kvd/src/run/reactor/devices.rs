@@ -1,0 +1,68 @@
+//! Segments and devices that come and go, as the node says: what DRAM does at once, what the NVMe thread is ordered to.
+//!
+//! Invariant: each is answered by its event, DRAM's in the same round.
+
+use super::Reactor;
+use crate::node::event::Event;
+use crate::run::attach::Attached;
+use crate::run::mover::{Mover, Order};
+use crate::run::reattach::segment_key;
+use kvd_proto::wire::Tier;
+use kvd_tiers::segment::{Geometry, SegmentId};
+
+impl Reactor {
+    pub(super) fn open_segment(
+        &mut self,
+        tier: Tier,
+        segment: SegmentId,
+        geometry: Geometry,
+        tenant: String,
+        numa_node: Option<u32>,
+    ) {
+        if tier == Tier::Nvme {
+            self.orders.push(Order::Open { segment, geometry, tenant });
+            return;
+        }
+        let result = self.dram.open(segment, geometry, numa_node).map(|opened| {
+            self.keeping.segment(segment, &opened, tenant, numa_node);
+            let _ = self.populate.send((segment, opened));
+        });
+        self.events.push(Event::SegmentOpened { tier, segment, result });
+    }
+
+    pub(super) fn close_segment(&mut self, tier: Tier, segment: SegmentId) {
+        if tier == Tier::Nvme {
+            return self.orders.push(Order::Close { segment });
+        }
+        self.dram.give_up(segment);
+        self.keeping.forget(Some(segment_key(segment)));
+        self.events.push(Event::SegmentClosed { tier, segment });
+    }
+
+    pub(super) fn resize(&mut self, tier: Tier, bytes: u64) {
+        if tier == Tier::Nvme {
+            return self.orders.push(Order::Resize { bytes });
+        }
+        let result = self.dram.resize(bytes);
+        self.events.push(Event::Resized { tier, result });
+    }
+
+    pub(super) fn attached(&mut self, attached: Result<Attached, String>) {
+        let result = attached.map(|Attached { medium, left, nvme }| {
+            let (dram, inbox) = (self.dram.clone(), self.inbox.clone());
+            let started = Mover::start(Box::new(medium), nvme.segment_bytes, left, dram, inbox);
+            tracing::info!(nvme = started.0.info.description, bytes = nvme.bytes, "attached");
+            (self.mover, self.moving) = (Some(started.0), Some(started.1));
+            nvme
+        });
+        self.events.push(Event::Attached { result });
+    }
+
+    /// `Event::Detached` comes from the thread when it has closed the device.
+    pub(super) fn detach(&mut self) {
+        let mover = self.mover.take().expect("the node detaches what is attached");
+        self.orders.push(Order::Stop);
+        mover.order(&mut self.orders);
+        tracing::info!(nvme = mover.info.description, "detached");
+    }
+}
