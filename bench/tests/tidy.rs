@@ -137,9 +137,8 @@ const IMPORTS: &[(&str, &[&str])] = &[
 /// Dependencies that no source names, and why they are there.
 const UNNAMED_DEPENDENCIES: &[(&str, &str, &str)] = &[
     ("proto", "tonic-prost", "called by the code that the build generates"),
-    ("kvd", "bytes", "named by the tiers' S3 server, proxy and rig, which kvd's tests compile in place"),
-    ("kvd", "hyper", "as bytes"),
-    ("kvd", "hyper-util", "as bytes"),
+    ("kvd", "hyper", "named by the tiers' S3 server and proxy, which kvd's tests compile in place"),
+    ("kvd", "hyper-util", "as hyper"),
     ("bench/fuzz", "serde", "named by kvd's and the router's files that its targets compile in place"),
 ];
 

@@ -78,10 +78,7 @@ pub fn serve_over(config: &Config, made: impl FnOnce(NvmeMedium) -> Box<dyn Medi
     let waker = mio::Waker::new(poll.registry(), reactor::WAKE).map_err(|e| io("eventfd", e))?;
     let inbox = Inbox::new(waker);
     let dram = Arc::new(DramSegments::new(dram_options(config)));
-    let node_config = node_config(config);
-    let epoch = node_config.epoch;
-    let mut node = Node::new(node_config);
-    node.known_as(vec![config.node_name.clone(), config.cluster.address.clone()]);
+    let (mut node, epoch) = new_node(config);
     let (keeper, things) = reattach::find(config);
     let mut keeping = Keeping { keeper, epoch };
     let bucket = BucketTier::start(config, epoch, dram.clone(), inbox.clone(), started)?;
@@ -106,13 +103,7 @@ pub fn serve_over(config: &Config, made: impl FnOnce(NvmeMedium) -> Box<dyn Medi
         started,
     };
     let (servers, teller) = Servers::start(shared, listeners)?;
-    tracing::info!(
-        dram_bytes = config.dram.capacity_bytes,
-        nvme = mover.as_ref().map_or("none", |mover: &Mover| mover.info.description.as_str()),
-        session_socket = %config.listen.session_socket.display(),
-        grpc_socket = %config.listen.grpc_socket.display(),
-        "serving"
-    );
+    say_what_serves(config, mover.as_ref());
     let attach = Attach::new(config.clone(), epoch, inbox.clone());
     let parts = Parts {
         poll,
@@ -144,6 +135,26 @@ pub fn serve_over(config: &Config, made: impl FnOnce(NvmeMedium) -> Box<dyn Medi
         let _ = std::fs::remove_file(socket);
     }
     ran.map(|_| ()).map_err(|e| io("the node's thread", e))
+}
+
+/// An empty one, and in which life.
+fn new_node(config: &Config) -> (Node, u64) {
+    let node_config = node_config(config);
+    let epoch = node_config.epoch;
+    let mut node = Node::new(node_config);
+    node.known_as(vec![config.node_name.clone(), config.cluster.address.clone()]);
+    (node, epoch)
+}
+
+fn say_what_serves(config: &Config, mover: Option<&Mover>) {
+    tracing::info!(
+        dram_bytes = config.dram.capacity_bytes,
+        nvme = mover.map_or("none", |mover| mover.info.description.as_str()),
+        bucket = config.s3.bucket.as_deref().unwrap_or("none"),
+        session_socket = %config.listen.session_socket.display(),
+        grpc_socket = %config.listen.grpc_socket.display(),
+        "serving"
+    );
 }
 
 /// A broken invariant in one thread must not leave the others serving: the whole daemon ends, and its clients miss.

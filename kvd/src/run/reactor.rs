@@ -7,7 +7,7 @@
 mod devices;
 
 use super::attach::Attach;
-use super::bucket::{self, BucketTier};
+use super::bucket::BucketTier;
 use super::dram::DramSegments;
 use super::fetcher;
 use super::grpc::Callers;
@@ -470,9 +470,7 @@ impl Reactor {
                 self.to_read.push(Reading::Verify { token, segment, slot });
             }
             Effect::Upload { token, from, attempt } => {
-                let (segment, slot) = (self.dram.get(from.segment), from.slot);
-                let order = bucket::Order::Upload { token, segment, slot, attempt };
-                self.bucket.as_ref().expect("uploads are for a bucket").order(order);
+                self.upload(token, from, attempt);
             }
             Effect::Retire { slot, generation } => {
                 self.callers.retired(slot); // before anybody else can be given the slot
@@ -495,12 +493,7 @@ impl Reactor {
             }
             Effect::Forget { slot } => self.orders.push(Order::Forget { slot }),
             Effect::Space { fingerprint, tenant, definition } => {
-                let space = SpaceRecord { fingerprint, tenant, space: definition.encode_to_vec() };
-                self.keeping.space(&space);
-                if let Some(bucket) = &self.bucket {
-                    bucket.space(&space);
-                }
-                self.orders.push(Order::Space(space));
+                self.space(SpaceRecord { fingerprint, tenant, space: definition.encode_to_vec() });
             }
             Effect::Answer { ticket, answer } => {
                 if let Some(asker) = self.questions.remove(&ticket) {

@@ -6,7 +6,7 @@ use super::super::event::MemberId;
 use super::super::lease::ItemState;
 use super::super::memory::at;
 use super::super::movement::MoveKind;
-use super::harness::{Promise, World};
+use super::harness::{BLOCK_BYTES, Promise, World};
 use kvd_proto::BlockId;
 use kvd_proto::slot_header::SlotHeader;
 use kvd_proto::wire::Tier;
@@ -252,5 +252,13 @@ impl World {
         let Some(client) = self.clients.get(&member) else { return };
         let tenant = if client.tenant.is_empty() { "default" } else { &client.tenant };
         assert_eq!(self.segments[&(false, segment)].1, tenant, "segment {segment} is another tenant's");
+    }
+
+    pub(super) fn counters(&self) -> kvd_proto::wire::Counters {
+        self.node.counters
+    }
+
+    pub(super) fn quarantined(&self) -> u64 {
+        self.node.memory.status(Tier::Dram).quarantined_bytes / BLOCK_BYTES
     }
 }

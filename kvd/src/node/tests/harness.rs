@@ -715,12 +715,4 @@ impl World {
         let at = self.answers.iter().position(|(of, _)| *of == ticket).expect("an answer");
         self.answers.remove(at).1
     }
-
-    pub(super) fn counters(&self) -> wire::Counters {
-        self.node.counters
-    }
-
-    pub(super) fn quarantined(&self) -> u64 {
-        self.node.memory.status(Tier::Dram).quarantined_bytes / BLOCK_BYTES
-    }
 }

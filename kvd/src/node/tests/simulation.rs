@@ -119,7 +119,7 @@ impl Storm {
                 self.world.follow_on(stop);
             }
             95..97 => self.change(),
-            95 => (0..4).for_each(|_| self.bucket()),
+            97 => (0..4).for_each(|_| self.bucket()),
             _ => self.device(),
         }
     }

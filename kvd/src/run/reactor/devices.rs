@@ -1,14 +1,16 @@
-//! Segments and devices that come and go, as the node says: what DRAM does at once, what the NVMe thread is ordered to.
+//! Segments and devices that come and go, as the node says: what DRAM does at once, what the NVMe thread is ordered to; and what the bucket is.
 //!
 //! Invariant: each is answered by its event, DRAM's in the same round.
 
 use super::Reactor;
 use crate::node::event::Event;
 use crate::run::attach::Attached;
+use crate::run::bucket;
 use crate::run::mover::{Mover, Order};
 use crate::run::reattach::segment_key;
 use kvd_proto::wire::Tier;
-use kvd_tiers::segment::{Geometry, SegmentId};
+use kvd_tiers::catalog::record::SpaceRecord;
+use kvd_tiers::segment::{Geometry, SegmentId, SlotRef};
 
 impl Reactor {
     pub(super) fn open_segment(
@@ -28,6 +30,21 @@ impl Reactor {
             let _ = self.populate.send((segment, opened));
         });
         self.events.push(Event::SegmentOpened { tier, segment, result });
+    }
+
+    pub(super) fn upload(&self, token: u64, from: SlotRef, attempt: u32) {
+        let (segment, slot) = (self.dram.get(from.segment), from.slot);
+        let bucket = self.bucket.as_ref().expect("uploads are for a bucket");
+        bucket.order(bucket::Order::Upload { token, segment, slot, attempt });
+    }
+
+    /// Whoever keeps blocks beyond the daemon's end keeps what they mean.
+    pub(super) fn space(&mut self, space: SpaceRecord) {
+        self.keeping.space(&space);
+        if let Some(bucket) = &self.bucket {
+            bucket.space(&space);
+        }
+        self.orders.push(Order::Space(space));
     }
 
     pub(super) fn close_segment(&mut self, tier: Tier, segment: SegmentId) {
