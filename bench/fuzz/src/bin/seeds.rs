@@ -77,6 +77,9 @@ fn tiers_vectors() -> io::Result<Seeds> {
         ("catalog", [&[0][..], &lines("catalog_chunks.txt")?.concat()].concat()),
         ("catalog", [&[1][..], &lines("catalog_spaces.txt")?.concat()].concat()),
     ];
+    for (kind, file) in [(0, "s3_objects.txt"), (1, "s3_manifests.txt"), (2, "s3_objects.txt")] {
+        seeds.extend(lines(file)?.into_iter().map(|value| ("bucket", [&[kind][..], &value].concat())));
+    }
     let page = lines("segment_headers.txt")?.concat();
     seeds.extend((0..5).map(|size| ("segment_header", [&[size][..], &page].concat())));
     Ok(seeds)

@@ -5,6 +5,7 @@
 
 use super::{Shared, lock};
 use kvd_tiers::s3::bucket::{BucketError, Listed, WHOLE_BYTES_MAX};
+use kvd_tiers::s3::manifest::Entry;
 use kvd_tiers::s3::name::{ManifestKey, manifests_prefix};
 use kvd_tiers::s3::{Manifest, ObjectName};
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,7 +16,11 @@ use tokio::time::Instant;
 
 /// Manifests of one tenant that are listed. At the limit: later ones are not seen; nodes make theirs few.
 const LISTED_MAX: usize = 100_000;
-/// How long one listing, or one manifest, may take.
+/// Manifests that are read at once.
+const TOGETHER: usize = 16;
+/// Entries that are applied at once.
+const ENTRIES_TOGETHER: usize = 16;
+/// How long one listing, or so many manifests, may take.
 const WAIT: Duration = Duration::from_secs(20);
 /// A way that failed is tried this often.
 const PROBE_EVERY: Duration = Duration::from_secs(1);
@@ -57,42 +62,72 @@ pub(super) async fn probe(shared: Arc<Shared>) {
 impl Shared {
     /// What is new for a tenant. An error: some of it was not heard, and is not among `seen`.
     async fn hear(&self, tenant: &str, seen: &mut BTreeSet<String>) -> Result<(), BucketError> {
-        let prefix = &self.config.s3.prefix;
-        let listed = self
-            .bucket
-            .list(&manifests_prefix(prefix, tenant), "", LISTED_MAX, Instant::now() + WAIT)
-            .await?;
+        let folder = manifests_prefix(&self.config.s3.prefix, tenant);
+        let listed = self.bucket.list(&folder, "", LISTED_MAX, Instant::now() + WAIT).await?;
         let there: BTreeSet<&String> = listed.iter().map(|listed| &listed.key).collect();
         seen.retain(|key| there.contains(key));
+        let mut new = Vec::new();
         for Listed { key, bytes, .. } in listed {
             if seen.contains(&key) {
                 continue;
             }
-            let Some(named) = ManifestKey::from_key(prefix, tenant, &key) else {
-                tracing::warn!(key, "not the name of a manifest");
-                seen.insert(key);
-                continue;
-            };
-            if named.node != self.config.node_name || named.write_epoch != self.write_epoch {
-                match self.bucket.get_bytes(&key, 0..bytes.min(WHOLE_BYTES_MAX), Instant::now() + WAIT).await
-                {
-                    Ok(bytes) => self.heard(&named, &key, &bytes),
-                    Err(BucketError::Gone) => continue, // made one with others meanwhile
-                    Err(error) => return Err(error),
+            match ManifestKey::from_key(&self.config.s3.prefix, tenant, &key) {
+                Some(named) if self.is_own(&named) => _ = seen.insert(key),
+                Some(named) => new.push((named, key, bytes.min(WHOLE_BYTES_MAX))),
+                None => {
+                    tracing::warn!(key, "not the name of a manifest");
+                    seen.insert(key);
                 }
             }
-            seen.insert(key);
+        }
+        for some in new.chunks(TOGETHER) {
+            self.hear_some(some, seen).await?;
         }
         Ok(())
     }
 
+    /// Said in this life: known when it was written.
+    fn is_own(&self, named: &ManifestKey) -> bool {
+        named.node == self.config.node_name && named.write_epoch == self.write_epoch
+    }
+
+    /// Reads these at once, and applies them in order.
+    async fn hear_some(
+        &self,
+        some: &[(ManifestKey, String, u64)],
+        seen: &mut BTreeSet<String>,
+    ) -> Result<(), BucketError> {
+        let wanted: Vec<_> =
+            some.iter().map(|(_, key, bytes)| (key.clone(), 0..*bytes, Vec::new())).collect();
+        let came = self.bucket.get_ranges(wanted, Instant::now() + WAIT).await;
+        for ((named, key, _), bytes) in some.iter().zip(came) {
+            match bytes {
+                Ok(bytes) => self.heard(named, key, &bytes),
+                Err(BucketError::Gone) => continue, // made one with others meanwhile
+                Err(error) => return Err(error),
+            }
+            seen.insert(key.clone());
+        }
+        Ok(())
+    }
+
+    /// Applied a few entries at a time: whoever looks for blocks does not wait for all of it.
     fn heard(&self, named: &ManifestKey, key: &str, bytes: &[u8]) {
-        let Some(manifest) = Manifest::decode(bytes).filter(|manifest| manifest.is_of(named)) else {
+        let Some(mut manifest) = Manifest::decode(bytes).filter(|manifest| manifest.is_of(named)) else {
             tracing::warn!(key, "not a manifest, or another's");
             self.missed.store(true, Ordering::Relaxed);
             return;
         };
-        if let Err(error) = lock(&self.index).apply(manifest) {
+        let entries = std::mem::take(&mut manifest.entries);
+        let some = |entries: &[Entry]| Manifest {
+            replaces_before: (0, 0),
+            entries: entries.to_vec(),
+            ..manifest.clone()
+        };
+        let applied =
+            entries.chunks(ENTRIES_TOGETHER).try_for_each(|entries| lock(&self.index).apply(some(entries)));
+        let applied = applied.and_then(|()| lock(&self.index).apply(manifest.clone()));
+        if let Err(error) = applied {
             tracing::warn!(%error, "a manifest is not used");
             self.missed.store(true, Ordering::Relaxed);
         }
