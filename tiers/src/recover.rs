@@ -2,7 +2,7 @@
 //! segments' own headers where not.
 //!
 //! Invariants: nothing is written; what does not decode, contradicts its segment or cannot be read is skipped and counted;
-//! memory is one read buffer and one segment's records. Everything found is a claim: a block's parts are checked against
+//! memory is a few read buffers and one segment's records: the device reads ahead while headers are decoded. Everything found is a claim: a block's parts are checked against
 //! its checksums whenever they are read. A segment's page is always read: no catalog says what lies in an extent.
 //! The catalog is believed for a segment if it was closed in order (`Store::is_complete`) and none of the segment's chunks
 //! is damaged; it only saves time, on classes with many small slots (`record::keeps`).
@@ -13,15 +13,17 @@ use crate::catalog::store::Store;
 use crate::header_pages::run_slots;
 use crate::mapping::Mapping;
 use crate::media::{Buffer, Direction, Io, Medium, MediumError};
-use crate::segment::{SegmentId, SlotRef};
+use crate::segment::{Geometry, SegmentId, SlotRef};
 use crate::segment_header::{PAGE_BYTES, SegmentHeader};
 use kvd_proto::slot_header::{FLAG_CHECKSUMMED, FLAG_TAIL, SlotHeader};
 use kvd_proto::{BlockId, Fingerprint};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Header pages read at once.
-const READ_BYTES_MAX: usize = 4 << 20;
+/// Header pages of one read.
+const READ_BYTES_MAX: usize = 1 << 20;
+/// Reads under way, each with its buffer.
+const READS_MAX: usize = 4;
 /// One read takes at most this long. At the limit: the device is unusable.
 const READ_TIME_MAX: Duration = Duration::from_secs(30);
 
@@ -94,11 +96,17 @@ pub fn recover(
     extents: Extents,
     found: &mut dyn FnMut(Found),
 ) -> Result<Summary, MediumError> {
-    let memory = Mapping::anonymous(READ_BYTES_MAX).map_err(|error| {
-        MediumError::Unusable(format!("no memory for {READ_BYTES_MAX} bytes of headers: {error}"))
-    })?;
-    let mut recovery =
-        Recovery { medium, extents, memory: Arc::new(memory), summary: Summary::default(), found };
+    let bytes = READS_MAX * READ_BYTES_MAX;
+    let memory = Mapping::anonymous(bytes)
+        .map_err(|error| MediumError::Unusable(format!("no memory for {bytes} bytes of headers: {error}")))?;
+    let mut recovery = Recovery {
+        medium,
+        extents,
+        memory: Arc::new(memory),
+        read: [None; READS_MAX],
+        summary: Summary::default(),
+        found,
+    };
     recovery.spaces(store);
     let complete = store.filter(|store| store.is_complete().unwrap_or(false));
     for segment in 0..extents.segments {
@@ -111,6 +119,8 @@ struct Recovery<'a> {
     medium: &'a mut dyn Medium,
     extents: Extents,
     memory: Arc<Mapping>,
+    /// By buffer: whether the device could, once it has ended.
+    read: [Option<bool>; READS_MAX],
     summary: Summary,
     found: &'a mut dyn FnMut(Found),
 }
@@ -149,7 +159,8 @@ impl Recovery<'_> {
 
     fn header(&mut self, segment: SegmentId) -> Result<Option<SegmentHeader>, MediumError> {
         let mut page = [0; PAGE_BYTES];
-        if !self.read(segment, 0, PAGE_BYTES)? {
+        self.start(0, segment, 0, PAGE_BYTES);
+        if !self.ended(0)? {
             return Ok(None);
         }
         self.memory.copy_out(0, &mut page);
@@ -172,40 +183,34 @@ impl Recovery<'_> {
 
     /// All of them, in reads of whole runs.
     fn header_pages(&mut self, header: &SegmentHeader) -> Result<(), MediumError> {
-        let geometry = header.geometry;
-        let run = run_slots(geometry.header_bytes) * geometry.header_bytes;
-        let step = READ_BYTES_MAX / run as usize * run as usize;
-        let end = geometry.header_area_bytes;
-        let mut first = 0;
-        for start in (PAGE_BYTES as u64..end).step_by(step) {
-            let bytes = (end - start).min(step as u64) as usize;
-            let readable = self.read(header.segment, start, bytes)?;
-            let headers = (bytes as u32 / geometry.header_bytes).min(geometry.slots - first);
-            if readable {
-                self.slot_headers(header, first, headers);
+        let reads: Vec<_> = reads(&header.geometry).collect();
+        let ahead = READS_MAX.min(self.medium.info().queue_depth);
+        let mut started = 0;
+        for (at, read) in reads.iter().enumerate() {
+            for read in &reads[started..reads.len().min(at + ahead)] {
+                self.start(started % ahead, header.segment, read.offset, read.bytes);
+                started += 1;
             }
-            first += headers;
+            if self.ended(at % ahead)? {
+                self.slot_headers(header, at % ahead, read);
+            }
         }
         Ok(())
     }
 
-    fn slot_headers(&mut self, header: &SegmentHeader, first: u32, headers: u32) {
+    fn slot_headers(&mut self, header: &SegmentHeader, buffer: usize, read: &Headers) {
         let stride = header.geometry.header_bytes as usize;
         let mut bytes = vec![0; stride];
-        for at in 0..headers {
-            self.memory.copy_out(at as usize * stride, &mut bytes);
+        for at in 0..read.slots {
+            self.memory.copy_out(buffer * READ_BYTES_MAX + at as usize * stride, &mut bytes);
             if bytes[..4] == [0; 4] {
                 continue;
             }
-            let Some(slot_header) = SlotHeader::decode(&bytes) else {
+            let Some(slot_header) = SlotHeader::decode(&bytes).filter(|found| header.holds(found)) else {
                 self.summary.blocks_skipped += 1;
                 continue;
             };
-            if !header.holds(&slot_header) {
-                self.summary.blocks_skipped += 1;
-                continue;
-            }
-            let slot = SlotRef { segment: header.segment, slot: first + at };
+            let slot = SlotRef { segment: header.segment, slot: read.first + at };
             self.block(header, slot_header.flags, Block::of_header(slot, slot_header));
         }
     }
@@ -223,24 +228,53 @@ impl Recovery<'_> {
         }
     }
 
-    /// Into the start of the buffer; `false`: the device could not.
-    fn read(&mut self, segment: SegmentId, offset: u64, bytes: usize) -> Result<bool, MediumError> {
-        let buffer = Buffer { mapping: self.memory.clone(), offset: 0, bytes };
-        let io = Io { token: 0, direction: Direction::Read, segment, offset, buffer };
-        assert!(self.medium.submit(io).is_ok(), "an idle medium takes a transfer");
-        let (started, mut done) = (Instant::now(), Vec::new());
-        while done.is_empty() {
-            let left = READ_TIME_MAX.checked_sub(started.elapsed());
+    fn start(&mut self, buffer: usize, segment: SegmentId, offset: u64, bytes: usize) {
+        self.read[buffer] = None;
+        let memory = Buffer { mapping: self.memory.clone(), offset: buffer * READ_BYTES_MAX, bytes };
+        let io = Io { token: buffer as u64, direction: Direction::Read, segment, offset, buffer: memory };
+        assert!(self.medium.submit(io).is_ok(), "a medium takes as many transfers as its queue is deep");
+    }
+
+    /// Waits for what was read into a buffer; `false`: the device could not.
+    fn ended(&mut self, buffer: usize) -> Result<bool, MediumError> {
+        let (began, mut done) = (Instant::now(), Vec::new());
+        loop {
+            if let Some(read) = self.read[buffer] {
+                self.summary.unreadable += u32::from(!read);
+                return Ok(read);
+            }
+            let left = READ_TIME_MAX.checked_sub(began.elapsed());
             let left = left.ok_or_else(|| {
-                let text = format!("a read of {bytes} bytes took more than {} s", READ_TIME_MAX.as_secs());
+                let text = format!("a read of headers took more than {} s", READ_TIME_MAX.as_secs());
                 MediumError::Unusable(text)
             })?;
             self.medium.reap(Some(left), &mut done)?;
+            for done in done.drain(..) {
+                self.read[done.token as usize] = Some(done.result.is_ok());
+            }
         }
-        let read = done[0].result.is_ok();
-        self.summary.unreadable += u32::from(!read);
-        Ok(read)
     }
+}
+
+/// Header pages that are read at once.
+struct Headers {
+    offset: u64,
+    bytes: usize,
+    /// The first slot whose header is there, and how many are.
+    first: u32,
+    slots: u32,
+}
+
+/// Whole runs, in order.
+fn reads(geometry: &Geometry) -> impl Iterator<Item = Headers> {
+    let &Geometry { header_bytes, header_area_bytes: end, slots, .. } = geometry;
+    let run = run_slots(header_bytes) * header_bytes;
+    let step = READ_BYTES_MAX / run as usize * run as usize;
+    (PAGE_BYTES as u64..end).step_by(step).map(move |offset| {
+        let bytes = (end - offset).min(step as u64) as usize;
+        let first = ((offset - PAGE_BYTES as u64) / u64::from(header_bytes)) as u32;
+        Headers { offset, bytes, first, slots: (bytes as u32 / header_bytes).min(slots - first) }
+    })
 }
 
 impl Block {
@@ -279,7 +313,6 @@ mod tests {
     use crate::header_pages::HeaderPages;
     use crate::media::dram::{DramMedium, DramOptions};
     use crate::media::fault::{Fault, FaultMedium, Plan};
-    use crate::segment::Geometry;
 
     const SEGMENT_BYTES: u64 = 16 << 20;
     const EXTENTS: Extents = Extents { segments: 4, segment_bytes: SEGMENT_BYTES };
@@ -398,6 +431,26 @@ mod tests {
             assert_eq!(segments, [1, 3]);
             assert_eq!((summary.segments_from_headers, summary.segments_blank), (2, 2));
             assert_eq!((summary.blocks, summary.blocks_skipped), (blocks.len() as u64, 0));
+        }
+    }
+
+    #[test]
+    fn what_is_read_ahead_keeps_its_place() {
+        for (header_bytes, slot_bytes, parts) in
+            [(512, 4096, 1), (1536, 4096 * 100, 100), (2560, 1 << 20, 256)]
+        {
+            let slots = 40_001;
+            let area =
+                PAGE_BYTES as u64 + (u64::from(header_bytes) * u64::from(slots)).next_multiple_of(4096);
+            let geometry = Geometry { slot_bytes, parts, slots, header_bytes, header_area_bytes: area };
+            let (mut offset, mut first) = (PAGE_BYTES as u64, 0);
+            for read in reads(&geometry) {
+                assert_eq!((read.offset, read.first), (offset, first));
+                assert!(read.bytes <= READ_BYTES_MAX && read.slots > 0);
+                offset += read.bytes as u64;
+                first += read.slots;
+            }
+            assert_eq!((offset, first), (area, slots));
         }
     }
 

@@ -118,17 +118,20 @@ impl TableWriter {
     }
 
     fn try_read(&self, slot: u32) -> Option<(u64, Vec<u8>)> {
+        let words = self.words_of(slot);
         // Acquire: the words read below are at least those written before this even word was stored.
-        let before = self.word(slot, LIVE_WORD).load(Ordering::Acquire);
+        let before = words[LIVE_WORD].load(Ordering::Acquire);
         if is_torn(before) {
             std::hint::spin_loop();
             return None;
         }
-        let words = (0..self.stride_words).map(|at| self.word(slot, at).load(Ordering::Relaxed));
-        let bytes = words.flat_map(u64::to_ne_bytes).collect();
+        let mut bytes = vec![0; self.stride_words * WORD_BYTES];
+        for (out, word) in bytes.chunks_exact_mut(WORD_BYTES).zip(words) {
+            out.copy_from_slice(&word.load(Ordering::Relaxed).to_ne_bytes());
+        }
         // Acquire: if a word above came from a later write, the load below sees that write's odd word or a later one.
         fence(Ordering::Acquire);
-        let after = self.word(slot, LIVE_WORD).load(Ordering::Relaxed);
+        let after = words[LIVE_WORD].load(Ordering::Relaxed);
         (before == after).then_some((before, bytes))
     }
 
@@ -156,11 +159,15 @@ impl TableWriter {
     }
 
     fn word(&self, slot: u32, at: usize) -> &AtomicU64 {
-        assert!(slot < self.slots && at < self.stride_words, "word {at} of slot {slot} of {}", self.slots);
-        let index = slot as usize * self.stride_words + at;
-        // SAFETY: index < slots * stride_words, so the word lies within the `len` bytes of `new`; they are aligned,
-        // outlive self, and are accessed only atomically by this process.
-        unsafe { self.words.add(index).as_ref() }
+        &self.words_of(slot)[at]
+    }
+
+    fn words_of(&self, slot: u32) -> &[AtomicU64] {
+        assert!(slot < self.slots, "slot {slot} of {}", self.slots);
+        let first = slot as usize * self.stride_words;
+        // SAFETY: slot < slots, so the stride lies within the `len` bytes of `new`; they are aligned, outlive self, and are
+        // accessed only atomically by this process.
+        unsafe { std::slice::from_raw_parts(self.words.add(first).as_ptr(), self.stride_words) }
     }
 }
 

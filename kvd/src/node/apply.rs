@@ -87,7 +87,7 @@ impl Node {
                 let found = RecoveredSegment { tier, segment, geometry, numa_node, generations };
                 self.recovered_segment(&found, &tenant);
             }
-            Event::Recovered { tier, slot, header } => self.recovered_block(tier, slot, &header),
+            Event::Recovered(blocks) => self.recovered_blocks(&blocks),
             Event::RecoveredFill { slot, filler } => self.recovered_fill(slot, filler),
             Event::Ask { ticket, question } => self.ask(ticket, question),
             Event::Tell(on) => self.tell(on),

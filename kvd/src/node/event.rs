@@ -138,15 +138,8 @@ pub enum Event {
         /// DRAM only: of each slot, as in its table.
         generations: Vec<u32>,
     },
-    /// A block that an earlier daemon left in a recovered segment.
-    Recovered {
-        /// The segment's tier.
-        tier: Tier,
-        /// Where.
-        slot: SlotRef,
-        /// What; the shell keeps the part checksums.
-        header: Box<SlotHeader>,
-    },
+    /// Blocks that an earlier daemon left in recovered segments, at most `EVENTS_PER_CALL_MAX` in one call; the shell keeps their part checksums.
+    Recovered(Vec<RecoveredBlock>),
     /// A slot of a recovered DRAM segment that an earlier daemon had given to a session to fill.
     RecoveredFill {
         /// Where.
@@ -193,6 +186,27 @@ pub enum Event {
     Detached,
     /// Time has passed; sent at least ten times a second.
     Tick,
+}
+
+/// A block as an earlier daemon's header names it.
+#[derive(Debug, Clone, Copy)]
+pub struct RecoveredBlock {
+    /// The segment's tier.
+    pub tier: Tier,
+    /// Where.
+    pub slot: SlotRef,
+    /// The space's.
+    pub fingerprint: Fingerprint,
+    /// The block.
+    pub id: BlockId,
+    /// The block before it, or the root.
+    pub parent: BlockId,
+    /// Blocks before it in its chain.
+    pub depth: u32,
+    /// Tokens in it.
+    pub tokens: u32,
+    /// Group of the layout.
+    pub group: u16,
 }
 
 /// Why bytes did not move.

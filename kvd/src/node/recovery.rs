@@ -5,11 +5,11 @@
 //! sends the newer first. Parents come before children, so that leaves are known as such.
 //! Leaves to others: reading devices and part checksums (`run`); who may still be writing (`orphans`).
 
-use super::Node;
+use super::event::RecoveredBlock;
+use super::{EVENTS_PER_CALL_MAX, Node};
 use kvd_proto::Space;
-use kvd_proto::slot_header::SlotHeader;
 use kvd_proto::wire::Tier;
-use kvd_tiers::catalog::{Key, Mark, NewEntry};
+use kvd_tiers::catalog::{Handle, Key, Mark, NewEntry};
 use kvd_tiers::segment::{Geometry, SegmentId, SlotRef};
 
 /// How many were taken in, and how many not.
@@ -74,13 +74,31 @@ impl Node {
         }
     }
 
-    pub(super) fn recovered_block(&mut self, tier: Tier, slot: SlotRef, header: &SlotHeader) {
-        let Some((key, pool)) = self.recoverable(tier, slot, header) else {
+    /// So many blocks are about to be told.
+    pub fn expect_recovered(&mut self, blocks: usize) {
+        self.catalog.reserve(blocks);
+    }
+
+    pub(super) fn recovered_blocks(&mut self, blocks: &[RecoveredBlock]) {
+        assert!(blocks.len() <= EVENTS_PER_CALL_MAX, "{} blocks in one call", blocks.len());
+        for blocks in blocks.chunk_by(|a, b| a.fingerprint == b.fingerprint) {
+            let Some(space) = self.by_fingerprint.get(&blocks[0].fingerprint).copied() else {
+                self.recovered.refused_blocks += blocks.len() as u64;
+                continue;
+            };
+            self.catalog.fetch(blocks.iter().filter_map(|block| key(space, block)));
+            blocks.iter().for_each(|block| self.recovered_block(space, block));
+        }
+    }
+
+    fn recovered_block(&mut self, space: u16, block: &RecoveredBlock) {
+        let &RecoveredBlock { tier, slot, .. } = block;
+        let Some((key, pool, known)) = self.recoverable(space, block) else {
             self.recovered.refused_blocks += 1;
             return;
         };
-        let new = NewEntry { key, parent: header.parent, depth: header.depth, tokens: header.tokens };
-        let handle = match self.catalog.find(&key) {
+        let new = NewEntry { key, parent: block.parent, depth: block.depth, tokens: block.tokens };
+        let handle = match known {
             Some(handle) => {
                 self.catalog.set_copy(handle, tier, slot);
                 handle
@@ -99,20 +117,25 @@ impl Node {
         self.tell_copy(handle, tier, true);
     }
 
-    /// What it would be found by, and its pool.
-    fn recoverable(&self, tier: Tier, slot: SlotRef, header: &SlotHeader) -> Option<(Key, usize)> {
-        let space = *self.by_fingerprint.get(&header.fingerprint)?;
-        let group = u8::try_from(header.group).ok()?;
+    /// What it would be found by, its pool, and its entry where a copy in the other tier came before.
+    fn recoverable(&self, space: u16, block: &RecoveredBlock) -> Option<(Key, usize, Option<Handle>)> {
+        let &RecoveredBlock { tier, slot, .. } = block;
+        let key = key(space, block)?;
         let registered = &self.spaces[usize::from(space)];
-        registered.pools.get(usize::from(group))?;
-        let pool = self.pool_of_group(space, group, tier);
+        registered.pools.get(usize::from(key.group))?;
+        let pool = self.pool_of_group(space, key.group, tier);
         let pool = pool.filter(|pool| self.memory.pool_of_segment(tier, slot.segment) == Some(*pool))?;
-        let whole = header.tokens == registered.space.layout.block_tokens();
-        let key = Key { space, group, id: header.id };
-        let known =
-            self.catalog.find(&key).is_some_and(|handle| self.catalog.get(handle).copy(tier).is_some());
-        (whole && !known && !self.memory.pools[pool].slots.is_live(slot)).then_some((key, pool))
+        let whole = block.tokens == registered.space.layout.block_tokens();
+        let known = self.catalog.find(&key);
+        let twice = known.is_some_and(|handle| self.catalog.get(handle).copy(tier).is_some());
+        let free = !self.memory.pools[pool].slots.is_live(slot);
+        (whole && !twice && free).then_some((key, pool, known))
     }
+}
+
+/// `None`: there is no such group.
+fn key(space: u16, block: &RecoveredBlock) -> Option<Key> {
+    Some(Key { space, group: u8::try_from(block.group).ok()?, id: block.id })
 }
 
 #[cfg(test)]
@@ -121,7 +144,6 @@ mod tests {
     use crate::node::event::{Effect, Event};
     use crate::node::{NodeConfig, NvmeConfig};
     use kvd_proto::layout::DataType;
-    use kvd_proto::slot_header::FLAG_CHECKSUMMED;
     use kvd_proto::space::IdScheme;
     use kvd_proto::wire::purge_request::What;
     use kvd_proto::{BlockId, Layout};
@@ -168,29 +190,23 @@ mod tests {
     }
 
     fn block(slot: u32, tenant: &str, depth: u32) -> Event {
-        block_in(1, slot, header(tenant, depth))
+        block_in(1, slot, named(tenant, depth))
     }
 
-    fn block_in(segment: SegmentId, slot: u32, header: SlotHeader) -> Event {
-        Event::Recovered { tier: Tier::Nvme, slot: SlotRef { segment, slot }, header: Box::new(header) }
+    fn block_in(segment: SegmentId, slot: u32, block: RecoveredBlock) -> Event {
+        Event::Recovered(vec![RecoveredBlock { slot: SlotRef { segment, slot }, ..block }])
     }
 
-    fn header(tenant: &str, depth: u32) -> SlotHeader {
-        SlotHeader {
+    fn named(tenant: &str, depth: u32) -> RecoveredBlock {
+        RecoveredBlock {
+            tier: Tier::Nvme,
+            slot: SlotRef { segment: 0, slot: 0 },
             fingerprint: space(tenant).fingerprint(),
             id: BlockId([depth as u8 + 1; 16]),
             parent: BlockId([depth as u8; 16]),
             depth,
             tokens: 16,
             group: 0,
-            flags: FLAG_CHECKSUMMED,
-            element_tag: 0,
-            length: 0,
-            stored_length: 0,
-            write_epoch: 1,
-            key_id: 0,
-            nonce: [0; 24],
-            part_checksums: Vec::new(),
         }
     }
 
@@ -223,14 +239,14 @@ mod tests {
     fn what_does_not_belong_is_refused() {
         let blocks = vec![
             block(0, "a", 0),
-            block(1, "a", 0),                                          // a second copy
-            block(2, "b", 1),                                          // in a segment of a
-            block(3, "c", 1),                                          // of no space
-            block_in(2, 4, header("a", 1)),                            // of no segment
-            block_in(1, 5, SlotHeader { group: 1, ..header("a", 1) }), // of no group
-            block_in(1, 6, SlotHeader { group: 256, ..header("a", 1) }),
-            block_in(1, 7, SlotHeader { tokens: 15, ..header("a", 1) }), // a tail
-            block(0, "a", 2),                                            // in a slot that is taken
+            block(1, "a", 0),                                             // a second copy
+            block(2, "b", 1),                                             // in a segment of a
+            block(3, "c", 1),                                             // of no space
+            block_in(2, 4, named("a", 1)),                                // of no segment
+            block_in(1, 5, RecoveredBlock { group: 1, ..named("a", 1) }), // of no group
+            block_in(1, 6, RecoveredBlock { group: 256, ..named("a", 1) }),
+            block_in(1, 7, RecoveredBlock { tokens: 15, ..named("a", 1) }), // a tail
+            block(0, "a", 2),                                               // in a slot that is taken
         ];
         let (node, _) = recovered(blocks);
         assert_eq!((node.recovered().blocks, node.recovered().refused_blocks), (1, 8));

@@ -7,6 +7,7 @@
 use kvd_proto::Fingerprint;
 use kvd_proto::slot_header::SlotHeader;
 use kvd_tiers::catalog::behind::{Change, SHARE, WriteBehind};
+use kvd_tiers::catalog::rebuild::Rebuild;
 use kvd_tiers::catalog::record::{Record, SpaceRecord, keeps};
 use kvd_tiers::header_pages::HeaderPages;
 use kvd_tiers::media::{Done, Medium};
@@ -22,6 +23,8 @@ pub(super) struct Ledger {
     headers: HeaderPages,
     /// `None`: the folder cannot be used; headers alone must do.
     catalog: Option<WriteBehind>,
+    /// What the catalog is to be made from, until it has been told.
+    rebuild: Option<Rebuild>,
     /// For the catalog: telling each would wake its thread, and so stop this one, for every block.
     untold: Vec<Change>,
     told_at: Instant,
@@ -32,10 +35,22 @@ pub(super) struct Ledger {
 }
 
 impl Ledger {
-    pub(super) fn new(headers: HeaderPages, catalog: Option<WriteBehind>, write_epoch: u64) -> Self {
+    pub(super) fn new(
+        headers: HeaderPages,
+        catalog: Option<WriteBehind>,
+        rebuild: Option<Rebuild>,
+        write_epoch: u64,
+    ) -> Self {
         let started = Instant::now();
         let (untold, spaces) = (Vec::new(), HashMap::new());
-        Self { headers, catalog, untold, told_at: started, spaces, write_epoch, started }
+        Self { headers, catalog, rebuild, untold, told_at: started, spaces, write_epoch, started }
+    }
+
+    /// The node has been told what there is: from now on the catalog may be rebuilt without being in the way of that. Before anything is written down.
+    pub(super) fn begin(&mut self) {
+        if let (Some(catalog), Some(rebuild)) = (&self.catalog, self.rebuild.take()) {
+            catalog.rebuild(rebuild);
+        }
     }
 
     pub(super) fn space(&mut self, space: SpaceRecord) {

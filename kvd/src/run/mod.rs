@@ -243,6 +243,9 @@ fn take_in(
             ledger.space(space);
         }
     }
+    if let Some((_, (_, ledger))) = &mut nvme {
+        ledger.begin();
+    }
     reattached.segments.retain(|(segment, _)| {
         let taken = node.has_segment(*segment);
         if !taken {

@@ -20,9 +20,12 @@ use kvd_tiers::table::Filler;
 use prost::Message;
 use rustix::fd::OwnedFd;
 use std::fmt::Write as _;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 const NODE: &str = "node";
+const SEGMENT: &str = "segment/";
+/// Segments looked through at a time; more threads would wait for the same memory.
+const THREADS_MAX: usize = 8;
 
 /// A process that may still be writing.
 pub(super) struct Orphan {
@@ -41,7 +44,7 @@ pub(super) struct Reattached {
 }
 
 pub(super) fn segment_key(segment: SegmentId) -> String {
-    format!("segment/{segment}")
+    format!("{SEGMENT}{segment}")
 }
 
 pub(super) fn member_key(epoch: u64, member: MemberId) -> String {
@@ -86,12 +89,22 @@ pub(super) fn take(
     let before = things.iter().find(|thing| thing.key == NODE);
     let same = before.and_then(read::<KeptNode>).is_some_and(|before| before == node);
     let mut taken = Reattached::default();
+    let mut segments = Vec::new();
     for thing in things {
         let key = thing.key.clone();
-        let used = same && (key == NODE || one(thing, dram, heap, first, &mut taken).is_some());
-        if !used {
+        if same && key.starts_with(SEGMENT) {
+            segments.push(thing);
+        } else if !same || (key != NODE && one(thing, heap, first, &mut taken).is_none()) {
             keeper.forget(key);
         }
+    }
+    for (key, looked) in look_through_all(segments, dram) {
+        let Some((segment, found)) = looked else {
+            keeper.forget(key);
+            continue;
+        };
+        taken.segments.push(segment);
+        heap.append(found);
     }
     keeper.keep(NODE.to_owned(), &node, &[]);
     taken
@@ -102,20 +115,8 @@ fn read<M: Message + Default>(thing: &Thing) -> Option<M> {
 }
 
 /// `None`: it cannot be used.
-fn one(
-    thing: Thing,
-    dram: &DramSegments,
-    heap: &mut Heap,
-    first: MemberId,
-    taken: &mut Reattached,
-) -> Option<()> {
+fn one(thing: Thing, heap: &mut Heap, first: MemberId, taken: &mut Reattached) -> Option<()> {
     match thing.key.split_once('/')?.0 {
-        "segment" => {
-            let kept: KeptSegment = read(&thing)?;
-            let segment = adopt(&kept, thing.fds, dram)?;
-            look_through(&kept, &segment, heap);
-            taken.segments.push((kept.segment, segment));
-        }
         "space" => {
             let kept: KeptSpace = read(&thing)?;
             let fingerprint = Fingerprint(kept.fingerprint[..].try_into().ok()?);
@@ -130,6 +131,39 @@ fn one(
         _ => return None,
     }
     Some(())
+}
+
+/// A segment that was taken over, and what is in it; `None`: it cannot be used.
+type Looked = Option<((SegmentId, Arc<DramSegment>), Heap)>;
+
+/// By segment, each under its key: a chain that goes on in the next segment then goes on in what was found.
+fn look_through_all(segments: Vec<Thing>, dram: &DramSegments) -> Vec<(String, Looked)> {
+    let threads =
+        std::thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX).min(segments.len());
+    let (segments, looked) = (Mutex::new(segments), Mutex::new(Vec::new()));
+    let next = || lock(&segments).pop();
+    let work = || {
+        while let Some(thing) = next() {
+            let (key, found) = (thing.key.clone(), take_over(thing, dram));
+            lock(&looked).push((key, found));
+        }
+    };
+    std::thread::scope(|scope| (0..threads).for_each(|_| _ = scope.spawn(work)));
+    let mut looked = looked.into_inner().unwrap_or_else(PoisonError::into_inner);
+    looked.sort_by_key(|(_, found): &(_, Looked)| found.as_ref().map(|((segment, _), _)| *segment));
+    looked
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn take_over(thing: Thing, dram: &DramSegments) -> Looked {
+    let kept: KeptSegment = read(&thing)?;
+    let segment = adopt(&kept, thing.fds, dram)?;
+    let mut heap = Heap::default();
+    look_through(&kept, &segment, &mut heap);
+    Some(((kept.segment, segment), heap))
 }
 
 fn adopt(kept: &KeptSegment, fds: Vec<OwnedFd>, dram: &DramSegments) -> Option<Arc<DramSegment>> {

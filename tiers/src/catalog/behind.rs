@@ -2,9 +2,11 @@
 //!
 //! Invariants: whoever tells it something never waits and is never told of trouble; what it could not take or write only
 //! means that the store is not marked complete, so that the next start reads headers instead. Changes of one slot
-//! are written in the order they were told. Memory: the queue and one batch of chunks, both limited.
+//! are written in the order they were told, and after what it was rebuilt from.
+//! Memory: the queue and one batch of chunks, both limited; and a rebuild until it is written.
 //! Leaves to others: what the records say (kvd), reading them at start (`recover`).
 
+use super::rebuild::Rebuild;
 use super::record::{CHUNK_SLOTS, ChunkKey, Record, SpaceRecord};
 use super::store::{BATCH_CHUNKS_MAX, Store, StoreError, put_aside};
 use crate::segment::{SegmentId, SlotRef};
@@ -53,6 +55,7 @@ pub enum Change {
 
 enum Message {
     Changes(Vec<Change>),
+    Rebuild(Rebuild),
     /// Write everything, then answer.
     Sync(SyncSender<()>),
     Close,
@@ -96,6 +99,11 @@ impl WriteBehind {
         let behind = Self { queue, told, thread };
         behind.sync(); // what is told from now on finds it incomplete
         Ok(behind)
+    }
+
+    /// Fills a store that is not `faithful` with what the headers said, which is all that they say: then it is. Before anything else is told.
+    pub fn rebuild(&self, rebuild: Rebuild) {
+        let _ = self.queue.send(Message::Rebuild(rebuild)); // a dead thread has said why
     }
 
     /// Takes changes, at most `SHARE`, or drops and counts them.
@@ -155,6 +163,7 @@ impl Writer {
                     changes.into_iter().for_each(|change| self.take(change));
                     write_at.get_or_insert_with(|| Instant::now() + BATCH_EVERY);
                 }
+                Ok(Message::Rebuild(rebuild)) => self.rebuild(rebuild),
                 Ok(Message::Sync(answer)) => {
                     self.write();
                     let _ = answer.send(()); // who stopped waiting needs no answer
@@ -186,6 +195,15 @@ impl Writer {
                 self.removed.insert(segment);
             }
         }
+    }
+
+    fn rebuild(&mut self, rebuild: Rebuild) {
+        let mut whole = false;
+        self.guard(|store| {
+            whole = rebuild.write(store)?;
+            Ok(())
+        });
+        self.complete = whole;
     }
 
     fn put(&mut self, slot: SlotRef, record: Option<Record>) {

@@ -42,6 +42,8 @@ pub struct Catalog {
     vacant: usize,
     copies: [usize; 2],
     space_blocks: Vec<u64>,
+    /// The newest entry's handle, while it is there: most often the next one's parent.
+    newest: Handle,
 }
 
 type Slab = Option<Entry>;
@@ -54,6 +56,19 @@ impl Catalog {
             table: HashTable::with_capacity(entries),
             ..Self::default()
         }
+    }
+
+    /// Room for so many entries more before anything grows.
+    pub fn reserve(&mut self, entries: usize) {
+        self.entries.reserve(entries);
+        let known = &self.entries;
+        self.table.reserve(entries, |&handle| hash_of(known, handle));
+    }
+
+    /// Fetches the table's cache lines of these keys, many at a time: who then looks for them one by one waits for none. (A million entries
+    /// are 2 MB of them, and the next insert waits for the one before.)
+    pub fn fetch(&self, keys: impl Iterator<Item = Key>) {
+        keys.for_each(|key| _ = std::hint::black_box(self.table.find(hash(&key), |_| false)));
     }
 
     /// The entry with a copy that has this key.
@@ -222,16 +237,25 @@ impl Catalog {
 
     fn create(&mut self, new: &NewEntry) -> Handle {
         assert!(self.table.len() < ENTRIES_MAX, "{} entries", self.table.len());
-        let parent = self.lookup(&Key { id: new.parent, ..new.key }).unwrap_or(NO_HANDLE);
+        let parent = self.parent_of(new);
         let handle = self.place(Entry::new(new, parent));
         if parent != NO_HANDLE {
             self.get_mut(parent).links += 1;
         }
+        self.newest = handle;
         let entries = &self.entries;
-        self.table.insert_unique(hash(&new.key), handle, |&handle| {
-            hash(&entries[handle as usize].as_ref().expect("a handle in the table is in use").key())
-        });
+        self.table.insert_unique(hash(&new.key), handle, |&handle| hash_of(entries, handle));
         handle
+    }
+
+    /// Chains come in order: the newest entry is tried before the table.
+    fn parent_of(&self, new: &NewEntry) -> Handle {
+        let key = Key { id: new.parent, ..new.key };
+        let newest = self.entries.get(self.newest as usize).and_then(Option::as_ref);
+        if newest.is_some_and(|newest| newest.key() == key) {
+            return self.newest;
+        }
+        self.lookup(&key).unwrap_or(NO_HANDLE)
     }
 
     fn place(&mut self, entry: Entry) -> Handle {
@@ -282,6 +306,10 @@ impl Catalog {
         }
         &mut self.space_blocks[space]
     }
+}
+
+fn hash_of(entries: &[Slab], handle: Handle) -> u64 {
+    hash(&entries[handle as usize].as_ref().expect("a handle in the table is in use").key())
 }
 
 /// Block ids are as good as random; space and group are spread over all bits.

@@ -90,10 +90,18 @@ impl Store {
 
     /// Writes chunks, each replacing what was there; all of them or none.
     pub fn put_chunks(&self, chunks: &[(ChunkKey, Vec<Record>)]) -> Result<(), StoreError> {
+        self.put_encoded(chunks.iter().map(|(key, records)| (*key, encode_chunk(records))))
+    }
+
+    /// As `put_chunks`, of what `encode_chunk` gave.
+    pub(super) fn put_encoded(
+        &self,
+        chunks: impl ExactSizeIterator<Item = (ChunkKey, Vec<u8>)>,
+    ) -> Result<(), StoreError> {
         assert!(chunks.len() <= BATCH_CHUNKS_MAX, "{} chunks in a batch", chunks.len());
         let mut batch = sled::Batch::default();
-        for (key, records) in chunks {
-            batch.insert(&key.to_bytes(), encode_chunk(records));
+        for (key, chunk) in chunks {
+            batch.insert(&key.to_bytes(), chunk);
         }
         guarded(|| self.trees().chunks.apply_batch(batch))
     }
