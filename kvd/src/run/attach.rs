@@ -76,6 +76,6 @@ fn open(options: NvmeOptions, catalog: PathBuf, eviction: String, epoch: u64) ->
         _ => {}
     }
     let headers = HeaderPages::new().map_err(|error| error.to_string())?;
-    let left = (Shelf::default(), Ledger::new(headers, None, epoch));
+    let left = (Shelf::default(), Ledger::new(headers, None, None, epoch));
     Ok(Attached { medium, left, nvme })
 }

@@ -5,8 +5,9 @@ use fuzz::material::Material;
 use fuzz::node::Shell;
 use fuzz::node::requests::{self, SEGMENT_BYTES};
 use fuzz::seal::{OTHERS_FROM, SLOT_HEADER_FROM, seal};
-use kvd::node::event::Event;
-use kvd_proto::slot_header::SlotHeader;
+use kvd::node::EVENTS_PER_CALL_MAX;
+use kvd::node::event::{Event, RecoveredBlock};
+use kvd_proto::wire::Tier;
 use kvd_proto::wire::client_frame::Body as Ask;
 use kvd_proto::{Space, wire};
 use kvd_tiers::media::Medium as _;
@@ -98,32 +99,22 @@ impl Left {
         let spaces = self.spaces.into_values();
         let spaces = spaces.map(|space| Event::RecoveredSpace { space: Box::new(space) });
         let segments = self.segments.into_iter().map(|header| Event::RecoveredSegment {
+            tier: Tier::Nvme,
             segment: header.segment,
             geometry: header.geometry,
             tenant: header.tenant,
+            numa_node: None,
+            generations: Vec::new(),
         });
-        spaces.chain(segments).chain(self.blocks.into_iter().map(recovered)).collect()
+        let blocks: Vec<_> = self.blocks.into_iter().map(recovered).collect();
+        let blocks = blocks.chunks(EVENTS_PER_CALL_MAX).map(|some| Event::Recovered(some.to_vec()));
+        spaces.chain(segments).chain(blocks).collect()
     }
 }
 
-fn recovered(block: Block) -> Event {
-    let header = SlotHeader {
-        fingerprint: block.fingerprint,
-        id: block.id,
-        parent: block.parent,
-        depth: block.depth,
-        tokens: block.tokens,
-        group: block.group,
-        flags: 1,
-        element_tag: 0,
-        length: 0,
-        stored_length: 0,
-        write_epoch: block.write_epoch,
-        key_id: 0,
-        nonce: [0; 24],
-        part_checksums: Vec::new(),
-    };
-    Event::Recovered { slot: block.slot, header: Box::new(header) }
+fn recovered(block: Block) -> RecoveredBlock {
+    let Block { slot, fingerprint, id, parent, depth, tokens, group, .. } = block;
+    RecoveredBlock { tier: Tier::Nvme, slot, fingerprint, id, parent, depth, tokens, group }
 }
 
 /// Whoever follows hears of it, a client asks for it, a person drops it.

@@ -133,6 +133,7 @@ pub fn open(material: &mut Material, shell: &Shell) -> wire::OpenSessionRequest 
     };
     let tenant = ["a", "a", "b", ""][material.below(4)].to_owned();
     wire::OpenSessionRequest {
+        client: u64::from(material.byte() & 1),
         version_major: if material.one_in(32) { material.number32() } else { PROTOCOL_MAJOR },
         version_minor: material.number32(),
         tenant,
