@@ -72,7 +72,7 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let block_tokens = u64::from(args.block_tokens);
     let rows = trace::read_file(&args.trace, block_tokens, args.limit)?;
     let folder = folder::temporary(args.folder.as_deref())?;
-    let mut bucket = Bucket::start(&args.s3, folder.path(), args.block_bytes).await?;
+    let mut bucket = Bucket::start(&args.s3, args.block_bytes).await?;
     let daemon = Daemon::start_as(folder.path(), args.dram, args.nvme, |command| bucket.tell(command))?;
     let space = named_space("trace", u32::try_from(args.block_bytes)?, args.block_tokens)?;
     let mut cache = Cache::open(daemon.socket(), "replay", &space).await?;

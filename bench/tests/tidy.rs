@@ -139,6 +139,10 @@ const UNNAMED_DEPENDENCIES: &[(&str, &str, &str)] = &[
     ("proto", "tonic-prost", "called by the code that the build generates"),
     ("kvd", "hyper", "named by the tiers' S3 server and proxy, which kvd's tests compile in place"),
     ("kvd", "hyper-util", "as hyper"),
+    ("kvd", "s3s", "as hyper"),
+    ("kvd", "s3s-fs", "as hyper"),
+    ("bench", "s3s", "named by the tiers' S3 server, which is compiled in place"),
+    ("bench", "s3s-fs", "as s3s"),
     ("bench/fuzz", "serde", "named by kvd's and the router's files that its targets compile in place"),
 ];
 

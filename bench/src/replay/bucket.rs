@@ -8,13 +8,11 @@ use crate::engine::cache::Served;
 use crate::failure::Failure;
 use crate::report::{Output, Reporter};
 use crate::s3::proxy::{Fault, Proxy, Weather};
-use crate::s3::server::{BUCKET, KEYS, Server};
+use crate::s3::server::{BUCKET, Server};
 use crate::scrape::counted;
 use serde::Serialize;
-use std::io::Write as _;
 use std::net::SocketAddr;
-use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -100,8 +98,8 @@ struct Summary {
 
 impl Bucket {
     /// In good weather, or with errors; `block_bytes`: of every block.
-    pub(super) async fn start(args: &BucketArgs, folder: &Path, block_bytes: u64) -> Result<Self, Failure> {
-        let there = if args.s3 { Some(There::start(args, folder).await?) } else { None };
+    pub(super) async fn start(args: &BucketArgs, block_bytes: u64) -> Result<Self, Failure> {
+        let there = if args.s3 { Some(There::start(args).await?) } else { None };
         let this = Self {
             args: args.clone(),
             there,
@@ -225,7 +223,7 @@ fn written(text: &str) -> f64 {
 }
 
 impl There {
-    async fn start(args: &BucketArgs, folder: &Path) -> Result<Self, Failure> {
+    async fn start(args: &BucketArgs) -> Result<Self, Failure> {
         let metrics = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?;
         if let (Some(endpoint), Some(bucket)) = (&args.s3_endpoint, &args.s3_bucket) {
             let address = endpoint.trim_start_matches("http://");
@@ -234,13 +232,9 @@ impl There {
             let proxy = Proxy::start(address, 1).await?;
             return Ok(Self { _server: None, proxy, bucket: bucket.clone(), keys_file: None, metrics });
         }
-        let server = Server::start(crate::s3::service)?;
+        let server = Server::start()?;
         let proxy = Proxy::start(server.address(), 1).await?;
-        let keys_file = folder.join("s3-keys");
-        let mut options = std::fs::OpenOptions::new();
-        let mut keys = options.create_new(true).write(true).mode(0o600).open(&keys_file)?;
-        keys.write_all(format!("{}\n{}\n", KEYS.0, KEYS.1).as_bytes())?;
-        let (bucket, keys_file) = (BUCKET.to_owned(), Some(keys_file));
+        let (bucket, keys_file) = (BUCKET.to_owned(), Some(server.keys_file()?));
         Ok(Self { _server: Some(server), proxy, bucket, keys_file, metrics })
     }
 }

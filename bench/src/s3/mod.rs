@@ -21,10 +21,7 @@ use http::Http;
 use kvd_tiers::s3::{Bucket, BucketConfig};
 use proxy::{Proxy, Weather};
 use raw::Raw;
-use s3s::auth::SimpleAuth;
-use s3s::service::{S3Service, S3ServiceBuilder};
 use server::{BUCKET, KEYS, Server};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use work::Work;
@@ -183,7 +180,7 @@ impl Place {
             let config = BucketConfig { endpoint: endpoint.clone(), bucket: bucket.clone(), ..config };
             return Ok(Self { config, what: endpoint.clone(), _server: None, _proxy: None });
         }
-        let server = Server::start(service)?;
+        let server = Server::start()?;
         let keys = Some((KEYS.0.to_owned(), KEYS.1.to_owned()));
         let config = BucketConfig { endpoint: server.endpoint(), bucket: BUCKET.to_owned(), keys, ..config };
         if args.delay_ms == 0 {
@@ -200,14 +197,6 @@ impl Place {
         let config = BucketConfig { endpoint: proxy.endpoint(), ..config };
         Ok(Self { config, what, _server: Some(server), _proxy: Some(proxy) })
     }
-}
-
-/// An S3 server whose bucket is a folder.
-pub(crate) fn service(folder: &Path) -> S3Service {
-    let files = s3s_fs::FileSystem::new(folder).expect("a folder that was just made");
-    let mut builder = S3ServiceBuilder::new(files);
-    builder.set_auth(SimpleAuth::from_single(KEYS.0, KEYS.1));
-    builder.build()
 }
 
 #[cfg(test)]

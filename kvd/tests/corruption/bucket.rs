@@ -3,7 +3,7 @@
 //! Owns objects that a real daemon wrote, and what must hold after each damage: what was damaged is a miss that is counted, blocks of other
 //! objects are right. A damaged object is forgotten as a whole, so it is damaged in one way at a time. Older bytes are another object's.
 
-use crate::bucket_server::{BUCKET, KEYS, Server};
+use crate::bucket_server::{BUCKET, Server};
 use crate::daemon::{Daemon, MIB, Setup};
 use crate::device::Named;
 use crate::engines::{Engines, Name, SLOT_BYTES};
@@ -15,12 +15,8 @@ use kvd_proto::slot_header::stride_bytes;
 use kvd_tiers::media::fault::splitmix64;
 use kvd_tiers::s3::footer::TRAILER_BYTES;
 use kvd_tiers::s3::{Footer, Trailer};
-use s3s::auth::SimpleAuth;
-use s3s::service::{S3Service, S3ServiceBuilder};
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Write as _;
 use std::ops::Range;
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 /// Objects looked at for one that a kind can befall.
@@ -42,7 +38,6 @@ const KINDS: [Kind; 9] = [
 /// A bucket as a daemon left it.
 struct Base {
     server: Server,
-    folder: tempfile::TempDir,
     /// All objects, one after the other.
     bytes: Vec<u8>,
     older: Vec<u8>,
@@ -54,22 +49,10 @@ struct Base {
     file: Vec<usize>,
 }
 
-fn service(folder: &Path) -> S3Service {
-    let mut builder = S3ServiceBuilder::new(s3s_fs::FileSystem::new(folder).unwrap());
-    builder.set_auth(SimpleAuth::from_single(KEYS.0, KEYS.1));
-    builder.build()
-}
-
 impl Base {
     async fn new() -> Self {
-        let (server, folder) = (Server::start(service).unwrap(), tempfile::tempdir().unwrap());
-        let mut options = std::fs::OpenOptions::new();
-        let mut keys =
-            options.create_new(true).write(true).mode(0o600).open(folder.path().join("keys")).unwrap();
-        write!(keys, "{}\n{}\n", KEYS.0, KEYS.1).unwrap();
         let mut base = Self {
-            server,
-            folder,
+            server: Server::start().unwrap(),
             bytes: Vec::new(),
             older: Vec::new(),
             files: Vec::new(),
@@ -87,7 +70,7 @@ impl Base {
             "[s3]\nbucket = \"{BUCKET}\"\nendpoint = \"{}\"\nkeys_file = \"{}\"\npack_ms = 300\nlist_ms = 100\n\
              object_bytes = \"1MiB\"\nbuffer_bytes = \"8MiB\"\n[recompute]\ntoken_ns = 10000000\n",
             self.server.endpoint(),
-            self.folder.path().join("keys").display(),
+            self.server.keys_file().unwrap().display(),
         );
         Setup { dram_bytes: 64 * MIB, s3, ..Setup::default() }
     }

@@ -1,18 +1,14 @@
 //! Daemons on one bucket, behind a server that may be slow, wrong or away: what one has computed the others serve, whoever is killed;
 //! what is gone, damaged or does not come is a miss, soon; and the bucket is used again when it is well.
 
-use crate::bucket_server::{BUCKET, KEYS, Server};
+use crate::bucket_server::{BUCKET, Server};
 use crate::bucket_weather::{Fault, Proxy};
 use crate::cluster::Cluster;
 use crate::daemon::{Daemon, MIB, Setup};
 use crate::engine::{BLOCK_BYTES, Engine};
 use crate::wait::{DEADLINE, until};
 use kvd_client::Tier;
-use s3s::auth::SimpleAuth;
-use s3s::service::{S3Service, S3ServiceBuilder};
-use std::io::Write as _;
-use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// Blocks of one object.
@@ -21,25 +17,13 @@ const OBJECT_BLOCKS: u64 = 16;
 struct Bucket {
     server: Server,
     proxy: Proxy,
-    folder: tempfile::TempDir,
-}
-
-fn service(folder: &Path) -> S3Service {
-    let mut builder = S3ServiceBuilder::new(s3s_fs::FileSystem::new(folder).unwrap());
-    builder.set_auth(SimpleAuth::from_single(KEYS.0, KEYS.1));
-    builder.build()
 }
 
 impl Bucket {
     async fn start() -> Self {
-        let server = Server::start(service).unwrap();
+        let server = Server::start().unwrap();
         let proxy = Proxy::start(server.address(), 7).await.unwrap();
-        let folder = tempfile::tempdir().unwrap();
-        let mut options = std::fs::OpenOptions::new();
-        let mut keys =
-            options.create_new(true).write(true).mode(0o600).open(folder.path().join("keys")).unwrap();
-        keys.write_all(format!("{}\n{}\n", KEYS.0, KEYS.1).as_bytes()).unwrap();
-        Self { server, proxy, folder }
+        Self { server, proxy }
     }
 
     /// A daemon on it that packs and looks often, and has no NVMe.
@@ -49,7 +33,7 @@ impl Bucket {
              object_bytes = {}\nbuffer_bytes = {}\ntimeout_ms = 500\n\
              [recompute]\ntoken_ns = 1000000\n",
             self.proxy.endpoint(),
-            self.folder.path().join("keys").display(),
+            self.server.keys_file().unwrap().display(),
             OBJECT_BLOCKS * BLOCK_BYTES as u64,
             4 * OBJECT_BLOCKS * BLOCK_BYTES as u64,
         );

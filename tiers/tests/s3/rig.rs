@@ -10,9 +10,6 @@ use kvd_tiers::s3::pack::{Block, PackLimits};
 use kvd_tiers::s3::reader::Wish;
 use kvd_tiers::s3::upload::Put;
 use kvd_tiers::s3::{Added, Bucket, BucketConfig, ObjectReader, Packer};
-use s3s::auth::SimpleAuth;
-use s3s::service::{S3Service, S3ServiceBuilder};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -41,7 +38,7 @@ pub(crate) struct Rig {
 impl Rig {
     /// In good weather.
     pub(crate) async fn start(seed: u64) -> Self {
-        let server = Server::start(service).unwrap();
+        let server = Server::start().unwrap();
         let proxy = Proxy::start(server.address(), seed).await.unwrap();
         let config = BucketConfig {
             endpoint: proxy.endpoint(),
@@ -80,12 +77,6 @@ impl Rig {
         std::fs::write(self.file(one), &bytes[1]).unwrap();
         std::fs::write(self.file(two), &bytes[0]).unwrap();
     }
-}
-
-fn service(folder: &Path) -> S3Service {
-    let mut builder = S3ServiceBuilder::new(s3s_fs::FileSystem::new(folder).unwrap());
-    builder.set_auth(SimpleAuth::from_single(KEYS.0, KEYS.1));
-    builder.build()
 }
 
 /// What is enough for anything in good weather.

@@ -1,16 +1,19 @@
 //! An S3 server in this process, on a port and a thread of its own, with a bucket in a temporary folder.
 //!
-//! `bench` includes this file too. Which server it is the caller says: a `service` made for the folder.
+//! `bench` and kvd's tests include this file too.
 //! Invariant: of conditional writes of one key it does one at a time, as S3 does; s3s-fs looks first and writes then.
 
-use hyper::body::{Body, Incoming};
+use hyper::Request;
+use hyper::body::Incoming;
 use hyper::service::{Service, service_fn};
-use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
-use std::error::Error as StdError;
+use s3s::auth::SimpleAuth;
+use s3s::service::{S3Service, S3ServiceBuilder};
 use std::hash::{BuildHasher as _, RandomState};
+use std::io::Write as _;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::net::TcpListener;
 use tokio::sync::{Mutex, oneshot};
@@ -28,16 +31,8 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Serves what `service` makes of a folder, in which the bucket is a folder.
-    pub(crate) fn start<S, B>(service: impl FnOnce(&Path) -> S) -> std::io::Result<Self>
-    where
-        S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
-        S::Future: Send,
-        S::Error: Into<Box<dyn StdError + Send + Sync>>,
-        B: Body + Send + 'static,
-        B::Data: Send,
-        B::Error: Into<Box<dyn StdError + Send + Sync>>,
-    {
+    /// Serves a new folder, in which the bucket is a folder.
+    pub(crate) fn start() -> std::io::Result<Self> {
         let folder = tempfile::tempdir()?;
         std::fs::create_dir(folder.path().join(BUCKET))?;
         let service = service(folder.path());
@@ -57,6 +52,15 @@ impl Server {
         Ok(Self { address, folder, _stop: stop })
     }
 
+    /// The keys as `s3.keys_file` has them, in a file of their own.
+    pub(crate) fn keys_file(&self) -> std::io::Result<PathBuf> {
+        let path = self.folder.path().join("keys");
+        let mut options = std::fs::OpenOptions::new();
+        let mut file = options.create(true).truncate(true).write(true).mode(0o600).open(&path)?;
+        writeln!(file, "{}\n{}", KEYS.0, KEYS.1)?;
+        Ok(path)
+    }
+
     /// As a bucket's config has it.
     pub(crate) fn endpoint(&self) -> String {
         format!("http://{}", self.address)
@@ -73,15 +77,14 @@ impl Server {
     }
 }
 
-async fn serve<S, B>(listener: std::net::TcpListener, service: S)
-where
-    S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
-    S::Future: Send,
-    S::Error: Into<Box<dyn StdError + Send + Sync>>,
-    B: Body + Send + 'static,
-    B::Data: Send,
-    B::Error: Into<Box<dyn StdError + Send + Sync>>,
-{
+fn service(folder: &Path) -> S3Service {
+    let files = s3s_fs::FileSystem::new(folder).expect("a folder that was just made");
+    let mut builder = S3ServiceBuilder::new(files);
+    builder.set_auth(SimpleAuth::from_single(KEYS.0, KEYS.1));
+    builder.build()
+}
+
+async fn serve(listener: std::net::TcpListener, service: S3Service) {
     let listener = TcpListener::from_std(listener).expect("a socket that does not block");
     let turns: Arc<[Mutex<()>; 64]> = Arc::new(std::array::from_fn(|_| Mutex::new(())));
     let keys = RandomState::new();
@@ -94,7 +97,7 @@ where
             async move {
                 let conditional = request.headers().contains_key("if-none-match");
                 let _turn = if conditional { Some(turns[turn].lock().await) } else { None };
-                service.call(request).await
+                Service::call(&service, request).await
             }
         });
         // A connection that breaks is the client's to notice.
