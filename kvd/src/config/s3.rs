@@ -1,4 +1,4 @@
-//! `[s3]`: the bucket where blocks go that leave NVMe, and from which other nodes' blocks come.
+//! `[s3]`: the bucket where blocks are written as they are stored, and from which other nodes' blocks come.
 //!
 //! Owns the section's keys, its typed values, their checks, and reading the files that it names.
 //! Invariants: no secret stands in `kvd.toml` or in what `kvd config` prints: access keys come from a file that only its
@@ -36,7 +36,7 @@ pub(super) static KEYS: &[Key] = &[
     Key {
         name: "s3.bucket",
         kind: Kind::OptionalText,
-        help: "Bucket of the S3 tier, which all nodes of a cluster share; \"\" for none. What leaves NVMe goes there, and what other nodes put there is found.",
+        help: "Bucket of the S3 tier, which all nodes of a cluster share; \"\" for none. What is stored is written there too, soon after, and what other nodes put there is found.",
         default: |_, _| fixed("", "no S3 tier"),
     },
     Key {
@@ -78,7 +78,7 @@ pub(super) static KEYS: &[Key] = &[
     Key {
         name: "s3.upload",
         kind: Kind::Flag,
-        help: "Whether this node writes blocks to the bucket; false: it only reads.",
+        help: "Whether this node writes blocks to the bucket; false: it only reads. The same on all nodes of a cluster, which leave blocks to each other.",
         default: |_, _| fixed(true, "what a node alone has is gone with it"),
     },
     Key {

@@ -49,7 +49,7 @@ impl Node {
         self.uploading.fresh.push_back((self.now_us + wait_us, handle));
     }
 
-    /// Starts what has its turn and room. A handle that has gone to another block meanwhile names a block that is as good.
+    /// Starts what has its turn and room. A handle that has gone to another block meanwhile names a block that is as good, unless it is a tail.
     pub(super) fn upload_some(&mut self) {
         for _ in 0..LOOKED_PER_CALL_MAX {
             if self.uploading.under_way >= UNDER_WAY_MAX {
@@ -63,7 +63,7 @@ impl Node {
             };
             let entry = self.catalog.get(handle);
             let ready = entry.is(Tier::Dram, Mark::Checksummed) && !self.doubted.contains(&handle);
-            if !ready || entry.is(Tier::Dram, Mark::Moving) {
+            if !ready || self.is_tail(handle) || entry.is(Tier::Dram, Mark::Moving) {
                 continue; // another block's handle by now, or on its way to NVMe, from where a use brings it back
             }
             let bytes = self.slot_bytes_of(handle);

@@ -1,9 +1,12 @@
 //! What is offered to the bucket, when, and within what bounds; and the shell's part of it in a test's world.
 
 use super::super::NodeConfig;
-use super::super::event::{Effect, Event, MoveError};
-use super::harness::{BLOCK_BYTES, World, config, id, ids, match_of, with_nvme};
-use kvd_proto::wire::Tier;
+use super::super::event::{Effect, Event, MoveError, Question};
+use super::hand_off::{TAIL_TOKENS, handed_off};
+use super::harness::{BLOCK_BYTES, World, config, id, ids, match_of, reserve_of, with_nvme};
+use kvd_proto::slot_header::FLAG_TAIL;
+use kvd_proto::wire::purge_request::What;
+use kvd_proto::wire::{ReserveRequest, Tier};
 use kvd_tiers::segment::SlotRef;
 use std::collections::BTreeMap;
 
@@ -20,6 +23,7 @@ impl World {
     pub(super) fn upload_told(&mut self, effect: Effect) {
         let Effect::Upload { token, from, attempt } = effect else { panic!("{effect:?}") };
         let published = self.published.get(&from).expect("what is uploaded is shown");
+        assert_eq!(published.header.flags & FLAG_TAIL, 0, "a tail is nobody's but who claims it");
         self.check_content(from, &published.header);
         assert!(
             self.uploads.reading.values().all(|(slot, _)| *slot != from),
@@ -146,6 +150,30 @@ fn a_slot_that_is_read_out_is_nobody_elses() {
     }
     world.pass_ms(100);
     assert!(!world.moves.is_empty(), "and then it is");
+}
+
+/// Once, what was left to others was offered again by its handle alone, whichever block had that by then; a tail would have ended the daemon.
+#[test]
+fn a_tail_under_the_handle_of_what_was_left_is_not_uploaded() {
+    let (mut world, member, space) = world(NodeConfig { has_peers: true, ..config() }, 8);
+    world.put(member, space, &ids(1..2));
+    while world.checksum_next() {}
+    world.pass_ms(600);
+    let [(token, 0)] = reading(&world)[..] else { panic!("its turn has come") };
+    let handles = |world: &World| world.node.catalog.iter().map(|(handle, _)| handle).collect::<Vec<_>>();
+    let before = handles(&world);
+    world.end_upload(token, Some(MoveError::Later));
+    world.question(Question::Purge(What::Everything(true)));
+    let request = ReserveRequest {
+        tail_tokens: TAIL_TOKENS,
+        hand_off: Some(handed_off(b"k", 1, 60_000)),
+        ..reserve_of(space, "", &ids(9..10), 0)
+    };
+    world.put_at_once(member, request);
+    while world.checksum_next() {}
+    assert_eq!(handles(&world), before, "it has the very handle");
+    world.pass_ms(25_000);
+    assert!(reading(&world).is_empty());
 }
 
 #[test]

@@ -29,9 +29,11 @@ pub(in super::super) struct Found {
     offer: Offer,
     /// How much longer computing it takes.
     pub(in super::super) saved_us: f64,
-    /// By block and group.
-    places: HashMap<(u32, u8), (Arc<ObjectRef>, u32)>,
+    places: Places,
 }
+
+/// By block and group: the object, and its slot.
+type Places = HashMap<(u32, u8), (Arc<ObjectRef>, u32)>;
 
 impl Found {
     pub(in super::super) fn offer(&self) -> Offer {
@@ -69,18 +71,12 @@ impl BucketTier {
 
     /// Carries out what is wanted of an offer.
     pub(in super::super) fn fetch(&self, found: Found, orders: Vec<FetchOrder>) {
-        let fingerprint = orders.first().map(|order| order.header.fingerprint);
         let patience = Duration::from_micros(found.offer.predicted_us);
         for share in shares(found, orders) {
-            debug_assert!(
-                share.orders.iter().all(|(_, order)| Some(order.header.fingerprint) == fingerprint)
-            );
             self.runtime.spawn(self.shared.clone().read(share, patience));
         }
     }
 }
-
-type Places = HashMap<(u32, u8), (Arc<ObjectRef>, u32)>;
 
 impl Shared {
     /// Where the rest of the chain is, up to the first block that some group lacks, and the id before it.

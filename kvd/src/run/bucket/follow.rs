@@ -32,6 +32,7 @@ pub(super) async fn run(shared: Arc<Shared>) {
     let mut seen: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     let every = Duration::from_millis(shared.config.s3.list_ms.into());
     loop {
+        let mut trouble = None;
         for tenant in shared.tenants() {
             let seen = seen.entry(tenant.clone()).or_default();
             let heard = shared.hear(&tenant, seen).await;
@@ -39,8 +40,9 @@ pub(super) async fn run(shared: Arc<Shared>) {
                 Ok(()) => _ = shared.heard.send_if_modified(|heard| heard.insert(tenant)),
                 Err(error) => tracing::warn!(%error, tenant, "manifests are not heard"),
             }
-            lock(&shared.trouble).manifests = heard.err().map(|error| error.to_string());
+            trouble = trouble.or(heard.err().map(|error| error.to_string()));
         }
+        lock(&shared.trouble).hearing = trouble;
         let _ = tokio::time::timeout(every, shared.new_tenant.notified()).await;
     }
 }
@@ -102,7 +104,16 @@ impl Shared {
         let came = self.bucket.get_ranges(wanted, Instant::now() + WAIT).await;
         for ((named, key, _), bytes) in some.iter().zip(came) {
             match bytes {
-                Ok(bytes) => self.heard(named, key, &bytes),
+                Ok(bytes) if self.heard(named, &bytes) => {}
+                Ok(bytes) => {
+                    // once more, in case the way did it
+                    let again = 0..bytes.len() as u64;
+                    let again = self.bucket.get_bytes(key, again, Instant::now() + WAIT).await;
+                    if !again.is_ok_and(|bytes| self.heard(named, &bytes)) {
+                        tracing::warn!(key, "not a manifest, or another's, or one too many");
+                        self.missed.store(true, Ordering::Relaxed);
+                    }
+                }
                 Err(BucketError::Gone) => continue, // made one with others meanwhile
                 Err(error) => return Err(error),
             }
@@ -111,13 +122,10 @@ impl Shared {
         Ok(())
     }
 
-    /// Applied a few entries at a time: whoever looks for blocks does not wait for all of it.
-    fn heard(&self, named: &ManifestKey, key: &str, bytes: &[u8]) {
-        let Some(mut manifest) = Manifest::decode(bytes).filter(|manifest| manifest.is_of(named)) else {
-            tracing::warn!(key, "not a manifest, or another's");
-            self.missed.store(true, Ordering::Relaxed);
-            return;
-        };
+    /// Applied a few entries at a time: whoever looks for blocks does not wait for all of it. `false`: it is none, or cannot be used.
+    fn heard(&self, named: &ManifestKey, bytes: &[u8]) -> bool {
+        let manifest = Manifest::decode(bytes).filter(|manifest| manifest.is_of(named));
+        let Some(mut manifest) = manifest else { return false };
         let entries = std::mem::take(&mut manifest.entries);
         let some = |entries: &[Entry]| Manifest {
             replaces_before: (0, 0),
@@ -127,10 +135,7 @@ impl Shared {
         let applied =
             entries.chunks(ENTRIES_TOGETHER).try_for_each(|entries| lock(&self.index).apply(some(entries)));
         let applied = applied.and_then(|()| lock(&self.index).apply(manifest.clone()));
-        if let Err(error) = applied {
-            tracing::warn!(%error, "a manifest is not used");
-            self.missed.store(true, Ordering::Relaxed);
-        }
+        applied.inspect_err(|error| tracing::warn!(%error, "a manifest is not used")).is_ok()
     }
 
     /// Reads a few bytes of some object; without one, looks for one.

@@ -5,11 +5,11 @@
 //! then are they deleted (`tiers/FORMAT.md`, "Replacing"). Leaves to others: objects (`upload`), what other nodes say (`follow`).
 
 use super::{Shared, lock};
-use kvd_proto::Error;
+use kvd_proto::{Code, Error};
 use kvd_tiers::s3::bucket::{BucketError, WHOLE_BYTES_MAX};
 use kvd_tiers::s3::manifest::{Entry, Manifest};
-use kvd_tiers::s3::name::{ManifestKey, manifests_prefix};
-use kvd_tiers::s3::{Added, ObjectName};
+use kvd_tiers::s3::name::ManifestKey;
+use kvd_tiers::s3::{Added, Listed, ObjectName};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -26,6 +26,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 const MANIFEST_WAIT: Duration = Duration::from_secs(20);
 /// Manifests of one tenant, written by this node, that become one.
 const MANIFESTS_MAX: u32 = 32;
+/// Of all its lives, that become one at a time.
+const OWN_MAX: usize = 4096;
 
 /// By tenant, what is written and not told.
 #[derive(Default)]
@@ -177,10 +179,10 @@ impl Shared {
             }
             if let Err(error) = self.put_manifest(&manifest).await {
                 tracing::warn!(%error, tenant, "a manifest was not written, it is tried again");
-                lock(&self.trouble).manifests = Some(error.to_string());
+                lock(&self.trouble).telling = Some(error.to_string());
                 return (written, manifest.entries.into_iter().chain(entries).collect());
             }
-            lock(&self.trouble).manifests = None;
+            lock(&self.trouble).telling = None;
             written += 1;
         }
         (written, Vec::new())
@@ -197,26 +199,23 @@ impl Shared {
         let _one_at_a_time = self.ledger.writing.lock().await;
         let prefix = &self.config.s3.prefix;
         let deadline = || Instant::now() + MANIFEST_WAIT;
-        let own = |key: &ManifestKey| key.node == self.config.node_name;
-        let folder = manifests_prefix(prefix, tenant);
-        let listed = self.bucket.list(&folder, "", usize::MAX, deadline()).await?;
-        let keys: Vec<_> = listed.into_iter().map(|listed| listed.key).collect();
-        let keys: Vec<_> = keys
-            .into_iter()
-            .filter(|key| ManifestKey::from_key(prefix, tenant, key).as_ref().is_some_and(own))
-            .collect();
+        let some = self.manifest_key(tenant, 0).key(prefix);
+        let (folder, _) = some.rsplit_once('/').expect("a manifest lies in its node's folder");
+        let listed = self.bucket.list(&format!("{folder}/"), "", OWN_MAX, deadline()).await?;
         let mut held: BTreeMap<ObjectName, Entry> = BTreeMap::new();
-        for key in &keys {
-            let bytes =
-                self.bucket.get_bytes(key, 0..WHOLE_BYTES_MAX.min(self.size(key).await?), deadline()).await?;
-            // one that cannot be read says nothing: it goes with the others
-            for entry in Manifest::decode(&bytes).map(|manifest| manifest.entries).unwrap_or_default() {
+        for Listed { key, bytes, .. } in &listed {
+            let bytes = self.bucket.get_bytes(key, 0..WHOLE_BYTES_MAX.min(*bytes), deadline()).await?;
+            let named = ManifestKey::from_key(prefix, tenant, key);
+            let manifest =
+                Manifest::decode(&bytes).filter(|manifest| named.is_some_and(|key| manifest.is_of(&key)));
+            for entry in manifest.ok_or_else(|| unreadable(key))?.entries {
                 match entry {
                     Entry::Removed(object) => _ = held.remove(&object),
                     Entry::Added(added) => _ = held.insert(added.object, Entry::Added(added)),
                 }
             }
         }
+        let keys: Vec<_> = listed.into_iter().map(|listed| listed.key).collect();
         let first = self.ledger.peek(tenant);
         let (_, rest) =
             self.write_entries(tenant, held.into_values().collect(), (self.write_epoch, first)).await;
@@ -226,8 +225,10 @@ impl Shared {
         }
         Ok(())
     }
+}
 
-    async fn size(&self, key: &str) -> Result<u64, BucketError> {
-        self.bucket.head(key, Instant::now() + MANIFEST_WAIT).await?.ok_or(BucketError::Gone)
-    }
+/// It may have been damaged on its way only: what it says is not thrown away for it.
+fn unreadable(key: &str) -> Error {
+    let fix = "nothing, if it is not said again; otherwise `kvd repair s3`";
+    Error::new(Code::Unavailable, "s3", format!("{key} cannot be read"), fix)
 }

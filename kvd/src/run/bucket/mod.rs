@@ -89,7 +89,9 @@ struct Known {
 struct Trouble {
     reads: Option<String>,
     uploads: Option<String>,
-    manifests: Option<String>,
+    /// Other nodes' manifests, and this one's.
+    hearing: Option<String>,
+    telling: Option<String>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -191,7 +193,7 @@ impl BucketTier {
             used_bytes: held.bytes,
             segments: held.objects as u32,
             copies: held.blocks,
-            read_us: way.speed().predict_us(u64::from(kvd_proto::limits::PART_ALIGN), 0) as u64,
+            read_us: way.speed().predict_us(held.bytes / held.blocks.max(1), 0) as u64,
             read_latency_us: way.speed().latency_us(),
             read_bytes_per_us: way.speed().bytes_per_us(),
             trouble: shared.trouble(),
@@ -240,15 +242,19 @@ impl Shared {
 
     /// Whether all that is in the bucket for a tenant is known here.
     fn hears_all(&self, tenant: &str) -> bool {
-        let trouble = lock(&self.trouble).manifests.is_some();
+        let trouble = lock(&self.trouble).hearing.is_some();
         let all = !self.missed.load(Ordering::Relaxed) && lock(&self.index).held().objects_dropped == 0;
         all && !trouble && self.heard.borrow().contains(tenant)
     }
 
     fn trouble(&self) -> String {
         let trouble = lock(&self.trouble);
-        let named =
-            [("reads", &trouble.reads), ("uploads", &trouble.uploads), ("manifests", &trouble.manifests)];
+        let named = [
+            ("reads", &trouble.reads),
+            ("uploads", &trouble.uploads),
+            ("manifests are not heard", &trouble.hearing),
+            ("manifests are not written", &trouble.telling),
+        ];
         let said = named.iter().filter_map(|(what, why)| Some(format!("{what}: {}", why.as_ref()?)));
         said.collect::<Vec<_>>().join("; ")
     }

@@ -97,8 +97,14 @@ impl Shared {
             Some(known) if ours => {
                 let verdict = lock(&self.reads).judge(object, known.slots, age_ms, ttl_ms);
                 if let Verdict::Repack(slots) = &verdict {
-                    let sealed = self.repack(&known, slots, &mut page.packer).await?;
-                    self.write_all(sealed).await?;
+                    match self.repack(&known, slots, &mut page.packer).await {
+                        Ok(sealed) => self.write_all(sealed).await?,
+                        // nothing of it can be saved, and the others must not wait for it
+                        Err(error @ (ReadError::Damaged { .. } | ReadError::Bucket(BucketError::Gone))) => {
+                            tracing::warn!(%error, "an object goes");
+                        }
+                        Err(error) => return Err(error),
+                    }
                 }
                 if verdict != Verdict::Keep {
                     page.going.push((object, listed.key));

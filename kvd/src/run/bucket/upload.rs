@@ -10,9 +10,12 @@ use super::super::inbox::Input;
 use super::{Known, Shared, lock};
 use crate::node::event::{Event, MoveError};
 use kvd_proto::slot_header::SlotHeader;
-use kvd_proto::{BlockId, Chain};
+use kvd_proto::{BlockId, Chain, Fingerprint};
+use kvd_tiers::s3::manifest::Record;
 use kvd_tiers::s3::pack::Block;
-use kvd_tiers::s3::{Packer, Sealed};
+use kvd_tiers::s3::upload::Put;
+use kvd_tiers::s3::{Added, Packer, Sealed};
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
@@ -42,14 +45,23 @@ pub(in super::super) enum Order {
 struct Uploads {
     shared: Arc<Shared>,
     packer: Packer,
-    /// Objects on their way: as many as the buffer holds.
-    puts: JoinSet<()>,
+    /// Objects on their way: as many as the buffer holds. What each holds comes back when the index knows it.
+    puts: JoinSet<Vec<BlockKey>>,
+    /// What is in them.
+    on_its_way: HashSet<BlockKey>,
 }
+
+/// Space, group, id.
+type BlockKey = (Fingerprint, u16, BlockId);
 
 /// Until it is told to stop.
 pub(super) async fn run(shared: Arc<Shared>, mut orders: mpsc::UnboundedReceiver<Order>) {
-    let mut uploads =
-        Uploads { packer: Packer::new(shared.pack_limits()), puts: JoinSet::new(), shared: shared.clone() };
+    let mut uploads = Uploads {
+        packer: Packer::new(shared.pack_limits()),
+        puts: JoinSet::new(),
+        on_its_way: HashSet::new(),
+        shared: shared.clone(),
+    };
     let mut look = tokio::time::interval(LOOK_EVERY);
     loop {
         tokio::select! {
@@ -65,7 +77,7 @@ pub(super) async fn run(shared: Arc<Shared>, mut orders: mpsc::UnboundedReceiver
                 None => return,
             },
             _ = look.tick() => uploads.close_old(),
-            Some(_) = uploads.puts.join_next() => {}
+            Some(put) = uploads.puts.join_next() => uploads.arrived(&put.expect("a put ends with its object")),
         }
     }
 }
@@ -82,8 +94,8 @@ impl Uploads {
             Ok(None) => (Ok(()), false),
             Err(why) => (Err(why), false),
         };
-        let elapsed_us = 0;
-        let mut told = vec![Input::Moved { token, result, elapsed_us, checksums: Vec::new() }];
+        // how long a copy within memory takes is known from checksums
+        let mut told = vec![Input::Moved { token, result, elapsed_us: 0, checksums: Vec::new() }];
         if !taken {
             told.push(Input::Event(Event::Uploaded { bytes, stored: false }));
         }
@@ -106,7 +118,9 @@ impl Uploads {
         if !self.shared.has_heard(&tenant, since).await && attempt < LEFT_MAX {
             return Err(MoveError::Later);
         }
-        if self.packer.holds(&header) || self.shared.has(&tenant, &header) {
+        let key = (header.fingerprint, header.group, header.id);
+        let packed = self.packer.holds(&header) || self.on_its_way.contains(&key);
+        if packed || self.shared.has(&tenant, &header) {
             return Ok(None);
         }
         if self.shared.leave_to_others(&header, attempt).await {
@@ -129,8 +143,13 @@ impl Uploads {
 
     fn put_all(&mut self, sealed: Vec<Sealed>) {
         for sealed in sealed {
+            self.on_its_way.extend(keys_of(&sealed.added));
             self.puts.spawn(put(self.shared.clone(), sealed));
         }
+    }
+
+    fn arrived(&mut self, keys: &[BlockKey]) {
+        keys.iter().for_each(|key| _ = self.on_its_way.remove(key));
     }
 
     /// All that was taken, and the manifests that say so.
@@ -142,22 +161,33 @@ impl Uploads {
     }
 }
 
-/// Writes an object, again and again until it is there.
-async fn put(shared: Arc<Shared>, sealed: Sealed) {
+fn keys_of(added: &Added) -> impl Iterator<Item = BlockKey> {
+    let space = |record: &Record| added.fingerprints[usize::from(record.space)];
+    added.records.iter().map(move |record| (space(record), record.group, record.id))
+}
+
+/// Writes an object, again and again until it is there; what it holds.
+async fn put(shared: Arc<Shared>, sealed: Sealed) -> Vec<BlockKey> {
     let Sealed { tenant, pieces, added } = sealed;
     let key = added.object.key(&shared.config.s3.prefix, &tenant);
     let mut wait = AGAIN;
-    while let Err(error) = shared.bucket.put_if_absent(&key, &pieces, Instant::now() + PUT_WAIT).await {
-        tracing::warn!(%error, key, "an object was not written, it is tried again");
-        lock(&shared.trouble).uploads = Some(error.to_string());
-        tokio::time::sleep(wait).await;
-        wait = (wait * 2).min(AGAIN_MAX);
-    }
+    let stored = loop {
+        match shared.bucket.put_if_absent(&key, &pieces, Instant::now() + PUT_WAIT).await {
+            Ok(put) => break put == Put::Stored,
+            Err(error) => {
+                tracing::warn!(%error, key, "an object was not written, it is tried again");
+                lock(&shared.trouble).uploads = Some(error.to_string());
+                tokio::time::sleep(wait).await;
+                wait = (wait * 2).min(AGAIN_MAX);
+            }
+        }
+    };
     lock(&shared.trouble).uploads = None;
     drop(pieces);
-    let bytes = added.footer_offset();
+    let (bytes, keys) = (added.footer_offset(), keys_of(&added).collect());
     shared.wrote(tenant, added);
-    shared.inbox.push(Input::Event(Event::Uploaded { bytes, stored: true }));
+    shared.inbox.push(Input::Event(Event::Uploaded { bytes, stored }));
+    keys
 }
 
 impl Shared {
