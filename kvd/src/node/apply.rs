@@ -95,6 +95,7 @@ impl Node {
             Event::SegmentClosed { tier, segment } => self.segment_closed(tier, segment),
             Event::Resized { tier, result } => self.resized(tier, result),
             Event::Attached { result } => self.attached(result),
+            Event::Slow { transfer_ms } => self.slow(transfer_ms),
             Event::Detached => self.detached(),
             Event::Tick => self.tick(),
         }

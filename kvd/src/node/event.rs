@@ -182,6 +182,11 @@ pub enum Event {
         /// What there is now, or why not.
         result: Result<NvmeConfig, String>,
     },
+    /// The NVMe device has become slow, or is no longer.
+    Slow {
+        /// It has had one transfer for so long; 0: a later one was quick.
+        transfer_ms: u64,
+    },
     /// Ends `Effect::Detach`: the device is closed.
     Detached,
     /// Time has passed; sent at least ten times a second.

@@ -46,6 +46,8 @@ pub(super) struct Movement {
     reads: Health,
     writes: Health,
     stalled_until_us: u64,
+    /// It has had a transfer for so long, and none was quick since; 0: it keeps up.
+    slow_ms: u64,
 }
 
 /// How the device takes one direction.
@@ -128,6 +130,7 @@ impl Default for Movement {
             reads: Health::default(),
             writes: Health::default(),
             stalled_until_us: 0,
+            slow_ms: 0,
         }
     }
 }
@@ -169,7 +172,9 @@ impl Movement {
             || format!("did not answer in time, read again {}", again(self.stalled_until_us, now_us));
         let reads = self.reads.trouble("reads", now_us);
         let writes = || self.writes.trouble("writes", now_us);
-        reads.or_else(writes).or_else(|| (self.stalled_until_us > 0).then(stalled)).unwrap_or_default()
+        let stalled = || (self.stalled_until_us > 0).then(stalled);
+        let slow = || (self.slow_ms > 0).then(|| format!("slow: one transfer took {} ms", self.slow_ms));
+        reads.or_else(writes).or_else(stalled).or_else(slow).unwrap_or_default()
     }
 
     /// Whoever asks next neither waits for this block nor orders another: the device does not answer (law 3).
@@ -211,7 +216,8 @@ impl Movement {
         assert!(self.promotions == 0 && self.demotions == 0, "the device has something under way");
         let fresh = Self::default();
         (self.nvme_reads, self.nvme_writes) = (fresh.nvme_reads, fresh.nvme_writes);
-        (self.reads, self.writes, self.stalled_until_us) = (fresh.reads, fresh.writes, 0);
+        (self.reads, self.writes) = (fresh.reads, fresh.writes);
+        (self.stalled_until_us, self.slow_ms) = (0, 0);
     }
 
     /// Another block may be fetched.
@@ -363,6 +369,10 @@ impl Node {
                 self.note("error", || why);
             }
         }
+    }
+
+    pub(super) fn slow(&mut self, transfer_ms: u64) {
+        self.movement.slow_ms = transfer_ms;
     }
 
     fn count_transfer(&mut self, kind: MoveKind, bytes: u64, elapsed_us: u64) {

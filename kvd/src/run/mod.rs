@@ -17,6 +17,7 @@ mod listeners;
 mod members;
 mod metrics;
 mod mover;
+mod pace;
 mod publisher;
 mod reactor;
 mod reattach;

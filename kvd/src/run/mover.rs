@@ -8,6 +8,7 @@
 use super::dram::DramSegments;
 use super::inbox::{Inbox, Input};
 use super::ledger::Ledger;
+use super::pace::Pace;
 use super::shelf::Shelf;
 use crate::node::event::{Event, MoveError};
 use kvd_proto::slot_header::SlotHeader;
@@ -69,6 +70,7 @@ impl Mover {
             closing: Vec::new(),
             ended: Vec::new(),
             refused: None,
+            pace: Pace::new(Instant::now()),
             stopping: false,
         };
         let run = move || {
@@ -112,6 +114,7 @@ struct Thread {
     ended: Vec<Input>,
     /// The engine itself has failed, with this; every later transfer fails with it at once.
     refused: Option<String>,
+    pace: Pace,
     stopping: bool,
 }
 
@@ -119,6 +122,15 @@ struct Transfer {
     work: Work,
     io: Io,
     ordered: Instant,
+    /// When the device was given it; before that, as `ordered`.
+    submitted: Instant,
+}
+
+impl Transfer {
+    fn ordered(work: Work, io: Io) -> Self {
+        let now = Instant::now();
+        Self { work, io, ordered: now, submitted: now }
+    }
 }
 
 enum Work {
@@ -139,6 +151,7 @@ impl Thread {
                 self.fail_all(&error.to_string());
             }
             done.drain(..).for_each(|done| self.finish(done));
+            self.tell_pace();
             self.close_some();
             self.inbox.push_all(&mut self.ended);
         }
@@ -207,7 +220,7 @@ impl Thread {
             buffer: source.buffer(from.slot),
         };
         let work = Work::Demotion { token, to, header };
-        self.pending.push_back(Transfer { work, io, ordered: Instant::now() });
+        self.pending.push_back(Transfer::ordered(work, io));
     }
 
     fn promote(&mut self, token: u64, from: SlotRef, to: SlotRef) {
@@ -221,7 +234,7 @@ impl Thread {
         let expected = self.shelf.checksums(from).to_vec();
         let work = Work::Promotion { token, to, expected };
         // somebody waits for what is read, nobody for what is written
-        self.pending.push_front(Transfer { work, io, ordered: Instant::now() });
+        self.pending.push_front(Transfer::ordered(work, io));
     }
 
     /// Before slots: there are few, and a queue full of slots would keep them out.
@@ -241,7 +254,7 @@ impl Thread {
                 self.pending.push_front(transfer); // until headers are written; reads are all before it
                 return;
             }
-            transfer.io.token = self.next_io;
+            (transfer.io.token, transfer.submitted) = (self.next_io, Instant::now());
             match self.medium.submit(transfer.io.clone()) {
                 Ok(()) => {
                     self.next_io += 1;
@@ -261,7 +274,15 @@ impl Thread {
             return;
         }
         let transfer = self.under_way.remove(&done.token).expect("a transfer ends once");
+        self.pace.ended(transfer.submitted.elapsed());
         self.end(transfer, done.result.map_err(|error| MoveError::Device(error.to_string())));
+    }
+
+    fn tell_pace(&mut self) {
+        let under_way = self.under_way.values().map(|transfer| transfer.submitted);
+        if let Some(worst) = self.pace.look(under_way, Instant::now()) {
+            self.ended.push(Input::Event(Event::Slow { transfer_ms: worst.as_millis() as u64 }));
+        }
     }
 
     fn end(&mut self, transfer: Transfer, result: Result<(), MoveError>) {

@@ -1,6 +1,6 @@
 //! DRAM to NVMe and back: what moves, what fails, what comes late.
 
-use super::super::event::MoveError;
+use super::super::event::{Event, MoveError};
 use super::harness::{SEGMENT_SLOTS, World, id, ids, match_of, packed, reserve_after, reserve_of, with_nvme};
 use kvd_proto::wire::client_frame::Body as Ask;
 use kvd_proto::wire::node_frame::Body as Reply;
@@ -168,6 +168,16 @@ fn a_write_that_fails_loses_nothing_and_a_sick_device_is_left_alone() {
     world.settle();
     assert!(world.counters().nvme_write_bytes > 0);
     assert_eq!(trouble(&world), "", "it has written");
+}
+
+#[test]
+fn a_slow_device_is_in_trouble_until_it_is_quick() {
+    let mut world = World::new(with_nvme(6));
+    let trouble = |world: &World| world.node.tier_trouble(Tier::Nvme);
+    world.apply(Event::Slow { transfer_ms: 1004 });
+    assert_eq!(trouble(&world), "slow: one transfer took 1004 ms");
+    world.apply(Event::Slow { transfer_ms: 0 });
+    assert_eq!(trouble(&world), "");
 }
 
 #[test]
