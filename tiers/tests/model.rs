@@ -6,7 +6,7 @@
 use kvd_proto::BlockId;
 use kvd_proto::wire::Tier;
 use kvd_tiers::catalog::{Catalog, Handle, Key, Mark, NewEntry, TIERS};
-use kvd_tiers::eviction::{self, Eviction};
+use kvd_tiers::eviction::{self, Eviction, Use};
 use kvd_tiers::segment::SlotRef;
 use kvd_tiers::slots::SlotPool;
 use proptest::prelude::*;
@@ -143,7 +143,7 @@ impl Node {
         let slot = self.pools[tier].allocate(0, 1).expect("there is a free slot");
         let handle = self.insert(new, tier, slot);
         self.pools[tier].set_owner(slot, handle);
-        self.policies[tier].insert(handle, new.key.id.to_u64());
+        self.policies[tier].insert(handle, &Use::unknown(new.key.id.to_u64(), 0));
     }
 
     fn insert(&mut self, new: &NewEntry, tier: usize, slot: SlotRef) -> Handle {
@@ -212,7 +212,7 @@ impl Node {
 
     fn evict(&mut self, tier: usize, scan: usize) -> bool {
         let (catalog, mut looks) = (&self.catalog, 0);
-        let victim = self.policies[tier].victim(scan, &mut |handle| {
+        let victim = self.policies[tier].victim(0, scan, &mut |handle| {
             looks += 1;
             eligible(catalog, handle, tier)
         });
@@ -259,7 +259,7 @@ impl Node {
             self.catalog.get_mut(handle).touch(7);
             let tiers = self.model[key].copies.keys().copied().collect::<Vec<_>>();
             for tier in tiers {
-                self.policies[tier].touch(handle);
+                self.policies[tier].touch(handle, &Use::unknown(0, 0));
             }
         }
     }
@@ -388,9 +388,9 @@ fn a_million_blocks_fit_their_budget() {
         kept.push(catalog);
     }
     for policy in &mut policies.0 {
-        let touch = nanos(|step| policy.touch((mix(step) % MILLION) as u32));
+        let touch = nanos(|step| policy.touch((mix(step) % MILLION) as u32, &Use::unknown(0, step)));
         let evict = nanos(|_| {
-            let victim = policy.victim(1000, &mut |_| true).expect("all are eligible");
+            let victim = policy.victim(0, 1000, &mut |_| true).expect("all are eligible");
             policy.remove(victim);
         });
         println!("{}: touch {touch:.0} ns, evict {evict:.0} ns", policy.name());
@@ -403,7 +403,7 @@ fn measure_policies() -> (Vec<Box<dyn Eviction>>, f64) {
     for name in eviction::NAMES {
         let before = rss_bytes();
         let mut policy = eviction::by_name(name).expect("known");
-        let insert = nanos(|handle| policy.insert(handle as u32, mix(handle)));
+        let insert = nanos(|handle| policy.insert(handle as u32, &Use::unknown(mix(handle), handle)));
         let bytes = (rss_bytes() - before) as f64 / MILLION as f64;
         println!("{name}: {bytes:.0} B a copy, insert {insert:.0} ns");
         most = most.max(bytes);

@@ -3,7 +3,7 @@
 //! Invariants: a block in use is never evicted; idle blocks go in the order they became idle, a chain's tail first; the numbers
 //! of blocks in use, idle and free add up to the capacity. Leaves to others: when blocks are taken and given back (`engine`).
 
-use kvd_tiers::eviction::{Eviction, Handle, lru::Lru};
+use kvd_tiers::eviction::{Eviction, Handle, Use, lru::Lru};
 use std::collections::HashMap;
 
 /// A block of a prompt; equal names are equal prefixes.
@@ -76,7 +76,7 @@ impl Hbm {
             slot.users = slot.users.checked_sub(1).expect("released once for each acquire");
             self.used -= u32::from(slot.users == 0);
             match (slot.users, slot.name) {
-                (0, Some(name)) => self.idle.insert(handle, name),
+                (0, Some(name)) => self.idle.insert(handle, &Use::unknown(name, 0)),
                 (0, None) => self.free.push(handle),
                 _ => {}
             }
@@ -84,7 +84,7 @@ impl Hbm {
     }
 
     fn evict(&mut self) -> Option<Handle> {
-        let handle = self.idle.victim(1, &mut |_| true)?;
+        let handle = self.idle.victim(0, 1, &mut |_| true)?;
         self.idle.remove(handle);
         let name = self.slots[handle as usize].name.expect("idle blocks have names");
         self.found.remove(&name);

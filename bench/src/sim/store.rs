@@ -7,7 +7,7 @@
 //! until that is full. Modelled as free: writes (they are behind), and asking who has what.
 
 use super::hbm::BlockName;
-use kvd_tiers::eviction::{self, Eviction, Handle};
+use kvd_tiers::eviction::{self, Eviction, Handle, Use};
 use std::collections::HashMap;
 
 /// Achieved of a PCIe 5 x16 link's 64 GB/s, host to an H100 (NVIDIA DGX H100: one link a GPU).
@@ -237,7 +237,7 @@ impl Tier {
 
     fn touch(&mut self, name: BlockName) -> bool {
         let found = self.found.get(&name);
-        found.inspect(|&&handle| self.order.touch(handle)).is_some()
+        found.inspect(|&&handle| self.order.touch(handle, &Use::unknown(name, 0))).is_some()
     }
 
     /// What had to go for it; with no room at all, itself.
@@ -255,14 +255,14 @@ impl Tier {
         });
         self.names[handle as usize] = name;
         self.found.insert(name, handle);
-        self.order.insert(handle, name);
+        self.order.insert(handle, &Use::unknown(name, 0));
         pushed
     }
 
     fn evict(&mut self) -> Option<BlockName> {
         // a policy may need more than one look
         let handle =
-            std::iter::repeat_with(|| self.order.victim(SCAN_MAX, &mut |_| true)).flatten().next()?;
+            std::iter::repeat_with(|| self.order.victim(0, SCAN_MAX, &mut |_| true)).flatten().next()?;
         self.order.remove(handle);
         self.free.push(handle);
         let name = self.names[handle as usize];

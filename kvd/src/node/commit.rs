@@ -11,6 +11,7 @@ use kvd_proto::slot_header::{FLAG_TAIL, SlotHeader};
 use kvd_proto::wire::{self, ReserveState, Tier};
 use kvd_proto::{Code, Error};
 use kvd_tiers::catalog::{Handle, Mark};
+use kvd_tiers::eviction::Use;
 use kvd_tiers::segment::SlotRef;
 use std::ops::Range;
 
@@ -105,7 +106,7 @@ impl Node {
         entry.release();
         entry.touch(now_s);
         let key = entry.key();
-        self.memory.pools[pool].policy.insert(handle, key.id.to_u64());
+        self.memory.pools[pool].policy.insert(handle, &Use::unknown(key.id.to_u64(), self.now_us));
         let generation = self.memory.pools[pool].slots.generation(slot);
         let header = Box::new(self.header(handle));
         self.out.push(Effect::Publish { slot, generation, header });

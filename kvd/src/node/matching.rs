@@ -12,6 +12,7 @@ use kvd_proto::limits::{REQUEST_KEY_BYTES_MAX, RUNS_MAX};
 use kvd_proto::wire::{self, HandOffState, Tier};
 use kvd_proto::{Chain, Error};
 use kvd_tiers::catalog::Handle;
+use kvd_tiers::eviction::Use;
 use kvd_tiers::segment::SlotRef;
 use std::ops::Range;
 
@@ -314,7 +315,8 @@ impl Node {
             let in_tier = [Tier::Dram, Tier::Nvme].map(|tier| entry.readable(tier).map(|_| tier));
             for tier in in_tier.into_iter().flatten() {
                 let pool = self.pool_of_group(key.space, key.group, tier).expect("a copy has a pool");
-                self.memory.pools[pool].policy.touch(handle);
+                let used = Use::unknown(key.id.to_u64(), self.now_us);
+                self.memory.pools[pool].policy.touch(handle, &used);
             }
         }
     }

@@ -466,10 +466,10 @@ impl Node {
 
     /// The copy that goes next, if any may go; `to_demote`: one that must be written to NVMe first.
     fn victim(&mut self, pool: usize, to_demote: bool) -> Option<Handle> {
-        let (catalog, pins) = (&self.catalog, &self.pins);
+        let (catalog, pins, now_us) = (&self.catalog, &self.pins, self.now_us);
         let state = &mut self.memory.pools[pool];
         let tier = state.tier;
-        state.policy.victim(SCAN_MAX, &mut |handle| {
+        state.policy.victim(now_us, SCAN_MAX, &mut |handle| {
             let entry = catalog.get(handle);
             let other = if tier == Tier::Dram { Tier::Nvme } else { Tier::Dram };
             let elsewhere = entry.readable(other).is_some();

@@ -11,6 +11,7 @@ use super::memory::at;
 use kvd_proto::slot_header::FLAG_CHECKSUMMED;
 use kvd_proto::wire::Tier;
 use kvd_tiers::catalog::{Handle, Mark};
+use kvd_tiers::eviction::Use;
 use kvd_tiers::measure::Estimate;
 use kvd_tiers::segment::SlotRef;
 use std::collections::HashMap;
@@ -405,8 +406,8 @@ impl Node {
             if ended.kind != MoveKind::Verification {
                 entry.mark(Tier::Dram, Mark::Checksummed);
             }
-            let ghost = entry.key().id.to_u64();
-            self.memory.pools[dram].policy.insert(handle, ghost);
+            let used = Use::unknown(entry.key().id.to_u64(), self.now_us);
+            self.memory.pools[dram].policy.insert(handle, &used);
             self.tell_copy(handle, Tier::Dram, true);
             self.held_is_whole(handle);
             if !matches!(ended.kind, MoveKind::Fetch { .. }) {
@@ -436,8 +437,8 @@ impl Node {
         let entry = self.catalog.get_mut(handle);
         entry.unmark(Tier::Nvme, Mark::Filling);
         entry.mark(Tier::Nvme, Mark::Checksummed);
-        let (ghost, idle) = (entry.key().id.to_u64(), entry.leases() == 0);
-        self.memory.pools[nvme].policy.insert(handle, ghost);
+        let (key, idle) = (entry.key().id.to_u64(), entry.leases() == 0);
+        self.memory.pools[nvme].policy.insert(handle, &Use::unknown(key, self.now_us));
         self.tell_copy(handle, Tier::Nvme, true);
         if idle && !self.pins.contains_key(&handle) && self.catalog.is_leaf(handle, Tier::Dram) {
             self.evict(handle, dram); // it was the next to go when the write began

@@ -8,7 +8,7 @@
 //! oldest of a bucket falling out. A false memory (4 in 2^32 / buckets) sends a new copy straight to main: no harm.
 //! Memory: 13 B a handle (dense arrays, by the largest handle) and 2-4 B a copy of ghost; measured 18 at a million.
 
-use super::{Eviction, Handle};
+use super::{Eviction, Handle, Use};
 
 /// In the config.
 pub const NAME: &str = "s3fifo";
@@ -118,21 +118,21 @@ impl Eviction for S3Fifo {
         NAME
     }
 
-    fn insert(&mut self, handle: Handle, ghost_key: u64) {
+    fn insert(&mut self, handle: Handle, used: &Use) {
         let at = handle as usize;
         if at >= self.places.len() {
             self.places.resize(at + 1, Place::Nowhere);
             self.links.resize(at + 1, Link { newer: NONE, older: NONE, fingerprint: 0 });
         }
         assert_eq!(self.places[at], Place::Nowhere, "handle {handle} inserted twice");
-        let fingerprint = fingerprint(ghost_key);
+        let fingerprint = fingerprint(used.key);
         self.links[at].fingerprint = fingerprint;
         let known = self.ghost.forget(fingerprint);
         self.push(known, handle, 0);
         self.ghost.fit(self.len());
     }
 
-    fn touch(&mut self, handle: Handle) {
+    fn touch(&mut self, handle: Handle, _used: &Use) {
         let (main, uses) = self.place(handle);
         self.places[handle as usize] = Place::In { main, uses: USES_MAX.min(uses + 1) };
     }
@@ -145,7 +145,12 @@ impl Eviction for S3Fifo {
         }
     }
 
-    fn victim(&mut self, scan_limit: usize, eligible: &mut dyn FnMut(Handle) -> bool) -> Option<Handle> {
+    fn victim(
+        &mut self,
+        _now_us: u64,
+        scan_limit: usize,
+        eligible: &mut dyn FnMut(Handle) -> bool,
+    ) -> Option<Handle> {
         let mut stuck = None;
         for _ in 0..scan_limit {
             let handle = self.oldest(stuck);
@@ -219,12 +224,12 @@ mod tests {
 
     fn filled(handles: Handle) -> S3Fifo {
         let mut policy = S3Fifo::new(SMALL_PERCENT_DEFAULT);
-        (0..handles).for_each(|handle| policy.insert(handle, u64::from(handle)));
+        (0..handles).for_each(|handle| policy.insert(handle, &Use::unknown(u64::from(handle), 0)));
         policy
     }
 
     fn evict(policy: &mut S3Fifo) -> Handle {
-        let victim = policy.victim(1000, &mut |_| true).expect("something is eligible");
+        let victim = policy.victim(0, 1000, &mut |_| true).expect("something is eligible");
         policy.remove(victim);
         victim
     }
@@ -232,7 +237,7 @@ mod tests {
     #[test]
     fn unused_copies_go_in_order_of_arrival() {
         let mut policy = filled(10);
-        policy.touch(1);
+        policy.touch(1, &Use::unknown(0, 0));
         let order: Vec<_> = (0..10).map(|_| evict(&mut policy)).collect();
         assert_eq!(order[..2], [0, 2]);
         // once the small queue is down to its share, the used copy has had its second chance
@@ -243,8 +248,8 @@ mod tests {
     fn what_comes_back_soon_goes_to_main() {
         let mut policy = filled(100);
         assert_eq!(evict(&mut policy), 0);
-        policy.insert(200, 0);
-        policy.insert(201, 12_345);
+        policy.insert(200, &Use::unknown(0, 0));
+        policy.insert(201, &Use::unknown(12_345, 0));
         assert_eq!((policy.place(200), policy.place(201)), ((MAIN, 0), (SMALL, 0)));
         assert!(!policy.ghost.forget(fingerprint(0)), "remembered once");
     }
@@ -257,24 +262,28 @@ mod tests {
             looked.push(handle);
             handle == 7
         };
-        assert_eq!(policy.victim(5, &mut only_seven), None);
-        assert_eq!(policy.victim(5, &mut only_seven), Some(7));
-        assert_eq!(policy.victim(1, &mut only_seven), Some(7), "it stays until it is removed");
+        assert_eq!(policy.victim(0, 5, &mut only_seven), None);
+        assert_eq!(policy.victim(0, 5, &mut only_seven), Some(7));
+        assert_eq!(policy.victim(0, 1, &mut only_seven), Some(7), "it stays until it is removed");
         assert_eq!(looked, [0, 1, 2, 3, 4, 5, 6, 7, 7]);
-        assert_eq!(policy.victim(0, &mut |_| true), None);
+        assert_eq!(policy.victim(0, 0, &mut |_| true), None);
     }
 
     #[test]
     fn a_queue_that_may_not_go_does_not_hide_the_other() {
         let mut policy = filled(10);
-        policy.touch(0);
-        assert_eq!(policy.victim(1, &mut |_| true), None, "the one look moved it to main");
+        policy.touch(0, &Use::unknown(0, 0));
+        assert_eq!(policy.victim(0, 1, &mut |_| true), None, "the one look moved it to main");
         assert_eq!(policy.place(0), (MAIN, 0));
-        assert_eq!(policy.victim(4, &mut |handle| handle == 0), Some(0), "small is over its share and stuck");
-        (1..9).for_each(|handle| policy.touch(handle));
-        assert_eq!(policy.victim(100, &mut |_| false), None);
+        assert_eq!(
+            policy.victim(0, 4, &mut |handle| handle == 0),
+            Some(0),
+            "small is over its share and stuck"
+        );
+        (1..9).for_each(|handle| policy.touch(handle, &Use::unknown(0, 0)));
+        assert_eq!(policy.victim(0, 100, &mut |_| false), None);
         assert_eq!(policy.queues[usize::from(SMALL)].len, 1);
-        assert_eq!(policy.victim(2, &mut |handle| handle == 9), Some(9), "main is stuck");
+        assert_eq!(policy.victim(0, 2, &mut |handle| handle == 9), Some(9), "main is stuck");
     }
 
     proptest! {
@@ -285,10 +294,10 @@ mod tests {
             for (kind, handle) in steps {
                 match (kind, model.contains(&handle)) {
                     (0, false) => {
-                        policy.insert(handle, u64::from(handle % 5));
+                        policy.insert(handle, &Use::unknown(u64::from(handle % 5), 0));
                         model.insert(handle);
                     }
-                    (1, true) => policy.touch(handle),
+                    (1, true) => policy.touch(handle, &Use::unknown(0, 0)),
                     (2, true) => {
                         policy.remove(handle);
                         model.remove(&handle);
@@ -297,7 +306,7 @@ mod tests {
                         let eligible = |candidate: Handle| candidate % 2 == handle % 2;
                         let mut looks = 0;
                         let limit = 4 * model.len() + 4;
-                        let victim = policy.victim(limit, &mut |candidate| {
+                        let victim = policy.victim(0, limit, &mut |candidate| {
                             looks += 1;
                             eligible(candidate)
                         });
