@@ -20,6 +20,7 @@ mod local;
 mod million;
 mod nvme;
 mod peer;
+mod policy;
 mod replay;
 mod report;
 mod roofline;
@@ -48,6 +49,7 @@ enum Command {
     Chaos(chaos::Args),
     Crash(crash::Args),
     Disk(disk::Args),
+    Policy(policy::Args),
     Front(front::Args),
     Engine(engine::serve::Args),
     /// The daemon that a benchmark starts for itself.
@@ -78,6 +80,7 @@ fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Nvme(args) => nvme::run(&args),
         Command::Sim(args) => sim::run(&args),
+        Command::Policy(args) => policy::run(&args),
         Command::Peer(args) => block_on(peer::run(args)),
         Command::S3(args) => block_on(s3::run(args)),
         Command::Daemon(args) => daemon::serve(&args),
