@@ -79,6 +79,7 @@ impl Zipf {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::f64::consts::E;
 
     const DRAWS: usize = 20_000;
 
@@ -101,7 +102,7 @@ mod tests {
         assert!((950.0..1050.0).contains(&mean), "{mean}");
         let lengths = many(|draw| draw.lognormal(6.0, 1.0));
         let below = lengths.iter().filter(|&&length| length < 6.0).count() as f64 / DRAWS as f64;
-        let within = lengths.iter().filter(|&&length| (6.0 / 2.718..6.0 * 2.718).contains(&length)).count();
+        let within = lengths.iter().filter(|&&length| (6.0 / E..6.0 * E).contains(&length)).count();
         assert!((0.48..0.52).contains(&below), "{below}");
         assert!((0.66..0.70).contains(&(within as f64 / DRAWS as f64)), "{within}");
         let zipf = Zipf::new(10, 1.0);

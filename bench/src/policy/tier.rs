@@ -189,8 +189,10 @@ mod tests {
             Request { known: self.known.min(blocks), ..Request::unknown(blocks, now_us) }
         }
         fn insert(&mut self, handle: Handle, used: &Use) {
-            assert_eq!(self.keys.len(), handle as usize, "handles are dense");
-            self.keys.push(Some(used.key));
+            let at = handle as usize;
+            assert!(at <= self.keys.len(), "handles are dense");
+            self.keys.resize(self.keys.len().max(at + 1), None);
+            assert_eq!(self.keys[at].replace(used.key), None, "handles are of one block at a time");
             self.write("insert", used.key, used.saved_us);
         }
         fn touch(&mut self, handle: Handle, used: &Use) {
