@@ -30,9 +30,10 @@ const CAPACITY_BLOCKS_MAX: u64 = 100_000_000;
 /// what a block takes to compute: a heuristic, not a limit. `decision ns` is wall time of the policy's calls and the tables around
 /// them, over blocks used and evicted; for bounds it says nothing.
 #[derive(Debug, Clone, clap::Args)]
+#[command(group = clap::ArgGroup::new("workload").args(["trace", "synthetic"]).required(true).multiple(true))]
 pub(crate) struct Args {
     /// Requests in Mooncake's JSONL or Azure's CSV, gzipped or not.
-    #[arg(long, value_name = "FILE", num_args = 1.., required_unless_present = "synthetic")]
+    #[arg(long, value_name = "FILE", num_args = 1..)]
     trace: Vec<PathBuf>,
     /// Made-up requests, about ten thousand in an hour.
     #[arg(long, value_enum, value_delimiter = ',')]
@@ -206,7 +207,8 @@ mod tests {
             let error = args(&[&["--synthetic", "chat"], words].concat()).unwrap_err();
             assert!(parts.iter().all(|part| error.contains(part)), "{words:?}: {error}");
         }
-        assert!(args(&["--capacity", "9"]).unwrap_err().contains("--trace"));
+        let neither = args(&["--capacity", "9"]).unwrap_err();
+        assert!(neither.contains("--trace") && neither.contains("--synthetic"), "{neither}");
         let absent = args(&["--trace", "no/such.jsonl"]).unwrap();
         assert!(run(&absent).unwrap_err().to_string().starts_with("no/such.jsonl: "));
     }
