@@ -21,9 +21,10 @@ fn objects(output: &Output) -> Vec<Value> {
 fn help_tells_a_newcomer_what_each_command_measures() {
     let folder = tempfile::tempdir().unwrap();
     let help = String::from_utf8(bench(&["--help"], folder.path()).stdout).unwrap();
-    for name in
-        ["demo", "replay", "local", "nvme", "million", "peer", "sim", "engine", "chaos", "crash", "front"]
-    {
+    for name in [
+        "demo", "replay", "local", "nvme", "million", "peer", "sim", "engine", "chaos", "crash", "front",
+        "policy",
+    ] {
         assert!(help.contains(name), "{name}");
         let own = bench(&[name, "--help"], folder.path()).stdout;
         assert!(own.len() > 700, "{name} --help is short");

@@ -118,6 +118,9 @@ impl<'a> Tier<'a> {
         self.handles[block as usize] = NO_HANDLE;
         if let Some(parent) = self.workload.parent(block) {
             self.children[parent as usize] -= 1;
+            if self.children[parent as usize] == 0 {
+                self.policy.expose(self.handles[parent as usize]);
+            }
         }
         self.free.push(victim);
         self.outcome.evicted_blocks += 1;

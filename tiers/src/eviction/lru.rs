@@ -70,7 +70,7 @@ impl Eviction for Lru {
 
 /// One multiplication: handles are small, distinct and ours, so nobody can choose them to collide.
 #[derive(Debug, Default)]
-struct HandleHasher(u64);
+pub(super) struct HandleHasher(u64);
 
 impl Hasher for HandleHasher {
     fn write(&mut self, _bytes: &[u8]) {

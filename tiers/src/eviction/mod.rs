@@ -6,8 +6,18 @@
 //! The policy guarantees: amortised O(1) a call, bounded scanning, no clock, no randomness; it never decides whether a
 //! copy *may* go (leases, pins, children: the caller's `eligible`).
 
+mod class;
+pub mod class_ttl;
+mod keys;
+mod learned;
+mod lens;
+mod lists;
 pub mod lru;
+mod queues;
+mod reuse;
 pub mod s3fifo;
+mod shadow;
+pub mod worth;
 
 use kvd_proto::Error;
 
@@ -15,11 +25,13 @@ use kvd_proto::Error;
 pub type Handle = u32;
 
 /// The policies' names, as the config has them.
-pub const NAMES: [&str; 2] = [lru::NAME, s3fifo::NAME];
+pub const NAMES: [&str; 4] = [lru::NAME, s3fifo::NAME, class_ttl::NAME, worth::NAME];
 
 /// A request as a policy sees it begin, to be handed back with each of its uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Request {
+    /// Given by the policy, to tell requests apart: a request's uses of a block count once.
+    pub number: u32,
     /// When it began, by the caller's clock in microseconds.
     pub now_us: u64,
     /// Blocks of its chain.
@@ -28,16 +40,20 @@ pub struct Request {
     pub known: u32,
     /// Which turn of a conversation it is, as far as the policy has seen the others: 1 and more.
     pub turn: u8,
+    /// So many blocks, from the head on, are used by very many requests.
+    pub trunk: u32,
+    /// Stands for the rest of the chain where chains are sampled.
+    pub branch: u32,
 }
 
 impl Request {
     /// One of which nothing is known.
     pub fn unknown(blocks: u32, now_us: u64) -> Self {
-        Self { now_us, blocks, known: 0, turn: 1 }
+        Self { number: 0, now_us, blocks, known: 0, turn: 1, trunk: 0, branch: 0 }
     }
 }
 
-/// A use of a block by a request. Uses of a block by requests that began in the same millisecond count as one.
+/// A use of a block by a request.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Use {
     /// The block id's first 64 bits, which outlive the handle: a policy may know it when it comes back.
@@ -70,6 +86,8 @@ pub trait Eviction: Send {
     fn insert(&mut self, handle: Handle, used: &Use);
     /// The copy was used by a request.
     fn touch(&mut self, handle: Handle, used: &Use);
+    /// The copy has no child here any more: it may go, as far as that goes.
+    fn expose(&mut self, _handle: Handle) {}
     /// The copy is gone.
     fn remove(&mut self, handle: Handle);
     /// The first eligible copy in order, looking at no more than `scan_limit`. It stays until `remove`.
@@ -93,6 +111,8 @@ pub fn by_name(name: &str) -> Result<Box<dyn Eviction>, Error> {
     match name {
         lru::NAME => Ok(Box::new(lru::Lru::new())),
         s3fifo::NAME => Ok(Box::new(s3fifo::S3Fifo::new(s3fifo::SMALL_PERCENT_DEFAULT))),
+        class_ttl::NAME => Ok(Box::new(class_ttl::ClassTtl::new())),
+        worth::NAME => Ok(Box::new(worth::Worth::new())),
         _ => Err(Error::invalid(
             "eviction",
             format!("no policy is called {name:?}"),
@@ -104,6 +124,70 @@ pub fn by_name(name: &str) -> Result<Box<dyn Eviction>, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+    use std::collections::{BTreeMap, BTreeSet};
+
+    /// Requests for chains of a small tree, more than fit, in a cache that evicts leaves only and now and then loses something.
+    fn serve(name: &str, requests: &[(u64, u8, bool)], capacity: usize) -> Vec<Handle> {
+        let mut policy = by_name(name).unwrap();
+        // by block: its handle; a block is its branch, and its place there
+        let mut found = BTreeMap::<(u64, u8), Handle>::new();
+        let (mut free, mut evicted) = ((0..1000).rev().collect::<Vec<Handle>>(), Vec::new());
+        for (number, (branch, blocks, loses)) in requests.iter().enumerate() {
+            let now_us = number as u64 * 100_000;
+            let chain: Vec<_> = (0..*blocks).map(|at| (branch * u64::from(at > 1), at)).collect();
+            let keys: Vec<_> = chain.iter().map(|(branch, at)| branch << 8 | u64::from(*at)).collect();
+            let request = policy.request(&keys, now_us);
+            assert_eq!(request.blocks, chain.len() as u32);
+            assert!(request.known <= request.blocks && request.turn > 0);
+            for (at, block) in chain.iter().enumerate().rev() {
+                let used = Use { key: keys[at], request, at: at as u32, saved_us: 100.0 * at as f32 };
+                if let Some(handle) = found.get(block) {
+                    policy.touch(*handle, &used);
+                } else {
+                    let handle = free.pop().expect("few are here");
+                    policy.insert(handle, &used);
+                    found.insert(*block, handle);
+                }
+            }
+            let over = found.len().saturating_sub(capacity) + usize::from(*loses);
+            for _ in 0..over.min(found.len()) {
+                let parents: BTreeSet<_> = found.keys().filter_map(|block| parent(*block)).collect();
+                let leaf =
+                    |handle| found.iter().any(|(block, known)| *known == handle && !parents.contains(block));
+                let mut search = || policy.victim(now_us, 8, &mut |handle| leaf(handle));
+                let victim = (0..found.len() + 8).find_map(|_| search()).expect("it comes to a leaf in time");
+                assert!(leaf(victim));
+                policy.remove(victim);
+                free.push(victim);
+                evicted.push(victim);
+                let block = *found.iter().find(|(_, known)| **known == victim).expect("it is here").0;
+                found.remove(&block);
+                let above =
+                    parent(block).filter(|above| !found.keys().any(|block| parent(*block) == Some(*above)));
+                above.and_then(|above| found.get(&above)).into_iter().for_each(|above| policy.expose(*above));
+            }
+            assert_eq!(policy.len(), found.len());
+        }
+        evicted
+    }
+
+    fn parent((branch, at): (u64, u8)) -> Option<(u64, u8)> {
+        at.checked_sub(1).map(|at| (branch * u64::from(at > 1), at))
+    }
+
+    proptest! {
+        #[test]
+        fn every_policy_keeps_its_promises(
+            requests in proptest::collection::vec((0..12_u64, 1..9_u8, any::<bool>()), 1..150),
+            capacity in 4..40_usize,
+        ) {
+            for name in NAMES {
+                let once = serve(name, &requests, capacity);
+                prop_assert_eq!(once, serve(name, &requests, capacity), "no chance in {}", name);
+            }
+        }
+    }
 
     #[test]
     fn policies_are_found_by_name() {
@@ -112,7 +196,10 @@ mod tests {
         }
         let error = by_name("lfu").err().expect("unknown");
         assert_eq!(error.field, "eviction");
-        assert!(error.to_string().contains("\"lfu\"") && error.fix.contains("lru, s3fifo"), "{error}");
+        assert!(
+            error.to_string().contains("\"lfu\"") && error.fix.contains("lru, s3fifo, class-ttl, worth"),
+            "{error}"
+        );
     }
 
     /// One-hit blocks pass by, more than the cache holds; a block that was used stays under S3-FIFO only.

@@ -1,0 +1,132 @@
+//! What a policy has seen: of each key its last use, of each class when its blocks come back.
+//!
+//! Owns both, and the reading of a request from them. Invariants: a request's uses of a block count once (engines ask again and again, and
+//! what was loaded is put in order once more); bounded by the copies. Leaves to others: which copies are there (`queues`).
+
+use super::class::Class;
+use super::keys::{Keys, fingerprint};
+use super::queues::now_ms;
+use super::reuse::Reuse;
+use super::{Request, Use};
+
+/// Keys that are remembered for each copy, or up to twice as many: of a copy that went too early that much is known.
+const KEYS_PER_COPY: usize = 4;
+
+/// Uses that show a block to be everybody's.
+const TRUNK_USES: u8 = 64;
+
+#[derive(Debug)]
+pub(super) struct Learned {
+    keys: Keys<Seen>,
+    /// Those that have begun.
+    requests: u32,
+    pub(super) reuse: Reuse,
+}
+
+/// A key's last use.
+#[derive(Debug, Clone, Copy, Default)]
+struct Seen {
+    last_ms: u32,
+    /// Whose it was.
+    request: u32,
+    class: Class,
+    uses: u8,
+    /// Of the conversation whose last prompt ended here; 0: none did.
+    turn: u8,
+    /// It is not to be forgotten: the copy's next use, however late, is what is to be learned.
+    here: bool,
+}
+
+impl Learned {
+    pub(super) fn new() -> Self {
+        Self { keys: Keys::new(KEYS_PER_COPY), requests: 0, reuse: Reuse::new() }
+    }
+
+    pub(super) fn request(&mut self, chain: &[u64], now_us: u64) -> Request {
+        let seen: Vec<_> = chain.iter().map(|key| self.keys.get(fingerprint(*key))).collect();
+        // what is seen was not without what is before it, though that may be forgotten
+        let last = seen.iter().rposition(Option::is_some);
+        let known = last.map_or(0, |last| last as u32 + 1);
+        let turn = last.and_then(|last| seen[last]).map_or(0, |seen| seen.turn);
+        let trunk = seen.iter().take_while(|seen| seen.is_some_and(|seen| seen.uses >= TRUNK_USES)).count();
+        let branch = chain.get(trunk).or(chain.last()).map_or(0, |key| fingerprint(*key));
+        // a first block alone may be everybody's: who goes on from there is no conversation
+        let turn = if known > 1 && turn > 0 { turn.saturating_add(1) } else { 1 };
+        self.requests = self.requests.wrapping_add(1);
+        Request {
+            number: self.requests,
+            now_us,
+            blocks: chain.len() as u32,
+            known,
+            turn,
+            trunk: trunk as u32,
+            branch,
+        }
+    }
+
+    /// The copy is gone; what was seen of it stays for a while.
+    pub(super) fn gone(&mut self, fingerprint: u32) {
+        if let Some(seen) = self.keys.get_mut(fingerprint) {
+            seen.here = false;
+        }
+    }
+
+    /// What the use of a copy that is, or comes, here shows.
+    pub(super) fn used(&mut self, used: &Use, copies: usize) -> Class {
+        self.keys.fit(copies + 1);
+        let (fingerprint, now_ms) = (fingerprint(used.key), now_ms(used.request.now_us));
+        let seen = self.keys.get(fingerprint);
+        if let Some(seen) = seen {
+            if seen.request == used.request.number {
+                self.keys.get_mut(fingerprint).expect("just seen").here = true;
+                return seen.class;
+            }
+            self.reuse.again(seen.class, now_ms.wrapping_sub(seen.last_ms));
+        }
+        let uses = seen.map_or(0, |seen| seen.uses).saturating_add(1);
+        let class = Class::of(used, uses);
+        self.reuse.used(class, copies);
+        // the last block may be a part of one, which nobody asks for again: the one before ends the prompt too
+        let ends = used.at + 2 >= used.request.blocks;
+        let turn = if ends { used.request.turn } else { 0 };
+        let seen = Seen { last_ms: now_ms, request: used.request.number, class, uses, turn, here: true };
+        self.keys.put(fingerprint, seen, |seen| !seen.here);
+        class
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(learned: &mut Learned, chain: &[u64], now_us: u64) -> Request {
+        let request = learned.request(chain, now_us);
+        for (at, key) in chain.iter().enumerate().rev() {
+            learned.used(&Use { key: *key, request, at: at as u32, saved_us: 1.0 }, 1000);
+        }
+        request
+    }
+
+    #[test]
+    fn a_conversation_goes_on_from_where_it_ended() {
+        let mut learned = Learned::new();
+        let mut ask = |chain: &[u64], second: u64| {
+            let Request { known, turn, .. } = run(&mut learned, chain, second * 1_000_000);
+            (known, turn)
+        };
+        assert_eq!(ask(&[1, 2, 3], 1), (0, 1));
+        assert_eq!(ask(&[1, 2, 3, 4, 5, 6], 2), (3, 2));
+        assert_eq!(ask(&[1, 2, 3, 4, 5, 7, 8], 3), (5, 3), "its last block was not whole");
+        assert_eq!(ask(&[1, 2, 9], 4), (2, 1), "another with the same beginning");
+        assert_eq!(ask(&[1, 20, 21], 5), (1, 1), "a first block is anybody's");
+    }
+
+    #[test]
+    fn a_requests_uses_of_a_block_count_once() {
+        let mut learned = Learned::new();
+        let mut used = |request| learned.used(&Use { key: 7, request, at: 0, saved_us: 1.0 }, 1);
+        let [first, second] = [1, 2].map(|number| Request { number, ..Request::unknown(9, 1000) });
+        assert_eq!(used(first), used(first));
+        assert_ne!(used(second), used(first));
+    }
+}

@@ -1,0 +1,268 @@
+//! Copies in queues: those of one class that save about as much stand in one, the longest unused first, so that whoever looks for
+//! the least of all has to look at the first of each only.
+//!
+//! What may not go is parked: a parent that is worth less than its child would hide all others. It comes back to its place when its
+//! last child has gone, and, since it may have been in use only, two parked copies do with each copy that goes. Owns the queues and what is known of a copy. Invariants: within a queue copies stand in the order
+//! of their last use, those that were parked at the old end; whoever looks again and again sees every copy. Memory: 26 B a
+//! handle. Leaves to others: the order between queues (`lens`).
+
+use super::class::{CLASSES, Class};
+use super::keys::fingerprint;
+use super::lens::Lens;
+use super::lists::Lists;
+use super::{Handle, Use};
+
+/// What is saved is told apart by half octaves of microseconds, from 2^5 us to 2^21 us.
+pub(super) const SAVED: usize = 32;
+const SAVED_FROM_OCTAVE: f32 = 5.0;
+/// Copies that are taken from one queue before all are looked at again.
+const TAKEN_TOGETHER: u32 = 16;
+/// The list of those that may not go.
+const PARKED: usize = CLASSES * SAVED;
+/// They come back with each copy that goes, so that all do in time.
+const BACK_TOGETHER: usize = 2;
+
+#[derive(Debug)]
+pub(super) struct Queues {
+    lists: Lists,
+    copies: Vec<Copied>,
+    /// One bit a queue: whether it has any.
+    filled: [u64; (CLASSES * SAVED).div_ceil(64)],
+    /// Counts uses: what is older is less.
+    clock: u32,
+    /// The queue that had the least, how much the next one had, and how often it may be taken from before all are looked at.
+    chosen: Option<(usize, Score, u32)>,
+    /// The end of the chain that came last, while it is a leaf.
+    newest: Newest,
+    newest_request: u32,
+}
+
+/// Within a queue only the oldest is found; this is the other end.
+#[derive(Debug, Clone, Copy)]
+enum Newest {
+    Leaf(Handle),
+    /// It has gone: its parent is, if it is exposed next.
+    Gone,
+    Unknown,
+}
+
+/// Of a handle.
+#[derive(Debug, Clone, Copy, Default)]
+struct Copied {
+    last_ms: u32,
+    turn: u32,
+    fingerprint: u32,
+    queue: u16,
+}
+
+/// What a lens looks at.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Head {
+    pub(super) class: usize,
+    /// Half octave of what it saves.
+    pub(super) saved: usize,
+    pub(super) age_ms: u32,
+    /// Uses since its own.
+    pub(super) behind: u32,
+}
+
+/// Between equals the longest unused goes first.
+#[derive(Debug, Clone, Copy)]
+struct Score {
+    worth: f32,
+    behind: u32,
+}
+
+impl Score {
+    fn before(self, other: Self) -> bool {
+        self.worth < other.worth || (self.worth <= other.worth && self.behind > other.behind)
+    }
+}
+
+impl Queues {
+    pub(super) fn new() -> Self {
+        Self {
+            lists: Lists::new(PARKED + 1),
+            copies: Vec::new(),
+            filled: [0; (CLASSES * SAVED).div_ceil(64)],
+            clock: 0,
+            chosen: None,
+            newest: Newest::Unknown,
+            newest_request: 0,
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.lists.len()
+    }
+
+    pub(super) fn age_ms(&self, handle: Handle, now_ms: u32) -> u32 {
+        now_ms.wrapping_sub(self.copies[handle as usize].last_ms)
+    }
+
+    pub(super) fn insert(&mut self, handle: Handle, class: Class, used: &Use) {
+        let at = handle as usize;
+        if at >= self.copies.len() {
+            self.copies.resize(at + 1, Copied::default());
+        }
+        self.clock = self.clock.wrapping_add(1);
+        self.chosen = None;
+        let queue = class.at() * SAVED + saved_at(used.saved_us);
+        let last_ms = now_ms(used.request.now_us);
+        self.copies[at] =
+            Copied { last_ms, turn: self.clock, fingerprint: fingerprint(used.key), queue: queue as u16 };
+        self.lists.push(queue, handle);
+        self.fill(queue);
+        if used.request.number != self.newest_request {
+            (self.newest, self.newest_request) = (Newest::Leaf(handle), used.request.number);
+        }
+    }
+
+    pub(super) fn touch(&mut self, handle: Handle, class: Class, used: &Use) {
+        self.unlink(handle);
+        self.insert(handle, class, used);
+    }
+
+    /// What stood for its key.
+    pub(super) fn remove(&mut self, handle: Handle) -> u32 {
+        self.unlink(handle);
+        for _ in 0..BACK_TOGETHER {
+            let Some(parked) = self.lists.oldest(PARKED) else { break };
+            self.back(parked);
+        }
+        self.copies[handle as usize].fingerprint
+    }
+
+    fn back(&mut self, parked: Handle) {
+        let queue = usize::from(self.copies[parked as usize].queue);
+        self.lists.unlink(parked);
+        self.lists.push_oldest(queue, parked);
+        self.fill(queue);
+    }
+
+    /// It may go again, if it was parked for its children.
+    pub(super) fn expose(&mut self, handle: Handle) {
+        if matches!(self.newest, Newest::Gone) {
+            self.newest = Newest::Leaf(handle);
+        }
+        if self.lists.list_of(handle) == PARKED {
+            self.back(handle);
+        }
+    }
+
+    /// The first that may go, as the lens sees it, after at most `scan_limit` looks; the others are parked.
+    pub(super) fn victim(
+        &mut self,
+        lens: &Lens,
+        now_ms: u32,
+        scan_limit: usize,
+        eligible: &mut dyn FnMut(Handle) -> bool,
+    ) -> Option<Handle> {
+        for _ in 0..scan_limit {
+            let head = self.least(lens, now_ms).or_else(|| self.lists.oldest(PARKED))?;
+            if eligible(head) {
+                return Some(head);
+            }
+            self.unlink(head);
+            self.lists.push(PARKED, head);
+        }
+        None
+    }
+
+    /// Forgets which queue was chosen: it is seen through another lens from now on.
+    pub(super) fn look_again(&mut self) {
+        self.chosen = None;
+    }
+
+    fn least(&mut self, lens: &Lens, now_ms: u32) -> Option<Handle> {
+        if let Some((queue, next, left)) = self.chosen
+            && left > 0
+            && let Some((score, head)) = self.score(lens, queue, now_ms)
+            && !next.before(score)
+        {
+            self.chosen = Some((queue, next, left - 1));
+            return Some(head);
+        }
+        let mut least: Option<(Score, usize, Handle)> = None;
+        let mut next = Score { worth: f32::INFINITY, behind: 0 };
+        for queue in self.filled_queues() {
+            let (score, head) = self.score(lens, queue, now_ms).expect("it has one");
+            match least {
+                Some((known, ..)) if known.before(score) => {
+                    next = if score.before(next) { score } else { next };
+                }
+                _ => {
+                    next = least.map_or(next, |(known, ..)| known);
+                    least = Some((score, queue, head));
+                }
+            }
+        }
+        if let (true, Newest::Leaf(newest)) = (lens.sees_newest(), self.newest)
+            && self.lists.list_of(newest) != PARKED
+        {
+            let queue = usize::from(self.copies[newest as usize].queue);
+            if least.is_none_or(|(known, ..)| self.score_of(lens, queue, newest, now_ms).before(known)) {
+                return Some(newest);
+            }
+        }
+        let (_, queue, head) = least?;
+        self.chosen = Some((queue, next, TAKEN_TOGETHER));
+        Some(head)
+    }
+
+    fn filled_queues(&self) -> impl Iterator<Item = usize> {
+        self.filled.iter().enumerate().flat_map(|(word, bits)| {
+            let mut bits = *bits;
+            std::iter::from_fn(move || {
+                let bit = (bits != 0).then(|| bits.trailing_zeros() as usize)?;
+                bits &= bits - 1;
+                Some(word * 64 + bit)
+            })
+        })
+    }
+
+    fn score(&self, lens: &Lens, queue: usize, now_ms: u32) -> Option<(Score, Handle)> {
+        let handle = self.lists.oldest(queue)?;
+        Some((self.score_of(lens, queue, handle, now_ms), handle))
+    }
+
+    fn score_of(&self, lens: &Lens, queue: usize, handle: Handle, now_ms: u32) -> Score {
+        let copy = &self.copies[handle as usize];
+        let head = Head {
+            class: queue / SAVED,
+            saved: queue % SAVED,
+            age_ms: now_ms.wrapping_sub(copy.last_ms),
+            behind: self.clock.wrapping_sub(copy.turn),
+        };
+        Score { worth: lens.score(head), behind: head.behind }
+    }
+
+    fn unlink(&mut self, handle: Handle) {
+        if matches!(self.newest, Newest::Leaf(newest) if newest == handle) {
+            self.newest = Newest::Gone;
+        }
+        let queue = self.lists.unlink(handle);
+        if queue != PARKED && self.lists.len_of(queue) == 0 {
+            self.filled[queue / 64] &= !(1 << (queue % 64));
+        }
+    }
+
+    fn fill(&mut self, queue: usize) {
+        self.filled[queue / 64] |= 1 << (queue % 64);
+    }
+}
+
+/// Wraps after 49 days: ages are differences.
+pub(super) fn now_ms(now_us: u64) -> u32 {
+    (now_us / 1000) as u32
+}
+
+fn saved_at(saved_us: f32) -> usize {
+    let octaves = saved_us.max(1.0).log2() - SAVED_FROM_OCTAVE;
+    ((octaves * 2.0).max(0.0) as usize).min(SAVED - 1)
+}
+
+/// Microseconds in the middle of such a half octave.
+pub(super) fn saved_us(at: usize) -> f32 {
+    (SAVED_FROM_OCTAVE + 0.25 + at as f32 / 2.0).exp2()
+}
