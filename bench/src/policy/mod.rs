@@ -191,13 +191,16 @@ mod tests {
         assert_eq!(policies(&some), ["lru", "belady"]);
         let all = args(&["--synthetic", "chat", "--synthetic", "loop,scan"]).unwrap();
         assert_eq!((all.synthetic.len(), all.capacity.len()), (3, 4));
-        assert_eq!(policies(&all), ["lru", "s3fifo", "belady", "belady-cost"]);
+        assert_eq!(policies(&all), [&eviction::NAMES[..], &["belady", "belady-cost"]].concat());
     }
 
     #[test]
     fn mistakes_name_field_value_and_fix() {
         let bad: [(&[&str], [&str; 3]); 5] = [
-            (&["--policy", "lru,lfu"], ["--policy", "\"lfu\"", "lru, s3fifo, belady, belady-cost"]),
+            (
+                &["--policy", "lru,lfu"],
+                ["--policy", "\"lfu\"", "lru, s3fifo, class-ttl, worth, belady, belady-cost"],
+            ),
             (&["--capacity", "100,0"], ["--capacity", "0", "1..="]),
             (&["--synthetic", "chats"], ["--synthetic", "chats", "agents"]),
             (&["--limit", "0"], ["--limit", "0", "1..="]),
