@@ -10,6 +10,7 @@ mod crash;
 mod daemon;
 mod demo;
 mod disk;
+mod draw;
 mod engine;
 mod etcd;
 mod failure;

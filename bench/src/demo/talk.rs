@@ -2,7 +2,7 @@
 //!
 //! Owns the seeded generator. Invariant: one seed, one set of conversations. Leaves to others: answers, which belong to the next prompt.
 
-use crate::content::mix;
+use crate::draw::Draw;
 
 /// A few common words: the demo's tokenizer has about two tokens for each.
 const WORDS: [&str; 48] = [
@@ -45,39 +45,19 @@ pub(crate) struct Turn {
     pub(crate) answer_tokens: u64,
 }
 
-/// splitmix64.
-struct Seeded(u64);
-
-impl Seeded {
-    fn next(&mut self) -> u64 {
-        let number = mix(self.0);
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        number
-    }
-
-    fn between(&mut self, least: u64, most: u64) -> u64 {
-        least + self.next() % (most - least + 1)
-    }
-
-    /// Exponential with this mean.
-    fn pause_ms(&mut self, mean_ms: f64) -> u64 {
-        let uniform = ((self.next() >> 11) as f64 + 1.0) / (1_u64 << 53) as f64;
-        (-uniform.ln() * mean_ms).round() as u64
-    }
-
-    fn text(&mut self, words: u64) -> String {
-        let word = |number: u64| WORDS[(number % WORDS.len() as u64) as usize];
-        (0..words).map(|_| word(self.next())).collect::<Vec<_>>().join(" ")
-    }
+fn text(draw: &mut Draw, words: u64) -> String {
+    let word = |number: u64| WORDS[(number % WORDS.len() as u64) as usize];
+    (0..words).map(|_| word(draw.next())).collect::<Vec<_>>().join(" ")
 }
 
 /// Those that begin within `length_ms`, in order of their beginnings; turns after it are left out.
 pub(crate) fn conversations(shape: &Shape, seed: u64, length_ms: u64) -> Vec<Conversation> {
-    let mut random = Seeded(mix(seed));
-    let systems: Vec<String> = (0..shape.system_prompts).map(|_| random.text(shape.system_words)).collect();
+    let mut random = Draw::new(seed);
+    let systems: Vec<String> =
+        (0..shape.system_prompts).map(|_| text(&mut random, shape.system_words)).collect();
     let (mut start_ms, mut all) = (0, Vec::new());
     loop {
-        start_ms += random.pause_ms(1000.0 / shape.starts_per_s);
+        start_ms += random.gap_ms(1000.0 / shape.starts_per_s);
         if start_ms >= length_ms {
             return all;
         }
@@ -86,8 +66,8 @@ pub(crate) fn conversations(shape: &Shape, seed: u64, length_ms: u64) -> Vec<Con
         for _ in 0..random.between(shape.turns_max.div_ceil(2), shape.turns_max) {
             let words = random.between(shape.message_words_max / 10 + 1, shape.message_words_max);
             let answer_tokens = random.between(shape.answer_tokens_max / 10 + 1, shape.answer_tokens_max);
-            turns.push(Turn { at_ms, message: random.text(words), answer_tokens });
-            at_ms += random.pause_ms(shape.pause_ms);
+            turns.push(Turn { at_ms, message: text(&mut random, words), answer_tokens });
+            at_ms += random.gap_ms(shape.pause_ms);
         }
         turns.retain(|turn| turn.at_ms < length_ms);
         all.push(Conversation { system, turns });

@@ -5,7 +5,6 @@
 //! future (`bound`), invented requests (`synthetic`).
 
 mod bound;
-mod draw;
 mod synthetic;
 mod tier;
 mod workload;

@@ -3,7 +3,7 @@
 //! Owns the generators: about ten thousand requests in an hour. Invariants: rows are a function of name and seed; they are in order of
 //! time; equal ids are equal prefixes; every shape's numbers are constants here.
 
-use super::draw::{Draw, Zipf};
+use crate::draw::{Draw, Zipf};
 use crate::trace::Row;
 
 /// Tokens of their blocks.

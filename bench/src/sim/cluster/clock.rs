@@ -2,7 +2,7 @@
 //!
 //! Invariants: what is due at one moment happens in the order it was arranged; time never goes back; one seed, one sequence.
 
-use crate::content::mix;
+use crate::draw::Draw;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::fmt;
@@ -81,22 +81,16 @@ impl fmt::Write for Digest {
     }
 }
 
-/// splitmix64.
-pub(super) struct Chance(u64);
+/// Draws as the simulation needs them.
+pub(super) struct Chance(Draw);
 
 impl Chance {
     pub(super) fn new(seed: u64) -> Self {
-        Self(mix(seed))
-    }
-
-    fn next(&mut self) -> u64 {
-        let number = mix(self.0);
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        number
+        Self(Draw::new(seed))
     }
 
     pub(super) fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
+        self.0.next() % end
     }
 
     pub(super) fn between(&mut self, least: u64, end: u64) -> u64 {
@@ -105,7 +99,7 @@ impl Chance {
 
     /// `[0, 1)`.
     fn unit(&mut self) -> f64 {
-        (self.next() >> 11) as f64 / (1_u64 << 53) as f64
+        (self.0.next() >> 11) as f64 / (1_u64 << 53) as f64
     }
 
     pub(super) fn happens(&mut self, share: f64) -> bool {

@@ -9,14 +9,16 @@ const WEYL: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// A sequence of draws.
 #[derive(Debug)]
-pub(super) struct Draw(u64);
+pub(crate) struct Draw(u64);
 
 impl Draw {
-    pub(super) fn new(seed: u64) -> Self {
+    /// Another seed, other draws.
+    pub(crate) fn new(seed: u64) -> Self {
         Self(mix(seed))
     }
 
-    fn next(&mut self) -> u64 {
+    /// Any number.
+    pub(crate) fn next(&mut self) -> u64 {
         let number = mix(self.0);
         self.0 = self.0.wrapping_add(WEYL);
         number
@@ -28,28 +30,28 @@ impl Draw {
     }
 
     /// `least` to `most`, both included.
-    pub(super) fn between(&mut self, least: u64, most: u64) -> u64 {
+    pub(crate) fn between(&mut self, least: u64, most: u64) -> u64 {
         assert!(least <= most, "{least} to {most}");
         least + self.next() % (most - least + 1)
     }
 
-    pub(super) fn happens(&mut self, share: f64) -> bool {
+    pub(crate) fn happens(&mut self, share: f64) -> bool {
         self.unit() <= share
     }
 
     /// Between two events that come at any time, `mean_ms` apart.
-    pub(super) fn gap_ms(&mut self, mean_ms: f64) -> u64 {
+    pub(crate) fn gap_ms(&mut self, mean_ms: f64) -> u64 {
         (-mean_ms * self.unit().ln()).round() as u64
     }
 
     /// Whose logarithm is normal with deviation `sigma`.
-    pub(super) fn lognormal(&mut self, median: f64, sigma: f64) -> f64 {
+    pub(crate) fn lognormal(&mut self, median: f64, sigma: f64) -> f64 {
         let normal = (-2.0 * self.unit().ln()).sqrt() * (TAU * self.unit()).cos();
         median * (sigma * normal).exp()
     }
 
     /// An index of a `Zipf`'s ranks.
-    pub(super) fn rank(&mut self, zipf: &Zipf) -> usize {
+    pub(crate) fn rank(&mut self, zipf: &Zipf) -> usize {
         let share = self.unit();
         zipf.0.partition_point(|&below| below < share).min(zipf.0.len() - 1)
     }
@@ -57,10 +59,10 @@ impl Draw {
 
 /// Ranks of which the n-th comes up in proportion to `n^-exponent`: the share of each and all before it.
 #[derive(Debug)]
-pub(super) struct Zipf(Vec<f64>);
+pub(crate) struct Zipf(Vec<f64>);
 
 impl Zipf {
-    pub(super) fn new(ranks: usize, exponent: f64) -> Self {
+    pub(crate) fn new(ranks: usize, exponent: f64) -> Self {
         assert!(ranks > 0, "a rank to draw");
         let weight = |rank: usize| (rank as f64).powf(-exponent);
         let all: f64 = (1..=ranks).map(weight).sum();
