@@ -266,3 +266,45 @@ fn saved_at(saved_us: f32) -> usize {
 pub(super) fn saved_us(at: usize) -> f32 {
     (SAVED_FROM_OCTAVE + 0.25 + at as f32 / 2.0).exp2()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Ten parents, and then the children of two others: while the parents may not go, they hide nobody.
+    #[test]
+    fn what_may_not_go_is_parked_until_it_is_exposed() {
+        let mut queues = Queues::new();
+        for handle in 0..12 {
+            let used = Use::unknown(handle.into(), 0);
+            queues.insert(handle, Class::of(&used, 1), &used);
+        }
+        let search = |queues: &mut Queues, may_go: &dyn Fn(Handle) -> bool| {
+            queues.victim(&Lens::Recent, 0, 11, &mut |handle| may_go(handle))
+        };
+        assert_eq!(search(&mut queues, &|handle| handle >= 10), Some(10));
+        assert_eq!(queues.lists.len_of(PARKED), 10);
+        queues.remove(10);
+        assert_eq!(queues.lists.len_of(PARKED), 10 - BACK_TOGETHER, "some come back by themselves");
+        queues.expose(7);
+        assert_eq!(search(&mut queues, &|handle| handle >= 7), Some(7), "not the younger one");
+        queues.expose(11);
+        assert_eq!(queues.len(), 11);
+        let all: Vec<_> = std::iter::from_fn(|| {
+            let victim = search(&mut queues, &|_| true)?;
+            queues.remove(victim);
+            Some(victim)
+        })
+        .collect();
+        assert_eq!((all.len(), all[0], queues.len()), (11, 7, 0));
+    }
+
+    #[test]
+    fn what_is_saved_is_known_to_a_half_octave() {
+        for us in [40.0_f32, 57.0, 1000.0, 1_000_000.0] {
+            let known = saved_us(saved_at(us));
+            assert!((known / us).log2().abs() <= 0.25 + 1e-6, "{us} us is taken for {known} us");
+        }
+        assert_eq!((saved_at(0.0), saved_at(f32::MAX), saved_at(f32::NAN)), (0, SAVED - 1, 0));
+    }
+}
