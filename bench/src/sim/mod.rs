@@ -397,6 +397,7 @@ mod tests {
             (&["--router", "kv", "--hbm-blocks", "10"], "--hbm-blocks: 10 hold not even"),
             (&["--router", "kv", "--rate", "0"], "--rate"),
             (&["--router", "cost", "--eviction", "lfu"], "\"lfu\""),
+            (&["--router", "cost", "--eviction", "worth"], "worth learns from requests"),
             (&["--router", "random"], "--router"),
             (&["--router", "round-robin", "--split", "chosen"], "--split: round-robin predicts nothing"),
             (&["--router", "kv", "--split", "fixed", "--workers", "3"], "--prefill-workers: 3 of 3"),

@@ -7,6 +7,7 @@
 //! until that is full. Modelled as free: writes (they are behind), and asking who has what.
 
 use super::hbm::BlockName;
+use kvd_proto::Error;
 use kvd_tiers::eviction::{self, Eviction, Handle, Use};
 use std::collections::HashMap;
 
@@ -76,13 +77,13 @@ impl Store {
         (dram_blocks, nvme_blocks): (usize, usize),
         block_bytes: u64,
         policy: &str,
-    ) -> Result<Self, kvd_proto::Error> {
+    ) -> Result<Self, Error> {
         let node = |_| {
             let (dram, nvme) = (Tier::new(dram_blocks, policy)?, Tier::new(nvme_blocks, policy)?);
             Ok(Node { dram, nvme, nvme_free_us: 0.0 })
         };
         Ok(Self {
-            nodes: (0..nodes).map(node).collect::<Result<_, kvd_proto::Error>>()?,
+            nodes: (0..nodes).map(node).collect::<Result<_, Error>>()?,
             host_free_us: vec![0.0; workers],
             network_free_us: vec![0.0; workers],
             workers_per_node: workers.div_ceil(nodes),
@@ -230,8 +231,16 @@ impl Node {
 }
 
 impl Tier {
-    fn new(capacity: usize, policy: &str) -> Result<Self, kvd_proto::Error> {
+    fn new(capacity: usize, policy: &str) -> Result<Self, Error> {
         let order = eviction::by_name(policy)?;
+        if !eviction::WITHOUT_REQUESTS.contains(&policy) {
+            let fix = format!("give one of: {}", eviction::WITHOUT_REQUESTS.join(", "));
+            return Err(Error::invalid(
+                "eviction",
+                format!("{policy} learns from requests, of which it is not told here"),
+                fix,
+            ));
+        }
         Ok(Self { capacity, order, found: HashMap::new(), names: Vec::new(), free: Vec::new() })
     }
 

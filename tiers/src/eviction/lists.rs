@@ -87,13 +87,13 @@ impl Lists {
             self.links.resize(at + 1, Link { newer: NONE, older: NONE });
         }
         assert_eq!(self.places[at], NOWHERE, "handle {handle} inserted twice");
-        let list_ = &mut self.lists[list];
-        let second = std::mem::replace(&mut list_.newest, handle);
-        list_.len += 1;
+        let into = &mut self.lists[list];
+        let second = std::mem::replace(&mut into.newest, handle);
+        into.len += 1;
         self.len += 1;
         self.links[at] = Link { newer: NONE, older: second };
         match second {
-            NONE => list_.oldest = handle,
+            NONE => into.oldest = handle,
             second => self.links[second as usize].newer = handle,
         }
         self.places[at] = list as u16;
@@ -103,15 +103,15 @@ impl Lists {
     pub(super) fn unlink(&mut self, handle: Handle) -> usize {
         let list = self.list_of(handle);
         let Link { newer, older } = self.links[handle as usize];
-        let list_ = &mut self.lists[list];
-        list_.len -= 1;
+        let from = &mut self.lists[list];
+        from.len -= 1;
         self.len -= 1;
         match newer {
-            NONE => list_.newest = older,
+            NONE => from.newest = older,
             newer => self.links[newer as usize].older = older,
         }
         match older {
-            NONE => list_.oldest = newer,
+            NONE => from.oldest = newer,
             older => self.links[older as usize].newer = newer,
         }
         self.places[handle as usize] = NOWHERE;

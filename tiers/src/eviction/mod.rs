@@ -1,7 +1,8 @@
 //! Which copy of a tier goes first: one trait, one file per policy.
 //!
 //! The caller guarantees: a handle is inserted once and removed once; one touch a request, chains touched tail first,
-//! and new copies of a chain inserted tail first, so that a parent is never older than its children. (Where that is
+//! and new copies of a chain inserted tail first, so that a parent is never older than its children; a parent whose last
+//! child has gone is exposed (policies without a history do without requests and that: the node gives neither yet). (Where that is
 //! broken nothing is wrong, only slow: parents are looked at, found ineligible and moved away, one look each.)
 //! The policy guarantees: amortised O(1) a call, bounded scanning, no clock, no randomness; it never decides whether a
 //! copy *may* go (leases, pins, children: the caller's `eligible`).
@@ -26,6 +27,9 @@ pub type Handle = u32;
 
 /// The policies' names, as the config has them.
 pub const NAMES: [&str; 4] = [lru::NAME, s3fifo::NAME, class_ttl::NAME, worth::NAME];
+
+/// Those of them that learn nothing from requests, for callers that tell of none.
+pub const WITHOUT_REQUESTS: [&str; 2] = [lru::NAME, s3fifo::NAME];
 
 /// A request as a policy sees it begin, to be handed back with each of its uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

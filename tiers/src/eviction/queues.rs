@@ -2,9 +2,9 @@
 //! the least of all has to look at the first of each only.
 //!
 //! What may not go is parked: a parent that is worth less than its child would hide all others. It comes back to its place when its
-//! last child has gone, and, since it may have been in use only, two parked copies do with each copy that goes. Owns the queues and what is known of a copy. Invariants: within a queue copies stand in the order
-//! of their last use, those that were parked at the old end; whoever looks again and again sees every copy. Memory: 26 B a
-//! handle. Leaves to others: the order between queues (`lens`).
+//! last child has gone, and, since it may have been in use only, two parked copies do with each copy that goes. Owns the queues and
+//! what is known of a copy. Invariants: within a queue copies stand in the order of their last use, those that were parked at the
+//! old end; whoever looks again and again sees every copy. Memory: 26 B a handle. Leaves to others: the order between queues (`lens`).
 
 use super::class::{CLASSES, Class};
 use super::keys::fingerprint;
@@ -50,7 +50,8 @@ enum Newest {
 #[derive(Debug, Clone, Copy, Default)]
 struct Copied {
     last_ms: u32,
-    turn: u32,
+    /// The clock when it was used.
+    used_at: u32,
     fingerprint: u32,
     queue: u16,
 }
@@ -110,7 +111,7 @@ impl Queues {
         let queue = class.at() * SAVED + saved_at(used.saved_us);
         let last_ms = now_ms(used.request.now_us);
         self.copies[at] =
-            Copied { last_ms, turn: self.clock, fingerprint: fingerprint(used.key), queue: queue as u16 };
+            Copied { last_ms, used_at: self.clock, fingerprint: fingerprint(used.key), queue: queue as u16 };
         self.lists.push(queue, handle);
         self.fill(queue);
         if used.request.number != self.newest_request {
@@ -143,7 +144,7 @@ impl Queues {
     /// It may go again, if it was parked for its children.
     pub(super) fn expose(&mut self, handle: Handle) {
         if matches!(self.newest, Newest::Gone) {
-            self.newest = Newest::Leaf(handle);
+            self.newest = Newest::Leaf(handle); // or another's parent: it is compared by its own score, whoever it is
         }
         if self.lists.list_of(handle) == PARKED {
             self.back(handle);
@@ -232,7 +233,7 @@ impl Queues {
             class: queue / SAVED,
             saved: queue % SAVED,
             age_ms: now_ms.wrapping_sub(copy.last_ms),
-            behind: self.clock.wrapping_sub(copy.turn),
+            behind: self.clock.wrapping_sub(copy.used_at),
         };
         Score { worth: lens.score(head), behind: head.behind }
     }

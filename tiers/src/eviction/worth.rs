@@ -1,8 +1,8 @@
 //! The one currency: what is the least likely to come back, times what it saves, goes first; and whatever does better than that, while it does.
 //!
 //! Reuse is learned by class (`class`, `reuse`); what a block saves comes with its uses, as the mean of its chain's tail (design.md, section 5). No
-//! way to evict is the best everywhere, so that shadows (`shadow`) of six of them, this one with three weights for what is saved among
-//! them, compete on a sample of the uses, and the one that would have saved the most lately drives. Owns the competition. Invariants:
+//! way to evict is the best everywhere, so that shadows (`shadow`) of seven compete on a sample of the uses: four of this kind, three of
+//! others. The first drives, or whichever would have saved clearly more of late. Owns the competition. Invariants:
 //! all ways are kept ready for all copies, so that a change of driver costs nothing; bounded by the copies. Memory: 26 B a handle and
 //! 15 for S3-FIFO, 64 to 128 B a copy of what was seen, 4-8 of S3-FIFO's ghost; the shadows' few thousand copies. Measured 118 at a million.
 
