@@ -130,6 +130,11 @@ pub(crate) fn serve(args: &Args) -> Result<(), Failure> {
     }
 }
 
+/// A local address where nobody listens now.
+pub(crate) fn free_address() -> std::io::Result<SocketAddr> {
+    std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()
+}
+
 /// A daemon process of ours.
 #[derive(Debug)]
 pub(crate) struct Daemon {

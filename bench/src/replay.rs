@@ -1,12 +1,14 @@
 //! `bench replay`: a whole trace through a real daemon, every byte of every read checked.
 //!
-//! Owns the command; `bucket`: the S3 server beside it, and its bad days. Requests are served one after the other, as fast as they go; their arrival times are used by the
+//! Owns the command; `bucket`: the S3 server beside it, and its bad days; `disk`: those of the disk; `slow`: what they did to single requests. Requests are served one after the other, as fast as they go; their arrival times are used by the
 //! simulator only, so a block computed for one request is there for the next even where they overlapped in reality.
 
 mod bucket;
+mod disk;
+mod slow;
 
 use crate::account::{Account, Model, natural_scale};
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, free_address};
 use crate::engine::cache::{Cache, named_space};
 use crate::engine::profile::ProfileName;
 use crate::failure::Failure;
@@ -14,7 +16,9 @@ use crate::folder;
 use crate::report::{Output, Reporter, parse_bytes};
 use crate::trace::{self, ROWS_MAX};
 use bucket::{Bucket, BucketArgs};
+use disk::{Disk, DiskArgs};
 use indicatif::{ProgressBar, ProgressStyle};
+use slow::SlowFetches;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -25,8 +29,9 @@ use std::time::Instant;
 /// its bytes would take at a GPU node's bandwidths (50 GB/s from DRAM, 13 GB/s from NVMe); the output says how often
 /// which. Time to first token comes from simulated engines fed with the trace's arrival times. `_no_cache` is the same
 /// requests on the same engines without kvd and without any other prefix cache: every token of every prompt is computed.
-/// With --s3, the daemon has a bucket, too, whose requests are counted (`replay_s3`); and with --s3-errors or --s3-hang-s,
-/// it has bad days: each request that fetched for more than a quarter of a second is then listed.
+/// With --s3, the daemon has a bucket, too, whose requests are counted (`replay_s3`); with --s3-errors or --s3-hang-s it has
+/// bad days, and with --disk the disk has (`replay_disk`: what the node said of it, and when it was well again). Each
+/// request that fetched for more than a quarter of a second is listed (`replay_slow`).
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Args {
     /// Mooncake JSONL, plain or .gz.
@@ -50,6 +55,8 @@ pub(crate) struct Args {
     folder: Option<PathBuf>,
     #[command(flatten)]
     s3: BucketArgs,
+    #[command(flatten)]
+    disk: DiskArgs,
     /// Requests at most.
     #[arg(long, default_value_t = ROWS_MAX)]
     limit: usize,
@@ -73,23 +80,37 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let rows = trace::read_file(&args.trace, block_tokens, args.limit)?;
     let folder = folder::temporary(args.folder.as_deref())?;
     let mut bucket = Bucket::start(&args.s3, args.block_bytes).await?;
-    let daemon = Daemon::start_as(folder.path(), args.dram, args.nvme, |command| bucket.tell(command))?;
+    let mut disk = Disk::new(&args.disk, folder.path())?;
+    let metrics = free_address()?;
+    let daemon = Daemon::start_as(folder.path(), args.dram, args.nvme, |command| {
+        command.arg(format!("--metrics-address={metrics}"));
+        bucket.tell(command);
+        disk.tell(command);
+    })?;
+    disk.watch(&daemon, metrics).await?;
     let space = named_space("trace", u32::try_from(args.block_bytes)?, args.block_tokens)?;
     let mut cache = Cache::open(daemon.socket(), "replay", &space).await?;
-    let mut account = Account::new(args.model()?);
+    let (mut account, mut slow) = (Account::new(args.model()?), SlowFetches::default());
     let bar = progress_bar(rows.len());
     let start = Instant::now();
     for (number, row) in rows.iter().enumerate() {
         bucket.passes(number, rows.len());
+        disk.passes(number, rows.len()).await?;
         let served = cache.serve(row).await?;
-        bucket.saw(number, &served);
+        bucket.saw(&served);
+        disk.saw(&served);
+        slow.saw(number, &served);
         account.add(row, &served);
         bar.inc(1);
     }
     let summary = account.finish("replay", start.elapsed());
     bar.finish_and_clear();
     Reporter::new(args.output).object(&summary, &summary.lines())?;
-    bucket.report(args.output).await?;
+    if args.s3.given() || args.disk.given() {
+        slow.report(args.output)?;
+    }
+    bucket.report(metrics, args.output).await?;
+    disk.report(args.output).await?;
     drop(daemon);
     summary.verdict()
 }

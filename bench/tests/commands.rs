@@ -59,6 +59,7 @@ fn a_mistake_is_told_in_a_sentence() {
         (&["replay", "--trace", "none.jsonl"], "none.jsonl"),
         (&["replay", "--trace", "bad.jsonl"], "line 1: missing field `input_length`"),
         (&["replay", "--trace", "bad.jsonl", "--dram", "5 parsecs"], "parsecs"),
+        (&["replay", "--trace", "bad.jsonl", "--disk", "wet"], "full, slow or gone"),
         (&["local", "--dram", "1MiB"], "--dram"),
     ];
     for (arguments, says) in mistakes {

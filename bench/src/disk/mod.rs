@@ -3,26 +3,22 @@
 //! Owns the command. Invariants: every byte that is served is looked at; what the node says of its tier is read from the node, as a person would.
 
 mod medium;
+mod node;
 
 use crate::content::mix;
 use crate::crash::load::{Load, Tally};
-use crate::daemon::Daemon;
-use crate::demo::load::{get, http};
+use crate::daemon::{Daemon, free_address};
 use crate::failure::Failure;
 use crate::folder;
 use crate::report::{Output, parse_bytes};
-use crate::scrape::counted;
-use kvd_client::Tier;
-use kvd_proto::wire::admin_client::AdminClient;
-use kvd_proto::wire::{ListTiersRequest, TierStatus};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use tonic::transport::Channel;
 
 pub(crate) use medium::{Ailment, BadDisk};
+pub(crate) use node::Node;
 
 /// How long a tier may take to be well again: the longest that a node leaves it alone, and some.
-const HEAL_WAIT_MAX: Duration = Duration::from_secs(30);
+pub(crate) const HEAL_WAIT_MAX: Duration = Duration::from_secs(30);
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// A daemon under load whose disk is full, then slow (a second late), then gone (EIO on everything), each for a while, and well again after it. Says for each what the load
@@ -71,7 +67,7 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
 async fn suffer(args: &Args, folder: &Path, ailment: Ailment) -> Result<serde_json::Value, Failure> {
     let said = folder.join("ailment");
     say(&said, Ailment::Nothing)?;
-    let metrics = free_port()?;
+    let metrics = free_address()?;
     let daemon = Daemon::start_as(folder, args.dram, args.nvme, |command| {
         command.arg("--ailment").arg(&said).arg(format!("--metrics-address={metrics}"));
     })?;
@@ -114,7 +110,8 @@ async fn suffer(args: &Args, folder: &Path, ailment: Ailment) -> Result<serde_js
     }))
 }
 
-fn say(path: &Path, ailment: Ailment) -> Result<(), Failure> {
+/// Tells the disk.
+pub(crate) fn say(path: &Path, ailment: Ailment) -> Result<(), Failure> {
     Ok(std::fs::write(path, ailment.to_string())?)
 }
 
@@ -126,33 +123,4 @@ async fn load_for(load: &Load, seconds: u64) -> Tally {
 
 fn ratio(tally: Tally) -> f64 {
     tally.had as f64 / tally.asked.max(1) as f64
-}
-
-fn free_port() -> Result<std::net::SocketAddr, Failure> {
-    Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?)
-}
-
-/// What a person would ask.
-struct Node {
-    admin: AdminClient<Channel>,
-    metrics: std::net::SocketAddr,
-}
-
-impl Node {
-    async fn dial(daemon: &Daemon, metrics: std::net::SocketAddr) -> Result<Self, Failure> {
-        let socket = daemon.grpc_socket();
-        let client = kvd_client::grpc::Client::connect(&socket.to_string_lossy()).await?;
-        Ok(Self { admin: AdminClient::new(client.channel()), metrics })
-    }
-
-    async fn trouble(&self) -> Result<String, Failure> {
-        let tiers = self.admin.clone().list_tiers(ListTiersRequest {}).await?.into_inner().tiers;
-        let nvme = tiers.into_iter().find(|tier| tier.tier() == Tier::Nvme);
-        Ok(nvme.map(|tier: TierStatus| tier.trouble).unwrap_or_default())
-    }
-
-    async fn degraded(&self) -> Result<bool, Failure> {
-        let text = get(&http(), &format!("http://{}/metrics", self.metrics)).await?;
-        Ok(counted(&text, "kvd_tier_degraded", "nvme") > 0.0)
-    }
 }

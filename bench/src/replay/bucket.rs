@@ -16,8 +16,6 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-/// A fetch that took longer is listed.
-const SLOW: Duration = Duration::from_millis(250);
 /// How long the end of the run waits for what is on its way to the bucket.
 const UPLOADS_WAIT: Duration = Duration::from_mins(1);
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -45,13 +43,19 @@ pub(super) struct BucketArgs {
     s3_hang_s: u64,
 }
 
+impl BucketArgs {
+    /// Whether there is to be one.
+    pub(super) fn given(&self) -> bool {
+        self.s3
+    }
+}
+
 /// The bucket, if there is one.
 pub(super) struct Bucket {
     args: BucketArgs,
     there: Option<There>,
     hangs: Option<Instant>,
     hung: bool,
-    slow: Vec<Slow>,
     block_bytes: u64,
     useful_bytes: u64,
     stored: u64,
@@ -62,16 +66,6 @@ struct There {
     proxy: Proxy,
     bucket: String,
     keys_file: Option<PathBuf>,
-    metrics: SocketAddr,
-}
-
-/// A request that fetched for long.
-#[derive(Debug, Clone, Serialize)]
-struct Slow {
-    request: usize,
-    fetch_ms: u64,
-    hit_blocks: u64,
-    missed_blocks: u64,
 }
 
 /// What the bucket came to.
@@ -93,7 +87,6 @@ struct Summary {
     retries: f64,
     failed_blocks: f64,
     checksum_errors: f64,
-    slow_requests: Vec<Slow>,
 }
 
 impl Bucket {
@@ -105,7 +98,6 @@ impl Bucket {
             there,
             hangs: None,
             hung: false,
-            slow: Vec::new(),
             block_bytes,
             useful_bytes: 0,
             stored: 0,
@@ -133,7 +125,6 @@ impl Bucket {
         let Some(there) = &self.there else { return };
         command.arg(format!("--s3-endpoint={}", there.proxy.endpoint()));
         command.arg(format!("--s3-bucket={}", there.bucket));
-        command.arg(format!("--metrics-address={}", there.metrics));
         if let Some(keys) = &there.keys_file {
             command.arg("--s3-keys-file").arg(keys);
         }
@@ -155,24 +146,17 @@ impl Bucket {
     }
 
     /// After each request.
-    pub(super) fn saw(&mut self, number: usize, served: &Served) {
+    pub(super) fn saw(&mut self, served: &Served) {
         self.useful_bytes += served.fetched.s3_bytes;
         self.stored += served.stored;
-        let fetch = Duration::from_micros(served.fetched.real_us);
-        if fetch >= SLOW && self.there.is_some() {
-            self.slow.push(Slow {
-                request: number,
-                fetch_ms: fetch.as_millis() as u64,
-                hit_blocks: served.hits(),
-                missed_blocks: served.misses,
-            });
-        }
     }
 
     /// When what is on its way has come, or a minute is over.
-    pub(super) async fn report(self, output: Output) -> Result<(), Failure> {
-        let Some(there) = &self.there else { return Ok(()) };
-        let url = format!("http://{}/metrics", there.metrics);
+    pub(super) async fn report(self, metrics: SocketAddr, output: Output) -> Result<(), Failure> {
+        if self.there.is_none() {
+            return Ok(());
+        }
+        let url = format!("http://{metrics}/metrics");
         let (client, start) = (http(), Instant::now());
         let mut text = get(&client, &url).await?;
         let done = |text: &str| (written(text), counted(text, "kvd_s3_put_requests_total", ""));
@@ -212,7 +196,6 @@ impl Bucket {
             retries: count("kvd_s3_retries_total"),
             failed_blocks: count("kvd_s3_errors_total"),
             checksum_errors: count("kvd_checksum_errors_total"),
-            slow_requests: self.slow.clone(),
         }
     }
 }
@@ -224,30 +207,23 @@ fn written(text: &str) -> f64 {
 
 impl There {
     async fn start(args: &BucketArgs) -> Result<Self, Failure> {
-        let metrics = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?;
         if let (Some(endpoint), Some(bucket)) = (&args.s3_endpoint, &args.s3_bucket) {
             let address = endpoint.trim_start_matches("http://");
             let address =
                 tokio::net::lookup_host(address).await?.next().ok_or("--s3-endpoint has no address")?;
             let proxy = Proxy::start(address, 1).await?;
-            return Ok(Self { _server: None, proxy, bucket: bucket.clone(), keys_file: None, metrics });
+            return Ok(Self { _server: None, proxy, bucket: bucket.clone(), keys_file: None });
         }
         let server = Server::start()?;
         let proxy = Proxy::start(server.address(), 1).await?;
         let (bucket, keys_file) = (BUCKET.to_owned(), Some(server.keys_file()?));
-        Ok(Self { _server: Some(server), proxy, bucket, keys_file, metrics })
+        Ok(Self { _server: Some(server), proxy, bucket, keys_file })
     }
 }
 
 impl Summary {
     /// For people.
     fn lines(&self) -> Vec<(&'static str, String)> {
-        let slow = self.slow_requests.iter().map(|slow| {
-            format!(
-                "request {} fetched for {} ms: {} blocks, and missed {}",
-                slow.request, slow.fetch_ms, slow.hit_blocks, slow.missed_blocks
-            )
-        });
         vec![
             (
                 "bucket",
@@ -281,7 +257,6 @@ impl Summary {
                 "trouble",
                 format!("{:.0} retries, {:.0} blocks that did not come", self.retries, self.failed_blocks),
             ),
-            ("slow fetches", slow.collect::<Vec<_>>().join("\n")),
         ]
     }
 }

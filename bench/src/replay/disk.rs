@@ -1,0 +1,230 @@
+//! A replay's disk, which is full, slow or gone for a while in the middle of it, and what the node said of that.
+//!
+//! Invariants: the trouble begins when half of the requests have been served; what the node says of its tier is read from the node, between two requests.
+
+use crate::daemon::Daemon;
+use crate::disk::{Ailment, HEAL_WAIT_MAX, Node, say};
+use crate::engine::cache::Served;
+use crate::failure::Failure;
+use crate::report::{Output, Reporter};
+use serde::Serialize;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// How often the node is asked while its disk is ill, or not yet well again.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// What there is to be.
+#[derive(Debug, Clone, clap::Args)]
+pub(super) struct DiskArgs {
+    /// After half of the trace the disk is full (takes no writes), slow (a second late), or gone (EIO on everything).
+    #[arg(long, value_name = "full|slow|gone", value_parser = ailment)]
+    disk: Option<Ailment>,
+    /// For so many seconds.
+    #[arg(long, default_value_t = 15, requires = "disk", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    disk_s: u64,
+}
+
+impl DiskArgs {
+    /// Whether it is to suffer.
+    pub(super) fn given(&self) -> bool {
+        self.disk.is_some()
+    }
+}
+
+fn ailment(text: &str) -> Result<Ailment, String> {
+    let found = Ailment::ALL.into_iter().find(|one| one.to_string() == text);
+    found.ok_or_else(|| "a disk can be full, slow or gone".to_owned())
+}
+
+/// The disk, if it is to suffer.
+pub(super) struct Disk {
+    case: Option<Case>,
+}
+
+struct Case {
+    ailment: Ailment,
+    lasts: Duration,
+    said: PathBuf,
+    node: Option<Node>,
+    began: Option<Instant>,
+    ended: Option<Instant>,
+    looked: Option<Instant>,
+    healed: Option<Duration>,
+    trouble: String,
+    in_metrics: bool,
+    began_at: usize,
+    during: Hits,
+    outside: Hits,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Hits {
+    requests: u64,
+    hits: u64,
+    blocks: u64,
+}
+
+/// What came of it.
+#[derive(Debug, Clone, Serialize)]
+struct Summary {
+    bench: &'static str,
+    disk: String,
+    seconds: u64,
+    began_at_request: usize,
+    requests_during: u64,
+    hit_ratio_during: f64,
+    hit_ratio_outside: f64,
+    trouble: String,
+    in_metrics: bool,
+    healed_s: f64,
+    still_in_metrics: bool,
+}
+
+impl Disk {
+    /// Well, at first; `folder`: where it hears how it is.
+    pub(super) fn new(args: &DiskArgs, folder: &Path) -> Result<Self, Failure> {
+        let Some(ailment) = args.disk else { return Ok(Self { case: None }) };
+        let said = folder.join("ailment");
+        say(&said, Ailment::Nothing)?;
+        let case = Case {
+            ailment,
+            lasts: Duration::from_secs(args.disk_s),
+            said,
+            node: None,
+            began: None,
+            ended: None,
+            looked: None,
+            healed: None,
+            trouble: String::new(),
+            in_metrics: false,
+            began_at: 0,
+            during: Hits::default(),
+            outside: Hits::default(),
+        };
+        Ok(Self { case: Some(case) })
+    }
+
+    /// What the daemon must be told.
+    pub(super) fn tell(&self, command: &mut Command) {
+        if let Some(case) = &self.case {
+            command.arg("--ailment").arg(&case.said);
+        }
+    }
+
+    /// The daemon to ask.
+    pub(super) async fn watch(&mut self, daemon: &Daemon, metrics: SocketAddr) -> Result<(), Failure> {
+        if let Some(case) = &mut self.case {
+            case.node = Some(Node::dial(daemon, metrics).await?);
+        }
+        Ok(())
+    }
+
+    /// Before each request.
+    pub(super) async fn passes(&mut self, number: usize, requests: usize) -> Result<(), Failure> {
+        let Some(case) = &mut self.case else { return Ok(()) };
+        match (case.began, case.ended) {
+            (None, _) if number >= requests / 2 => {
+                (case.began, case.began_at) = (Some(Instant::now()), number);
+                say(&case.said, case.ailment)
+            }
+            (Some(began), None) if began.elapsed() >= case.lasts => case.end(),
+            (Some(_), _) if case.healed.is_none() => case.look().await,
+            _ => Ok(()),
+        }
+    }
+
+    /// After each request.
+    pub(super) fn saw(&mut self, served: &Served) {
+        let Some(case) = &mut self.case else { return };
+        let ill = case.began.is_some() && case.ended.is_none();
+        let hits = if ill { &mut case.during } else { &mut case.outside };
+        hits.requests += 1;
+        hits.hits += served.hits();
+        hits.blocks += served.hits() + served.misses;
+    }
+
+    /// After the last request; waits until the node says that all is well.
+    pub(super) async fn report(mut self, output: Output) -> Result<(), Failure> {
+        let Some(case) = &mut self.case else { return Ok(()) };
+        if case.ended.is_none() {
+            return Err(format!("the trace ended before the disk was {} for --disk-s", case.ailment).into());
+        }
+        while case.healed.is_none() {
+            tokio::time::sleep(LOOK_EVERY).await;
+            case.look().await?;
+        }
+        let summary = case.summary().await?;
+        Ok(Reporter::new(output).object(&summary, &summary.lines())?)
+    }
+}
+
+impl Case {
+    fn end(&mut self) -> Result<(), Failure> {
+        self.ended = Some(Instant::now());
+        say(&self.said, Ailment::Nothing)
+    }
+
+    /// Asks the node, unless it was asked just now.
+    async fn look(&mut self) -> Result<(), Failure> {
+        if self.looked.is_some_and(|at| at.elapsed() < LOOK_EVERY) {
+            return Ok(());
+        }
+        let Some(node) = &self.node else { return Ok(()) };
+        self.looked = Some(Instant::now());
+        let now = node.trouble().await?;
+        if self.trouble.is_empty() && !now.is_empty() {
+            (self.trouble, self.in_metrics) = (now, node.degraded().await?);
+            return Ok(());
+        }
+        let Some(ended) = self.ended else { return Ok(()) };
+        if now.is_empty() {
+            self.healed = Some(ended.elapsed());
+        } else if ended.elapsed() > HEAL_WAIT_MAX {
+            return Err(format!("the disk is well again for {HEAL_WAIT_MAX:?}, the node says: {now}").into());
+        }
+        Ok(())
+    }
+
+    async fn summary(&self) -> Result<Summary, Failure> {
+        let still_in_metrics = match &self.node {
+            Some(node) => node.degraded().await?,
+            None => false,
+        };
+        let ratio = |hits: Hits| hits.hits as f64 / hits.blocks.max(1) as f64;
+        Ok(Summary {
+            bench: "replay_disk",
+            disk: self.ailment.to_string(),
+            seconds: self.lasts.as_secs(),
+            began_at_request: self.began_at,
+            requests_during: self.during.requests,
+            hit_ratio_during: ratio(self.during),
+            hit_ratio_outside: ratio(self.outside),
+            trouble: self.trouble.clone(),
+            in_metrics: self.in_metrics,
+            healed_s: self.healed.unwrap_or_default().as_secs_f64(),
+            still_in_metrics,
+        })
+    }
+}
+
+impl Summary {
+    /// For people.
+    fn lines(&self) -> Vec<(&'static str, String)> {
+        let metric = |said: bool| if said { "the metric says so" } else { "the metric does not say so" };
+        vec![
+            ("disk", format!("{} for {} s from request {}", self.disk, self.seconds, self.began_at_request)),
+            (
+                "hits",
+                format!(
+                    "{:.3} in the {} requests meanwhile, {:.3} in all others",
+                    self.hit_ratio_during, self.requests_during, self.hit_ratio_outside
+                ),
+            ),
+            ("kvctl tiers", format!("{:?}; {}", self.trouble, metric(self.in_metrics))),
+            ("well again", format!("after {:.2} s; {}", self.healed_s, metric(self.still_in_metrics))),
+        ]
+    }
+}
