@@ -7,6 +7,8 @@
 use crate::disk::BadDisk;
 use crate::failure::Failure;
 use crate::usage::Usage;
+use kvd::config::Eviction;
+use kvd_tiers::eviction::NAMES;
 use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal};
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
@@ -55,6 +57,9 @@ pub(crate) struct Args {
     /// A file that says what ails its disk.
     #[arg(long)]
     ailment: Option<PathBuf>,
+    /// Which copies go first, in all tiers; else what the daemon assumes.
+    #[arg(long, value_parser = eviction)]
+    eviction: Option<Eviction>,
     /// HTTP, for /metrics.
     #[arg(long)]
     metrics_address: Option<SocketAddr>,
@@ -67,6 +72,11 @@ pub(crate) struct Args {
     /// Access key and secret, a line each; else what AWS's tools would use.
     #[arg(long)]
     s3_keys_file: Option<PathBuf>,
+}
+
+/// A policy by its name in the config.
+pub(crate) fn eviction(name: &str) -> Result<Eviction, String> {
+    Eviction::named(name).ok_or_else(|| format!("the policies are {}", NAMES.join(", ")))
 }
 
 /// What holds the memory of a daemon that a benchmark kills.
@@ -118,6 +128,9 @@ pub(crate) fn serve(args: &Args) -> Result<(), Failure> {
         config.recompute.token_ns = token_ns;
     }
     config.listen.metrics_address = args.metrics_address;
+    if let Some(eviction) = args.eviction {
+        (config.dram.eviction, config.nvme.eviction) = (eviction, eviction);
+    }
     if let Some(endpoint) = &args.s3_endpoint {
         config.s3.endpoint.clone_from(endpoint);
         config.s3.bucket.clone_from(&args.s3_bucket);

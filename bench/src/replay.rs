@@ -8,7 +8,7 @@ mod disk;
 mod slow;
 
 use crate::account::{Account, Model, natural_scale};
-use crate::daemon::{Daemon, free_address};
+use crate::daemon::{self, Daemon, free_address};
 use crate::engine::cache::{Cache, named_space};
 use crate::engine::profile::ProfileName;
 use crate::failure::Failure;
@@ -18,6 +18,7 @@ use crate::trace::{self, ROWS_MAX};
 use bucket::{Bucket, BucketArgs};
 use disk::{Disk, DiskArgs};
 use indicatif::{ProgressBar, ProgressStyle};
+use kvd::config::Eviction;
 use slow::SlowFetches;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -49,6 +50,9 @@ pub(crate) struct Args {
     /// The daemon's NVMe tier.
     #[arg(long, default_value = "8GiB", value_parser = parse_bytes)]
     nvme: u64,
+    /// Which copies go first, in all tiers; else what the daemon assumes.
+    #[arg(long, value_parser = daemon::eviction)]
+    eviction: Option<Eviction>,
     /// Where the daemon keeps its files, which are removed afterwards; by default the system's temporary folder. Give
     /// one on the disk you mean where that is in memory.
     #[arg(long)]
@@ -84,6 +88,7 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let metrics = free_address()?;
     let daemon = Daemon::start_as(folder.path(), args.dram, args.nvme, |command| {
         command.arg(format!("--metrics-address={metrics}"));
+        command.args(args.eviction.map(|eviction| format!("--eviction={}", eviction.name())));
         bucket.tell(command);
         disk.tell(command);
     })?;

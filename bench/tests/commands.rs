@@ -55,10 +55,11 @@ fn what_a_killed_daemon_had_is_served_by_the_next() {
 fn a_mistake_is_told_in_a_sentence() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("bad.jsonl"), "{\"timestamp\": 1}\n").unwrap();
-    let mistakes: [(&[&str], &str); 4] = [
+    let mistakes: [(&[&str], &str); 6] = [
         (&["replay", "--trace", "none.jsonl"], "none.jsonl"),
         (&["replay", "--trace", "bad.jsonl"], "line 1: missing field `input_length`"),
         (&["replay", "--trace", "bad.jsonl", "--dram", "5 parsecs"], "parsecs"),
+        (&["replay", "--trace", "bad.jsonl", "--eviction", "lfu"], "lru, s3fifo, class-ttl, worth"),
         (&["replay", "--trace", "bad.jsonl", "--disk", "wet"], "full, slow or gone"),
         (&["local", "--dram", "1MiB"], "--dram"),
     ];

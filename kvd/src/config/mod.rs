@@ -17,6 +17,7 @@ mod tests;
 
 use kvd_proto::Error;
 use kvd_proto::limits::NODES_MAX;
+use kvd_tiers::eviction;
 use machine::Machine;
 use serde::{Deserialize, Deserializer};
 use std::net::SocketAddr;
@@ -194,20 +195,31 @@ pub enum Wish {
 
 /// An order of eviction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Eviction {
     /// Least recently used.
     Lru,
     /// S3-FIFO: one-time blocks leave early.
     S3fifo,
+    /// When blocks of its class come back.
+    ClassTtl,
+    /// That, and what having it saves; others while they do better.
+    Worth,
 }
 
 impl Eviction {
+    /// The one with this name, of `eviction::NAMES`.
+    pub fn named(name: &str) -> Option<Self> {
+        [Self::Lru, Self::S3fifo, Self::ClassTtl, Self::Worth].into_iter().find(|one| one.name() == name)
+    }
+
     /// The policy's name, as the tiers know it.
     pub fn name(self) -> &'static str {
         match self {
-            Self::Lru => "lru",
-            Self::S3fifo => "s3fifo",
+            Self::Lru => eviction::lru::NAME,
+            Self::S3fifo => eviction::s3fifo::NAME,
+            Self::ClassTtl => eviction::class_ttl::NAME,
+            Self::Worth => eviction::worth::NAME,
         }
     }
 }

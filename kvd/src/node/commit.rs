@@ -7,11 +7,11 @@
 use super::Node;
 use super::event::{Effect, MemberId};
 use super::lease::{ItemState, LeaseId, PartSet, RequestKind, unknown_lease};
+use super::usage::Heard;
 use kvd_proto::slot_header::{FLAG_TAIL, SlotHeader};
 use kvd_proto::wire::{self, ReserveState, Tier};
 use kvd_proto::{Code, Error};
 use kvd_tiers::catalog::{Handle, Mark};
-use kvd_tiers::eviction::Use;
 use kvd_tiers::segment::SlotRef;
 use std::ops::Range;
 
@@ -40,10 +40,12 @@ impl Node {
                 whole.push((item.handle, item.slot, item.block));
             }
         }
+        let heard = self.leases.get(id).expect("an open lease").heard.clone();
         // tail first, as chains are touched
         for (handle, slot, _) in whole.iter().rev() {
-            self.publish(*handle, *slot);
+            self.publish(*handle, *slot, heard.as_deref());
         }
+        self.tell_used(whole.iter().rev().map(|(handle, ..)| *handle).collect(), heard, false);
         let committed = whole.iter().filter(|(.., block)| self.now_present(id, *block)).count();
         self.counters.committed_blocks += committed as u64;
         if committed > 0 {
@@ -98,15 +100,14 @@ impl Node {
         Ok(filled)
     }
 
-    fn publish(&mut self, handle: Handle, slot: SlotRef) {
+    fn publish(&mut self, handle: Handle, slot: SlotRef, heard: Option<&Heard>) {
         let pool = self.pool_of(handle, Tier::Dram);
         let now_s = self.now_s();
         let entry = self.catalog.get_mut(handle);
         entry.unmark(Tier::Dram, Mark::Filling);
         entry.release();
         entry.touch(now_s);
-        let key = entry.key();
-        self.memory.pools[pool].policy.insert(handle, &Use::unknown(key.id.to_u64(), self.now_us));
+        self.put_in_order(handle, Tier::Dram, heard);
         let generation = self.memory.pools[pool].slots.generation(slot);
         let header = Box::new(self.header(handle));
         self.out.push(Effect::Publish { slot, generation, header });

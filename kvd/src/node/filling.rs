@@ -10,6 +10,7 @@ use super::hand_off::Wish;
 use super::lease::{Item, ItemState, NewLease, PartSet, RequestKind};
 use super::matching::{check_key, fitting, runs};
 use super::order::Order;
+use super::usage::Asked;
 use super::verifying::unverified;
 use kvd_proto::limits::RESERVE_WAIT_MS_MAX;
 use kvd_proto::wire::{self, ReserveState, Tier, node_frame::Body as Reply};
@@ -17,6 +18,7 @@ use kvd_proto::{BlockId, Chain, Error};
 use kvd_tiers::catalog::{Key, Mark, NewEntry};
 use kvd_tiers::table::Filler;
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 /// Reservations that wait for space. At the limit: the next one does not wait.
 const WAITING_MAX: usize = 1024;
@@ -283,6 +285,9 @@ impl Node {
             return wire::ReserveReply { states, handed_off, ..wire::ReserveReply::default() };
         }
         let filler = Filler { epoch: self.config.epoch, session };
+        let (first, parent) = (wanted.chain[0], wanted.order.place(&wanted.chain, 0).0);
+        let last = *wanted.chain.last().expect("a chain has blocks");
+        let heard = self.usage.whose(wanted.space, first, parent);
         self.out.push(Effect::Fill { slots: items.iter().map(|item| item.slot).collect(), filler });
         let lease = self.new_lease(NewLease {
             session,
@@ -298,6 +303,18 @@ impl Node {
             bytes,
             predicted_us: 0,
         });
+        match heard {
+            Some(heard) => {
+                self.usage.expect(wanted.space, last, Arc::clone(&heard));
+                self.leases.get_mut(lease).expect("just made").heard = Some(heard);
+            }
+            None if !wanted.order.apart => {
+                let (chain, first) = (wanted.chain.clone(), wanted.order.depth);
+                let asked = Asked { space: wanted.space, chain, first, lease: Some(lease), goes_on_at: last };
+                self.tell_asked(Vec::new(), asked);
+            }
+            None => {}
+        }
         self.reserve_reply(lease)
     }
 
@@ -383,7 +400,7 @@ impl Node {
         self.held_is_lost(item.handle);
         self.catalog.get_mut(item.handle).release();
         self.unpin(item.handle);
-        let slot = self.catalog.clear_copy(item.handle, Tier::Dram);
+        let slot = self.clear_copy(item.handle, Tier::Dram);
         assert_eq!(slot, item.slot, "a filling block stays in its slot");
         self.memory.pools[pool].slots.quarantine(slot);
         item.state = ItemState::Quarantined;

@@ -8,12 +8,14 @@
 use super::Node;
 use super::event::MemberId;
 use super::session::SessionId;
+use super::usage::Heard;
 use kvd_proto::wire::{self, Tier};
 use kvd_proto::{BlockId, Code, Error};
 use kvd_tiers::catalog::{Handle, Mark};
 use kvd_tiers::segment::SlotRef;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
+use std::sync::Arc;
 
 pub(super) type LeaseId = u64;
 
@@ -115,6 +117,8 @@ pub(super) struct Lease {
     pub(super) ends_us: u64,
     pub(super) ended: bool,
     pub(super) predicted_us: u64,
+    /// Whose it is, to the policies, once they have heard.
+    pub(super) heard: Option<Arc<Heard>>,
     /// Items on their way.
     loading: u32,
     /// When loading must have made progress again; `u64::MAX`: nothing is loading.
@@ -240,6 +244,7 @@ impl Node {
             ends_us,
             ended: false,
             predicted_us: new.predicted_us,
+            heard: None,
             loading,
             stalls_us,
         };
@@ -305,7 +310,7 @@ impl Node {
         // that may go. Once more in the order that policies are promised.
         if lease.items.iter().any(|item| item.remote || item.source == Tier::Nvme) {
             let there = lease.items.iter().rev().filter(|item| item.state == ItemState::Ready);
-            there.for_each(|item| self.tell_later(item.handle));
+            self.tell_used(there.map(|item| item.handle).collect(), lease.heard.clone(), true);
         }
         // tail first: what is dropped leaves no child behind
         for item in lease.items.iter().rev() {

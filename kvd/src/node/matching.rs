@@ -12,7 +12,6 @@ use kvd_proto::limits::{REQUEST_KEY_BYTES_MAX, RUNS_MAX};
 use kvd_proto::wire::{self, HandOffState, Tier};
 use kvd_proto::{Chain, Error};
 use kvd_tiers::catalog::Handle;
-use kvd_tiers::eviction::Use;
 use kvd_tiers::segment::SlotRef;
 use std::ops::Range;
 
@@ -44,10 +43,6 @@ pub(super) struct Deferred {
     /// The first block not looked at.
     next: usize,
 }
-
-/// Uses that wait for `settle`. At the limit: the oldest blocks of long chains go without, as their order is the least
-/// wrong.
-const TOUCHED_MAX: usize = 1 << 16;
 
 impl Node {
     /// The answer, or `None`: it comes later, because other nodes are asked first for what this one lacks (`may_seek`), or so much
@@ -157,9 +152,10 @@ impl Node {
         let (items, bytes) = self.fit_frame(space, items, bytes);
         let last = items.iter().map(|item| item.block as usize + 1).max();
         let leased = last.unwrap_or(skip.min(stored));
-        self.touch(&found, leased);
+        let used = self.touch(&found, leased);
         self.count_hits(&items, chain.ids().len() - leased, skip.min(stored));
         if items.is_empty() {
+            self.tell_matched(used, space, chain.ids(), leased, None);
             let hand_off = hand_off_status(request, false);
             let none = wire::MatchReply { blocks: leased as u32, hand_off, ..wire::MatchReply::default() };
             return Ok(Matched::Reply(none));
@@ -178,6 +174,7 @@ impl Node {
             bytes,
             predicted_us,
         });
+        self.tell_matched(used, space, chain.ids(), leased, Some(lease));
         self.wait_for_loads(lease);
         record.into_iter().for_each(|record| self.claimed(record));
         Ok(Matched::Reply(self.match_reply(lease, request)))
@@ -289,36 +286,14 @@ impl Node {
         Some(Item { block, group, source, remote, state, handle, slot })
     }
 
-    /// Uses count now; the policies hear of them when the answers are sent (`settle`): each costs them a cache miss or two.
-    fn touch(&mut self, found: &[Vec<Handle>], blocks: usize) {
+    /// Uses count now; the policies hear of them later (`usage`): these, each group's tail first.
+    fn touch(&mut self, found: &[Vec<Handle>], blocks: usize) -> Vec<Handle> {
         let now_s = self.now_s();
-        for handles in found {
-            for &handle in handles[..blocks.min(handles.len())].iter().rev() {
-                self.catalog.get_mut(handle).touch(now_s);
-                self.tell_later(handle);
-            }
-        }
-    }
-
-    /// The policies hear of a use with the next `settle`, within the limit.
-    pub(super) fn tell_later(&mut self, handle: Handle) {
-        if self.touched.len() < TOUCHED_MAX {
-            self.touched.push(handle);
-        }
-    }
-
-    /// Tells the policies what was used since they last heard. An entry that has gone meanwhile, or another under its handle, is at worst one use too many or too few.
-    pub(super) fn tell_policies(&mut self) {
-        for handle in std::mem::take(&mut self.touched) {
-            let Some(entry) = self.catalog.try_get(handle) else { continue };
-            let key = entry.key();
-            let in_tier = [Tier::Dram, Tier::Nvme].map(|tier| entry.readable(tier).map(|_| tier));
-            for tier in in_tier.into_iter().flatten() {
-                let pool = self.pool_of_group(key.space, key.group, tier).expect("a copy has a pool");
-                let used = Use::unknown(key.id.to_u64(), self.now_us);
-                self.memory.pools[pool].policy.touch(handle, &used);
-            }
-        }
+        let tail_first =
+            |handles: &Vec<Handle>| handles.iter().take(blocks).rev().copied().collect::<Vec<_>>();
+        let used: Vec<_> = found.iter().flat_map(tail_first).collect();
+        used.iter().for_each(|handle| self.catalog.get_mut(*handle).touch(now_s));
+        used
     }
 
     fn count_hits(&mut self, items: &[Item], missed: usize, skipped: usize) {

@@ -516,8 +516,16 @@ impl Node {
         if self.catalog.get(handle).readable(tier).is_some() {
             self.tell_copy(handle, tier, false);
         }
-        let slot = self.catalog.clear_copy(handle, tier);
+        let slot = self.clear_copy(handle, tier);
         self.free_slot(pool, slot);
+    }
+
+    /// Takes a copy out of the catalog; its slot is the caller's.
+    pub(super) fn clear_copy(&mut self, handle: Handle, tier: Tier) -> SlotRef {
+        let parent = self.catalog.get(handle).parent_handle();
+        let slot = self.catalog.clear_copy(handle, tier);
+        self.expose(parent, tier);
+        slot
     }
 
     /// A live slot whose block is gone: clients find nothing there from now on.

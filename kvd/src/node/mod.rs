@@ -31,6 +31,7 @@ mod session;
 mod telling;
 mod tier_change;
 mod uploading;
+mod usage;
 mod verifying;
 
 #[cfg(test)]
@@ -119,8 +120,7 @@ pub struct Node {
     seeking: seeking::Seeking,
     /// Leased entries whose DRAM copy a reader found broken.
     doubted: BTreeSet<Handle>,
-    /// Used since the policies last heard, tail first.
-    touched: Vec<Handle>,
+    usage: usage::Usage,
     pins: HashMap<Handle, u32>,
     pin_ends: BTreeSet<(u32, Handle)>,
     pinned_bytes: u64,
@@ -166,7 +166,7 @@ impl Node {
             deferred: VecDeque::new(),
             seeking: seeking::Seeking::default(),
             doubted: BTreeSet::new(),
-            touched: Vec::new(),
+            usage: usage::Usage::default(),
             pins: HashMap::new(),
             pin_ends: BTreeSet::new(),
             pinned_bytes: 0,

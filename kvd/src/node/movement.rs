@@ -11,7 +11,6 @@ use super::memory::at;
 use kvd_proto::slot_header::FLAG_CHECKSUMMED;
 use kvd_proto::wire::Tier;
 use kvd_tiers::catalog::{Handle, Mark};
-use kvd_tiers::eviction::Use;
 use kvd_tiers::measure::Estimate;
 use kvd_tiers::segment::SlotRef;
 use std::collections::HashMap;
@@ -303,6 +302,7 @@ impl Node {
         entry.mark(Tier::Nvme, Mark::Filling);
         entry.mark(Tier::Dram, Mark::Moving);
         self.catalog.leave(handle, Tier::Dram);
+        self.expose(self.catalog.get(handle).parent_handle(), Tier::Dram);
         let entry = self.catalog.get(handle);
         let from = entry.copy(Tier::Dram).expect("a DRAM copy is demoted");
         let token = self.movement.start(handle, MoveKind::Demotion, self.slot_bytes_of(handle));
@@ -406,8 +406,9 @@ impl Node {
             if ended.kind != MoveKind::Verification {
                 entry.mark(Tier::Dram, Mark::Checksummed);
             }
-            let used = Use::unknown(entry.key().id.to_u64(), self.now_us);
-            self.memory.pools[dram].policy.insert(handle, &used);
+            let lease = ended.waiting.first().and_then(|(lease, _)| self.leases.get(*lease));
+            let heard = lease.and_then(|lease| lease.heard.clone());
+            self.put_in_order(handle, Tier::Dram, heard.as_deref());
             self.tell_copy(handle, Tier::Dram, true);
             self.held_is_whole(handle);
             if !matches!(ended.kind, MoveKind::Fetch { .. }) {
@@ -437,8 +438,8 @@ impl Node {
         let entry = self.catalog.get_mut(handle);
         entry.unmark(Tier::Nvme, Mark::Filling);
         entry.mark(Tier::Nvme, Mark::Checksummed);
-        let (key, idle) = (entry.key().id.to_u64(), entry.leases() == 0);
-        self.memory.pools[nvme].policy.insert(handle, &Use::unknown(key, self.now_us));
+        let idle = entry.leases() == 0;
+        self.put_in_order(handle, Tier::Nvme, None);
         self.tell_copy(handle, Tier::Nvme, true);
         if idle && !self.pins.contains_key(&handle) && self.catalog.is_leaf(handle, Tier::Dram) {
             self.evict(handle, dram); // it was the next to go when the write began

@@ -17,7 +17,7 @@ pub(super) struct Order {
     parent: BlockId,
     pub(super) depth: u32,
     /// No order between the ids: each is at `depth` after `parent`.
-    apart: bool,
+    pub(super) apart: bool,
 }
 
 impl Order {

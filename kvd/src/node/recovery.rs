@@ -10,7 +10,6 @@ use super::{EVENTS_PER_CALL_MAX, Node};
 use kvd_proto::Space;
 use kvd_proto::wire::Tier;
 use kvd_tiers::catalog::{Handle, Key, Mark, NewEntry};
-use kvd_tiers::eviction::Use;
 use kvd_tiers::segment::{Geometry, SegmentId, SlotRef};
 
 /// How many were taken in, and how many not.
@@ -114,7 +113,7 @@ impl Node {
             self.unverified.push_back(handle);
             return;
         }
-        self.memory.pools[pool].policy.insert(handle, &Use::unknown(key.id.to_u64(), self.now_us));
+        self.put_in_order(handle, tier, None);
         self.tell_copy(handle, tier, true);
     }
 

@@ -29,13 +29,13 @@ impl ClassTtl {
         Self { learned: Learned::new(), queues: Queues::new(), lens: Lens::ttl(), unlearned: 0 }
     }
 
-    fn used(&mut self, used: &Use) -> super::class::Class {
+    fn used(&mut self, used: &Use, here: bool) -> super::class::Class {
         self.unlearned += 1;
         if self.unlearned == LEARN_EVERY_USES {
             self.unlearned = 0;
             self.lens.learn(&self.learned.reuse, 0.0, 0.0);
         }
-        self.learned.used(used, self.queues.len())
+        self.learned.used(used, here, self.queues.len()).0
     }
 }
 
@@ -55,12 +55,21 @@ impl Eviction for ClassTtl {
     }
 
     fn insert(&mut self, handle: Handle, used: &Use) {
-        let class = self.used(used);
+        let class = self.used(used, true);
         self.queues.insert(handle, class, used);
     }
 
+    fn admit(&mut self, handle: Handle, key: u64, now_us: u64) {
+        let last = self.learned.admitted(key, now_us, self.queues.len());
+        self.queues.admit(handle, key, last);
+    }
+
+    fn seen(&mut self, used: &Use) {
+        self.used(used, false);
+    }
+
     fn touch(&mut self, handle: Handle, used: &Use) {
-        let class = self.used(used);
+        let class = self.used(used, true);
         self.queues.touch(handle, class, used);
     }
 

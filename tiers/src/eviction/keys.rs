@@ -13,7 +13,7 @@ pub(super) fn fingerprint(key: u64) -> u32 {
 
 #[derive(Debug)]
 pub(super) struct Keys<T> {
-    /// Places for so many times the copies, or up to twice as many.
+    /// Places for so many times the copies.
     times: usize,
     buckets: Vec<[(u32, T); WAYS]>,
 }
@@ -23,12 +23,35 @@ impl<T: Copy + Default> Keys<T> {
         Self { times, buckets: Vec::new() }
     }
 
-    /// Room for what the copies need. Growing forgets: it happens while the tier fills, when there is little to forget.
+    /// Room for what the copies need: linear hashing (Litwin, VLDB 1980), one bucket is split after the other, so that no call is long and
+    /// nothing is forgotten for it.
     pub(super) fn fit(&mut self, copies: usize) {
-        if copies * self.times > WAYS * self.buckets.len() {
-            let buckets = (copies * self.times).div_ceil(WAYS).next_power_of_two();
-            self.buckets = vec![[(0, T::default()); WAYS]; buckets];
+        let buckets = (copies * self.times).div_ceil(WAYS);
+        while self.buckets.len() < buckets {
+            self.split();
         }
+    }
+
+    /// One bucket more, with those of another that belong there.
+    fn split(&mut self) {
+        let new = self.buckets.len();
+        let mut moved = [(0, T::default()); WAYS];
+        if new > 0 {
+            let among = (new + 1).next_power_of_two();
+            let old = &mut self.buckets[new - among / 2];
+            let (mut stays, mut stay, mut goes) = ([(0, T::default()); WAYS], 0, 0);
+            for seen in old.iter().filter(|(known, _)| *known != 0) {
+                if seen.0 as usize & (among - 1) == new {
+                    moved[goes] = *seen;
+                    goes += 1;
+                } else {
+                    stays[stay] = *seen;
+                    stay += 1;
+                }
+            }
+            *old = stays;
+        }
+        self.buckets.push(moved);
     }
 
     pub(super) fn get(&self, fingerprint: u32) -> Option<T> {
@@ -63,13 +86,16 @@ impl<T: Copy + Default> Keys<T> {
     }
 
     fn at(&self, fingerprint: u32) -> usize {
-        fingerprint as usize & self.buckets.len().wrapping_sub(1)
+        let among = self.buckets.len().next_power_of_two();
+        let at = fingerprint as usize & (among - 1);
+        if at < self.buckets.len() { at } else { at & (among / 2).wrapping_sub(1) }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn remembers_some_times_the_copies_and_forgets_the_oldest() {
@@ -93,6 +119,31 @@ mod tests {
         keys.fit(4);
         assert_eq!((keys.get(2), keys.get(10)), (Some(20), Some(101)), "nothing to grow for");
         keys.fit(5);
-        assert_eq!(keys.get(2), None);
+        assert_eq!((keys.get(2), keys.get(10)), (Some(20), Some(101)), "growing forgets nothing");
+    }
+
+    proptest! {
+        /// With room for all, none is forgotten while the table grows, whatever their bits.
+        #[test]
+        fn growing_forgets_nothing(all in proptest::collection::btree_set(1..u32::MAX, 1..200)) {
+            let mut keys = Keys::new(1);
+            keys.fit(8);
+            let mut put = std::collections::BTreeMap::new();
+            for (number, key) in all.into_iter().enumerate() {
+                keys.fit(number * 4);
+                let crowded = {
+                    let at = keys.at(key);
+                    keys.buckets[at].iter().all(|(known, _)| *known != 0)
+                };
+                if !crowded {
+                    keys.put(key, number, |_| false);
+                    put.insert(key, number);
+                }
+            }
+            keys.fit(10_000);
+            for (key, number) in put {
+                prop_assert_eq!(keys.get(key), Some(number));
+            }
+        }
     }
 }

@@ -5,12 +5,14 @@
 
 use super::class::Class;
 use super::keys::{Keys, fingerprint};
-use super::queues::now_ms;
+use super::queues::{now_ms, saved_at};
 use super::reuse::Reuse;
 use super::{Request, Use};
 
-/// Keys that are remembered for each copy, or up to twice as many: of a copy that went too early that much is known.
-const KEYS_PER_COPY: usize = 4;
+/// Keys that are remembered for each copy: of a copy that went too early that much is known.
+const KEYS_PER_COPY: usize = 6;
+/// Keys that are remembered in any case: what a tier will hold was seen before it holds anything.
+const KEYS_MIN: usize = 1 << 12;
 
 /// Uses that show a block to be everybody's.
 const TRUNK_USES: u8 = 64;
@@ -31,10 +33,28 @@ struct Seen {
     request: u32,
     class: Class,
     uses: u8,
-    /// Of the conversation whose last prompt ended here; 0: none did.
+    /// Half octave of what it saves.
+    saved: u8,
+    /// Of the conversation whose last prompt ended here, up to `TURN_MAX`; 0: none did. With `HERE`, it is not to be forgotten: the
+    /// copy's next use, however late, is what is to be learned.
     turn: u8,
-    /// It is not to be forgotten: the copy's next use, however late, is what is to be learned.
-    here: bool,
+}
+
+const HERE: u8 = 1 << 7;
+const TURN_MAX: u8 = HERE - 1;
+
+impl Seen {
+    fn is_here(&self) -> bool {
+        self.turn & HERE != 0
+    }
+}
+
+/// How a block was last used, as far as it is known.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Last {
+    pub(super) class: Class,
+    pub(super) used_ms: u32,
+    pub(super) saved: u8,
 }
 
 impl Learned {
@@ -47,7 +67,7 @@ impl Learned {
         // what is seen was not without what is before it, though that may be forgotten
         let last = seen.iter().rposition(Option::is_some);
         let known = last.map_or(0, |last| last as u32 + 1);
-        let turn = last.and_then(|last| seen[last]).map_or(0, |seen| seen.turn);
+        let turn = last.and_then(|last| seen[last]).map_or(0, |seen| seen.turn & TURN_MAX);
         let trunk = seen.iter().take_while(|seen| seen.is_some_and(|seen| seen.uses >= TRUNK_USES)).count();
         let branch = chain.get(trunk).or(chain.last()).map_or(0, |key| fingerprint(*key));
         // a first block alone may be everybody's: who goes on from there is no conversation
@@ -67,19 +87,36 @@ impl Learned {
     /// The copy is gone; what was seen of it stays for a while.
     pub(super) fn gone(&mut self, fingerprint: u32) {
         if let Some(seen) = self.keys.get_mut(fingerprint) {
-            seen.here = false;
+            seen.turn &= TURN_MAX;
         }
     }
 
-    /// What the use of a copy that is, or comes, here shows.
-    pub(super) fn used(&mut self, used: &Use, copies: usize) -> Class {
-        self.keys.fit(copies + 1);
+    /// A copy of it has come that no request brought.
+    pub(super) fn admitted(&mut self, key: u64, now_us: u64, copies: usize) -> Last {
+        self.fit(copies + 1);
+        let fingerprint = fingerprint(key);
+        let used = Use::unknown(key, now_us);
+        let fresh = || Seen { last_ms: now_ms(now_us), class: Class::of(&used, 1), ..Seen::default() };
+        let mut seen = self.keys.get(fingerprint).unwrap_or_else(fresh);
+        seen.turn |= HERE;
+        self.keys.put(fingerprint, seen, |seen| !seen.is_here());
+        Last { class: seen.class, used_ms: seen.last_ms, saved: seen.saved }
+    }
+
+    fn fit(&mut self, copies: usize) {
+        self.keys.fit(copies.max(KEYS_MIN / KEYS_PER_COPY));
+    }
+
+    /// What the use of a block shows, and whether its request had not used it before; `here`: its copy is, or comes, here.
+    pub(super) fn used(&mut self, used: &Use, here: bool, copies: usize) -> (Class, bool) {
+        self.fit(copies + 1);
+        let mark = if here { HERE } else { 0 };
         let (fingerprint, now_ms) = (fingerprint(used.key), now_ms(used.request.now_us));
         let seen = self.keys.get(fingerprint);
         if let Some(seen) = seen {
             if seen.request == used.request.number {
-                self.keys.get_mut(fingerprint).expect("just seen").here = true;
-                return seen.class;
+                self.keys.get_mut(fingerprint).expect("just seen").turn |= mark;
+                return (seen.class, false);
             }
             self.reuse.again(seen.class, now_ms.wrapping_sub(seen.last_ms));
         }
@@ -88,10 +125,11 @@ impl Learned {
         self.reuse.used(class, copies);
         // the last block may be a part of one, which nobody asks for again: the one before ends the prompt too
         let ends = used.at + 2 >= used.request.blocks;
-        let turn = if ends { used.request.turn } else { 0 };
-        let seen = Seen { last_ms: now_ms, request: used.request.number, class, uses, turn, here: true };
-        self.keys.put(fingerprint, seen, |seen| !seen.here);
-        class
+        let turn = if ends { used.request.turn.min(TURN_MAX) } else { 0 };
+        let (request, saved) = (used.request.number, saved_at(used.saved_us) as u8);
+        let seen = Seen { last_ms: now_ms, request, class, uses, saved, turn: turn | mark };
+        self.keys.put(fingerprint, seen, |seen| !seen.is_here());
+        (class, true)
     }
 }
 
@@ -102,7 +140,7 @@ mod tests {
     fn run(learned: &mut Learned, chain: &[u64], now_us: u64) -> Request {
         let request = learned.request(chain, now_us);
         for (at, key) in chain.iter().enumerate().rev() {
-            learned.used(&Use { key: *key, request, at: at as u32, saved_us: 1.0 }, 1000);
+            learned.used(&Use { key: *key, request, at: at as u32, saved_us: 1.0 }, true, 1000);
         }
         request
     }
@@ -124,9 +162,27 @@ mod tests {
     #[test]
     fn a_requests_uses_of_a_block_count_once() {
         let mut learned = Learned::new();
-        let mut used = |request| learned.used(&Use { key: 7, request, at: 0, saved_us: 1.0 }, 1);
+        let mut used = |request| learned.used(&Use { key: 7, request, at: 0, saved_us: 1.0 }, true, 1);
         let [first, second] = [1, 2].map(|number| Request { number, ..Request::unknown(9, 1000) });
-        assert_eq!(used(first), used(first));
-        assert_ne!(used(second), used(first));
+        let (class, new) = used(first);
+        assert!(new);
+        assert_eq!(used(first), (class, false));
+        let (other, new) = used(second);
+        assert!(new && other != class, "a second use");
+    }
+
+    /// It left the tier above: here nobody has used it, elsewhere two have.
+    #[test]
+    fn what_comes_for_rooms_sake_is_known_by_its_uses_elsewhere() {
+        let mut learned = Learned::new();
+        for second in 1..3 {
+            let request = learned.request(&[1, 2, 3], second * 1_000_000);
+            learned.used(&Use { key: 2, request, at: 1, saved_us: 900.0 }, false, 0);
+        }
+        let last = learned.admitted(2, 9_000_000, 0);
+        assert_eq!((last.used_ms, usize::from(last.saved)), (2000, saved_at(900.0)));
+        let stranger = learned.admitted(7, 9_000_000, 0);
+        assert_eq!((stranger.used_ms, stranger.saved), (9000, 0));
+        assert_ne!(stranger.class, last.class);
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! The caller guarantees: a handle is inserted once and removed once; one touch a request, chains touched tail first,
 //! and new copies of a chain inserted tail first, so that a parent is never older than its children; a parent whose last
-//! child has gone is exposed (policies without a history do without requests and that: the node gives neither yet). (Where that is
-//! broken nothing is wrong, only slow: parents are looked at, found ineligible and moved away, one look each.)
+//! child has gone is exposed. (Where that is broken nothing is wrong, only slow: parents are looked at, found ineligible and
+//! moved away, one look each.)
 //! The policy guarantees: amortised O(1) a call, bounded scanning, no clock, no randomness; it never decides whether a
 //! copy *may* go (leases, pins, children: the caller's `eligible`).
 
@@ -88,6 +88,12 @@ pub trait Eviction: Send {
     }
     /// A new copy.
     fn insert(&mut self, handle: Handle, used: &Use);
+    /// A new copy that no request brought, but room: it left the tier above, or was there before the daemon. Its uses, if there were any, were `seen`.
+    fn admit(&mut self, handle: Handle, key: u64, now_us: u64) {
+        self.insert(handle, &Use::unknown(key, now_us));
+    }
+    /// A request used a block that has no copy here.
+    fn seen(&mut self, _used: &Use) {}
     /// The copy was used by a request.
     fn touch(&mut self, handle: Handle, used: &Use);
     /// The copy has no child here any more: it may go, as far as that goes.

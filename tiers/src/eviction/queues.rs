@@ -8,6 +8,7 @@
 
 use super::class::{CLASSES, Class};
 use super::keys::fingerprint;
+use super::learned::Last;
 use super::lens::Lens;
 use super::lists::Lists;
 use super::{Handle, Use};
@@ -102,21 +103,30 @@ impl Queues {
     }
 
     pub(super) fn insert(&mut self, handle: Handle, class: Class, used: &Use) {
+        let last = Last { class, used_ms: now_ms(used.request.now_us), saved: saved_at(used.saved_us) as u8 };
+        self.admit(handle, used.key, last);
+        if used.request.number != self.newest_request {
+            (self.newest, self.newest_request) = (Newest::Leaf(handle), used.request.number);
+        }
+    }
+
+    /// One that was used before it came, and stands as the youngest of its queue all the same.
+    pub(super) fn admit(&mut self, handle: Handle, key: u64, last: Last) {
         let at = handle as usize;
         if at >= self.copies.len() {
             self.copies.resize(at + 1, Copied::default());
         }
         self.clock = self.clock.wrapping_add(1);
         self.chosen = None;
-        let queue = class.at() * SAVED + saved_at(used.saved_us);
-        let last_ms = now_ms(used.request.now_us);
-        self.copies[at] =
-            Copied { last_ms, used_at: self.clock, fingerprint: fingerprint(used.key), queue: queue as u16 };
+        let queue = last.class.at() * SAVED + usize::from(last.saved);
+        self.copies[at] = Copied {
+            last_ms: last.used_ms,
+            used_at: self.clock,
+            fingerprint: fingerprint(key),
+            queue: queue as u16,
+        };
         self.lists.push(queue, handle);
         self.fill(queue);
-        if used.request.number != self.newest_request {
-            (self.newest, self.newest_request) = (Newest::Leaf(handle), used.request.number);
-        }
     }
 
     pub(super) fn touch(&mut self, handle: Handle, class: Class, used: &Use) {
@@ -258,7 +268,8 @@ pub(super) fn now_ms(now_us: u64) -> u32 {
     (now_us / 1000) as u32
 }
 
-fn saved_at(saved_us: f32) -> usize {
+/// The half octave of what is saved.
+pub(super) fn saved_at(saved_us: f32) -> usize {
     let octaves = saved_us.max(1.0).log2() - SAVED_FROM_OCTAVE;
     ((octaves * 2.0).max(0.0) as usize).min(SAVED - 1)
 }

@@ -39,7 +39,7 @@ impl S3Fifo {
             queues: Lists::new(2),
             fingerprints: Vec::new(),
             uses: Vec::new(),
-            ghost: Keys::new(1),
+            ghost: Keys::new(2),
         }
     }
 

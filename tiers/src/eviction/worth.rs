@@ -65,8 +65,11 @@ impl Worth {
         }
     }
 
-    fn used(&mut self, used: &Use) -> Class {
-        let class = self.learned.used(used, self.queues.len());
+    fn used(&mut self, used: &Use, here: bool) -> Class {
+        let (class, new) = self.learned.used(used, here, self.queues.len());
+        if !new {
+            return class;
+        }
         self.show(used, class);
         if self.unlearned == 0 {
             self.learned_ms = now_ms(used.request.now_us);
@@ -102,9 +105,12 @@ impl Worth {
 
     fn learn(&mut self, now_us: u64) {
         let uses_ms = now_ms(now_us).wrapping_sub(self.learned_ms);
-        if self.queues.len() >> self.sampled_shift > SHADOW_COPIES_MAX {
-            self.sampled_shift = (self.queues.len() / SHADOW_COPIES_MAX).ilog2() + 1;
-            self.shadows = Way::ALL.map(Shadow::new).into(); // they begin anew: the tier still fills
+        let shadowed = self.queues.len() >> self.sampled_shift;
+        let few = self.sampled_shift > 0 && shadowed < SHADOW_COPIES_MAX / 8;
+        if shadowed > SHADOW_COPIES_MAX || few {
+            self.sampled_shift =
+                (self.queues.len() / SHADOW_COPIES_MAX).checked_ilog2().map_or(0, |log| log + 1);
+            self.shadows = Way::ALL.map(Shadow::new).into(); // they begin anew: the tier fills, or has become smaller
             self.unseen.clear();
         }
         let uses_a_copy = f64::from(self.unlearned) / self.queues.len().max(1) as f64;
@@ -149,13 +155,23 @@ impl Eviction for Worth {
     }
 
     fn insert(&mut self, handle: Handle, used: &Use) {
-        let class = self.used(used);
+        let class = self.used(used, true);
         self.queues.insert(handle, class, used);
         self.fifo.insert(handle, used);
     }
 
+    fn admit(&mut self, handle: Handle, key: u64, now_us: u64) {
+        let last = self.learned.admitted(key, now_us, self.queues.len());
+        self.queues.admit(handle, key, last);
+        self.fifo.admit(handle, key, now_us);
+    }
+
+    fn seen(&mut self, used: &Use) {
+        self.used(used, false);
+    }
+
     fn touch(&mut self, handle: Handle, used: &Use) {
-        let class = self.used(used);
+        let class = self.used(used, true);
         self.queues.touch(handle, class, used);
         self.fifo.touch(handle, used);
     }

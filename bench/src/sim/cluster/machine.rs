@@ -15,6 +15,7 @@ use kvd_proto::layout::DataType;
 use kvd_proto::space::IdScheme;
 use kvd_proto::wire::Tier;
 use kvd_proto::{BlockId, Layout, Space};
+use kvd_tiers::eviction::worth;
 use kvd_tiers::segment::SlotRef;
 use std::collections::BTreeMap;
 
@@ -90,12 +91,12 @@ fn config(epoch: u64) -> NodeConfig {
         epoch,
         dram_bytes: DRAM_SEGMENTS * DRAM_SEGMENT_SLOTS * BLOCK_BYTES,
         dram_segment_bytes: DRAM_SEGMENT_SLOTS * BLOCK_BYTES,
-        dram_eviction: "s3fifo".to_owned(),
+        dram_eviction: worth::NAME.to_owned(),
         numa_nodes: Vec::new(),
         nvme: Some(NvmeConfig {
             bytes: NVME_SEGMENTS * segment_bytes,
             segment_bytes,
-            eviction: "lru".to_owned(),
+            eviction: worth::NAME.to_owned(),
             queue_depth: 4,
         }),
         lease_ttl_ms: 10_000,

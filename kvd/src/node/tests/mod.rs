@@ -22,3 +22,4 @@ mod telling;
 mod tier_change;
 mod transfers;
 mod uploading;
+mod usage;

@@ -93,6 +93,9 @@ fn millions_are_looked_at_in_slices() {
     let member = world.open("a");
     let space = world.space(member);
     world.put_at_once(member, reserve_of(space, "", &chain, 0));
+    while world.node.busy() {
+        world.apply(Event::Tick); // the policies hear of the blocks
+    }
     let mut calls = |question| {
         world.apply(Event::Ask { ticket: 5, question });
         let mut calls = 1;

@@ -13,6 +13,7 @@ use kvd_proto::BlockId;
 use kvd_proto::wire::client_frame::Body as Ask;
 use kvd_proto::wire::node_frame::Body as Reply;
 use kvd_proto::wire::{self, HandOffState, Tier, change_tier_request::What as Change, purge_request::What};
+use kvd_tiers::eviction::NAMES;
 use std::collections::VecDeque;
 
 /// splitmix64.
@@ -463,9 +464,9 @@ fn run(seed: u64, steps: u64) -> Seen {
     config.has_peers = seed % 4 < 2;
     config.has_bucket = seed % 4 == 1;
     config.upload_bytes_max = if config.has_bucket { 5 * super::harness::BLOCK_BYTES } else { 0 };
-    if seed % 2 == 1 {
-        config.dram_eviction = "s3fifo".to_owned();
-    }
+    let policy = |seed: u64| NAMES[seed as usize % NAMES.len()].to_owned();
+    config.dram_eviction = policy(seed);
+    config.nvme.iter_mut().for_each(|nvme| nvme.eviction = policy(seed / 4 + seed));
     println!("seed {seed}"); // shown when it fails
     let mut storm = Storm::new(seed, config);
     for _ in 0..steps {
