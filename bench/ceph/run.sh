@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # kvd on a real Ceph: starts a monitor, an OSD in memory and a radosgw in a folder that goes away, makes a bucket, and runs against it what a
-# bucket must stand: `kvd check`, `bench s3`, `kvd inspect s3`.
+# bucket must stand: `kvd check`, `bench s3`, `kvd inspect s3`. `run.sh TRACE [--limit 3000 ...]` replays a trace, too.
 # Needs Debian's ceph-mon, ceph-osd, radosgw, ceph-common and curl, which it installs where it may; prints `SKIPPED: why` where it may not.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -35,7 +35,7 @@ mon warn on pool no redundancy = false
 osd pool default pg num = 4
 osd crush chooseleaf type = 0
 osd objectstore = memstore
-memstore device bytes = 2147483648
+memstore device bytes = 8589934592
 log file = $folder/run/\$name.log
 admin socket = $folder/run/\$name.\$pid.asok
 run dir = $folder/run
@@ -104,8 +104,10 @@ echo "== bench s3"
 AWS_ACCESS_KEY_ID=$key AWS_SECRET_ACCESS_KEY=$secret target/release/bench s3 --endpoint "http://127.0.0.1:$port" --bucket kvd --pairs 3 --output json
 if [ -n "${1:-}" ]; then
     echo "== bench replay"
-    AWS_ACCESS_KEY_ID=$key AWS_SECRET_ACCESS_KEY=$secret target/release/bench replay --trace "$1" --limit 3000 --dram 64MiB --nvme 128MiB \
-        --block-bytes 16KiB --engines 8 --s3 --s3-endpoint "http://127.0.0.1:$port" --s3-bucket kvd --output json
+    how=("${@:2}")
+    [ ${#how[@]} -gt 0 ] || how=(--limit 3000 --dram 64MiB --nvme 128MiB --block-bytes 16KiB)
+    AWS_ACCESS_KEY_ID=$key AWS_SECRET_ACCESS_KEY=$secret target/release/bench replay --trace "$1" "${how[@]}" \
+        --engines 8 --s3 --s3-endpoint "http://127.0.0.1:$port" --s3-bucket kvd --output json
 fi
 echo "== kvd inspect s3"
 target/release/kvd inspect s3 --config "$folder/kvd.toml" --verify

@@ -126,6 +126,7 @@ pub(crate) fn serve(args: &Args) -> Result<(), Failure> {
     config.cluster.address = args.grpc_address.map(|address| address.to_string()).unwrap_or_default();
     if let Some(token_ns) = args.recompute_token_ns {
         config.recompute.token_ns = token_ns;
+        config.recompute.given = true;
     }
     config.listen.metrics_address = args.metrics_address;
     if let Some(eviction) = args.eviction {

@@ -4,12 +4,13 @@
 //! the same spans take turns, on one thread. CPU seconds of ours are this process's during its calls plus all the daemon
 //! used meanwhile, work it put off included.
 
-use crate::daemon::Daemon;
+use crate::daemon::{self, Daemon};
 use crate::failure::Failure;
 use crate::folder;
 use crate::report::{Case, Output, Pairs, Reporter, bytes_text, median, parse_bytes, percentile};
 use crate::roofline::{COLD_BYTES, Span, copy_us, page_reads_us, us_since};
 use crate::usage::Usage;
+use kvd::config::Eviction;
 use kvd_client::{ConnectOptions, Match, Read, Session, SpaceHandle};
 use kvd_proto::layout::DataType;
 use kvd_proto::{BlockId, Chain, IdScheme, Layout, Space, block_id};
@@ -49,6 +50,10 @@ pub(crate) struct Args {
     /// The daemon's DRAM tier; needs 4 GiB at least, as the 1 GiB it reads must fit the 30 % that S3-FIFO gives to new blocks.
     #[arg(long, default_value = "4GiB", value_parser = parse_bytes)]
     dram: u64,
+    /// Which copies go first. Blocks are stored here that nobody asked for, and read for the first time when a tier of them has come: what a policy that learns
+    /// holds back.
+    #[arg(long, value_parser = daemon::eviction, default_value = "s3fifo")]
+    eviction: Eviction,
     /// Only this block size.
     #[arg(long, value_parser = parse_bytes)]
     block_bytes: Option<u64>,
@@ -71,7 +76,9 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let wanted = |bytes: &usize| args.block_bytes.is_none_or(|only| only == *bytes as u64);
     for block_bytes in BLOCK_BYTES.into_iter().filter(wanted) {
         let folder = folder::temporary(args.folder.as_deref())?;
-        let daemon = Daemon::start(folder.path(), args.dram, 0)?;
+        let daemon = Daemon::start_as(folder.path(), args.dram, 0, |command| {
+            command.arg(format!("--eviction={}", args.eviction.name()));
+        })?;
         let mut bench = Bench::open(daemon, block_bytes, spans).await?;
         reporter.case(&bench.cold_put().await?)?;
         bench.fill_memory(args.dram).await?;

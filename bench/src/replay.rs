@@ -10,7 +10,7 @@ mod slow;
 use crate::account::{Account, Model, natural_scale};
 use crate::daemon::{self, Daemon, free_address};
 use crate::engine::cache::{Cache, named_space};
-use crate::engine::profile::ProfileName;
+use crate::engine::profile::{Profile, ProfileName};
 use crate::failure::Failure;
 use crate::folder;
 use crate::report::{Output, Reporter, parse_bytes};
@@ -83,11 +83,14 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let block_tokens = u64::from(args.block_tokens);
     let rows = trace::read_file(&args.trace, block_tokens, args.limit)?;
     let folder = folder::temporary(args.folder.as_deref())?;
+    let model = args.model()?;
+    let token_ns = Profile::named(args.profile).prefill.token_us * 1e3;
     let mut bucket = Bucket::start(&args.s3, args.block_bytes).await?;
-    let mut disk = Disk::new(&args.disk, folder.path())?;
+    let mut disk = Disk::new(&args.disk, folder.path(), model.scale)?;
     let metrics = free_address()?;
     let daemon = Daemon::start_as(folder.path(), args.dram, args.nvme, |command| {
         command.arg(format!("--metrics-address={metrics}"));
+        command.arg(format!("--recompute-token-ns={token_ns:.0}"));
         command.args(args.eviction.map(|eviction| format!("--eviction={}", eviction.name())));
         bucket.tell(command);
         disk.tell(command);
@@ -95,7 +98,7 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     disk.watch(&daemon, metrics).await?;
     let space = named_space("trace", u32::try_from(args.block_bytes)?, args.block_tokens)?;
     let mut cache = Cache::open(daemon.socket(), "replay", &space).await?;
-    let (mut account, mut slow) = (Account::new(args.model()?), SlowFetches::default());
+    let (mut account, mut slow) = (Account::new(model), SlowFetches::default());
     let bar = progress_bar(rows.len());
     let start = Instant::now();
     for (number, row) in rows.iter().enumerate() {

@@ -60,7 +60,7 @@ fn a_mistake_is_told_in_a_sentence() {
         (&["replay", "--trace", "bad.jsonl"], "line 1: missing field `input_length`"),
         (&["replay", "--trace", "bad.jsonl", "--dram", "5 parsecs"], "parsecs"),
         (&["replay", "--trace", "bad.jsonl", "--eviction", "lfu"], "lru, s3fifo, class-ttl, worth"),
-        (&["replay", "--trace", "bad.jsonl", "--disk", "wet"], "full, slow or gone"),
+        (&["replay", "--trace", "bad.jsonl", "--disk", "wet"], "full, slow, gone, throttled"),
         (&["local", "--dram", "1MiB"], "--dram"),
     ];
     for (arguments, says) in mistakes {

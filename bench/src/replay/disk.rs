@@ -5,6 +5,7 @@
 use crate::daemon::Daemon;
 use crate::disk::{Ailment, HEAL_WAIT_MAX, Node, say};
 use crate::engine::cache::Served;
+use crate::engine::fetch::NVME_BYTES_PER_US;
 use crate::failure::Failure;
 use crate::report::{Output, Reporter};
 use serde::Serialize;
@@ -19,9 +20,10 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// What there is to be.
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct DiskArgs {
-    /// After half of the trace the disk is full (takes no writes), slow (a second late), or gone (EIO on everything).
-    #[arg(long, value_name = "full|slow|gone", value_parser = ailment)]
-    disk: Option<Ailment>,
+    /// After half of the trace the disk is full (takes no writes), slow (a second late), gone (EIO on everything), or throttled to a twentieth of what is
+    /// charged for NVMe.
+    #[arg(long)]
+    disk: Option<Bad>,
     /// For so many seconds.
     #[arg(long, default_value_t = 15, requires = "disk", value_parser = clap::value_parser!(u64).range(1..=3600))]
     disk_s: u64,
@@ -34,9 +36,13 @@ impl DiskArgs {
     }
 }
 
-fn ailment(text: &str) -> Result<Ailment, String> {
-    let found = Ailment::ALL.into_iter().find(|one| one.to_string() == text);
-    found.ok_or_else(|| "a disk can be full, slow or gone".to_owned())
+/// How a disk can be.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Bad {
+    Full,
+    Slow,
+    Gone,
+    Throttled,
 }
 
 /// The disk, if it is to suffer.
@@ -84,9 +90,15 @@ struct Summary {
 }
 
 impl Disk {
-    /// Well, at first; `folder`: where it hears how it is.
-    pub(super) fn new(args: &DiskArgs, folder: &Path) -> Result<Self, Failure> {
-        let Some(ailment) = args.disk else { return Ok(Self { case: None }) };
+    /// Well, at first; `folder`: where it hears how it is; `scale`: real bytes for one here.
+    pub(super) fn new(args: &DiskArgs, folder: &Path, scale: f64) -> Result<Self, Failure> {
+        let ailment = match args.disk {
+            None => return Ok(Self { case: None }),
+            Some(Bad::Full) => Ailment::Full,
+            Some(Bad::Slow) => Ailment::Slow,
+            Some(Bad::Gone) => Ailment::Gone,
+            Some(Bad::Throttled) => Ailment::Throttled(NVME_BYTES_PER_US / 20.0 / scale),
+        };
         let said = folder.join("ailment");
         say(&said, Ailment::Nothing)?;
         let case = Case {

@@ -278,7 +278,7 @@ static SERVICE: &[Key] = &[
     Key {
         name: "recompute.token_ns",
         kind: Kind::Count,
-        help: "What prefilling one token costs the engine, in nanoseconds, without attention. Turns a block's depth into what it is worth (`kvctl block`).",
+        help: "What prefilling one token costs the engine, in nanoseconds, without attention, where no engine has said it of its space. Turns a block's depth into what it is worth (`kvctl block`); where it is set, or said, nothing is loaded that would be computed sooner.",
         default: |_, _| fixed(25_700, "Llama-3-8B on an H100: 2 x 6.98e9 FLOPs at 55 % of 989e12 a second"),
     },
     Key {

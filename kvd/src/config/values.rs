@@ -16,6 +16,8 @@ pub(super) struct Resolved {
     pub(super) value: Value,
     /// For people.
     pub(super) origin: String,
+    /// Not the default.
+    pub(super) given: bool,
 }
 
 /// Every key's value.
@@ -79,7 +81,7 @@ impl Values {
 
 impl Key {
     fn given(&self, value: &Value, source: &str) -> Result<Resolved, Error> {
-        Ok(Resolved { value: self.read(value)?, origin: format!("Set in {source}.") })
+        Ok(Resolved { value: self.read(value)?, origin: format!("Set in {source}."), given: true })
     }
 
     fn defaulted(&self, machine: &Machine, above: &Values) -> Result<Resolved, Error> {
@@ -87,7 +89,7 @@ impl Key {
         let Ok(value) = self.read(&value) else {
             return Err(Error::invalid(self.name, why, format!("set {} in kvd.toml", self.name)));
         };
-        Ok(Resolved { value, origin: format!("Default: {why}.") })
+        Ok(Resolved { value, origin: format!("Default: {why}."), given: false })
     }
 
     /// Checks a given value's kind; sizes become integers.

@@ -97,6 +97,7 @@ impl Node {
             Event::Attached { result } => self.attached(result),
             Event::Slow { transfer_ms } => self.slow(transfer_ms),
             Event::Detached => self.detached(),
+            Event::Profile { fingerprint, profile } => self.engine_profile(fingerprint, profile),
             Event::Tick => self.tick(),
         }
     }

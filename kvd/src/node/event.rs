@@ -189,6 +189,13 @@ pub enum Event {
     },
     /// Ends `Effect::Detach`: the device is closed.
     Detached,
+    /// An engine has registered: what computing costs it in the space where its blocks are.
+    Profile {
+        /// The space.
+        fingerprint: Fingerprint,
+        /// What it measured.
+        profile: PrefillProfile,
+    },
     /// Time has passed; sent at least ten times a second.
     Tick,
 }

@@ -77,7 +77,7 @@ impl Node {
         let key = entry.key();
         let registered = &self.spaces[usize::from(key.space)];
         let context = u64::from(entry.depth()) * u64::from(registered.space.layout.block_tokens());
-        let recompute_us = self.config.profile.recompute_us(entry.tokens().into(), context);
+        let recompute_us = self.profile_of(key.space).recompute_us(entry.tokens().into(), context);
         let age_s = self.now_s().saturating_sub(entry.first_use_s()).max(1);
         let reuses_per_s = f64::from(entry.uses().saturating_sub(1)) / f64::from(age_s);
         let copies = TIERS.iter().filter_map(|tier| {

@@ -10,7 +10,7 @@ use super::event::MemberId;
 use super::session::SessionId;
 use super::usage::Heard;
 use kvd_proto::wire::{self, Tier};
-use kvd_proto::{BlockId, Code, Error};
+use kvd_proto::{BlockId, Code, Error, cost};
 use kvd_tiers::catalog::{Handle, Mark};
 use kvd_tiers::segment::SlotRef;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -23,9 +23,9 @@ pub(super) type LeaseId = u64;
 const LEASES_PER_SESSION_MAX: usize = 8192;
 /// Leases ended in one call; the others end in the next.
 const ENDED_PER_CALL_MAX: usize = 1024;
-/// A load may go this long without progress, or twice its prediction if that is longer (law 3; the recompute side of
-/// the rule needs a worker's profile, which this node does not have yet).
-const STALL_US_MIN: u64 = 2_000_000;
+/// A load may go so long without progress, whatever law 3 says of short ones: a busy machine's threads stand still for some time. From NVMe alone,
+/// and from elsewhere.
+const STALL_US_MIN: (u64, u64) = (500_000, 2_000_000);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum RequestKind {
@@ -121,8 +121,11 @@ pub(super) struct Lease {
     pub(super) heard: Option<Arc<Heard>>,
     /// Items on their way.
     loading: u32,
-    /// When loading must have made progress again; `u64::MAX`: nothing is loading.
+    /// How long loading may go without progress.
+    stall_us: u64,
+    /// When it must have made some again; `u64::MAX`: nothing is loading.
     pub(super) stalls_us: u64,
+    began_us: u64,
 }
 
 impl Lease {
@@ -217,7 +220,8 @@ impl Node {
         let id = self.leases.last;
         let ends_us = self.now_us + u64::from(self.config.lease_ttl_ms) * 1000;
         let loading = new.items.iter().filter(|item| item.state == ItemState::Loading).count() as u32;
-        let stalls_us = if loading > 0 { self.stalls_at(new.predicted_us) } else { u64::MAX };
+        let stall_us = self.stall_us(&new);
+        let stalls_us = if loading > 0 { self.now_us + stall_us } else { u64::MAX };
         if loading > 0 {
             self.leases.loading.insert(id);
         }
@@ -246,14 +250,19 @@ impl Node {
             predicted_us: new.predicted_us,
             heard: None,
             loading,
+            stall_us,
             stalls_us,
+            began_us: self.now_us,
         };
         self.leases.leases.insert(id, lease);
         id
     }
 
-    pub(super) fn stalls_at(&self, predicted_us: u64) -> u64 {
-        self.now_us + (2 * predicted_us).max(STALL_US_MIN)
+    fn stall_us(&self, new: &NewLease) -> u64 {
+        let remote = new.items.iter().any(|item| item.remote);
+        let blocks = new.skip_blocks as usize..new.chain.len();
+        let law_us = cost::stall_us(new.predicted_us as f64, self.recompute_us(new.space, blocks)) as u64;
+        law_us.max(if remote { STALL_US_MIN.1 } else { STALL_US_MIN.0 })
     }
 
     /// The lease this session was given for the same question, if it still stands.
@@ -365,6 +374,7 @@ impl Node {
             let lease = self.leases.leases.get_mut(&id).expect("a loading lease");
             lease.stalls_us = u64::MAX;
             lease.loading = 0;
+            self.counters.stalled_loads += 1;
             self.leases.loading.remove(&id);
             let loading = lease.items.iter_mut().filter(|item| item.state == ItemState::Loading);
             let given_up: Vec<_> = loading
@@ -426,7 +436,6 @@ impl Node {
 
     /// A loading item has arrived or failed; `at` is its place among the lease's items.
     pub(super) fn item_loaded(&mut self, id: LeaseId, at: u32, handle: Handle, ready: bool) {
-        let stalls_us = self.leases.get(id).map(|lease| self.stalls_at(lease.predicted_us));
         let Some(lease) = self.leases.leases.get_mut(&id) else { return };
         let item = &mut lease.items[at as usize];
         if item.handle != handle || item.state != ItemState::Loading {
@@ -435,14 +444,16 @@ impl Node {
         item.state = if ready { ItemState::Ready } else { ItemState::Failed };
         let (block, group_count) = (item.block, self.spaces[usize::from(lease.space)].pools.len());
         lease.loading -= 1;
-        lease.stalls_us = if lease.loading > 0 { stalls_us.expect("it is there") } else { u64::MAX };
+        lease.stalls_us = if lease.loading > 0 { self.now_us + lease.stall_us } else { u64::MAX };
         // a block is ready when all its groups are
         let whole = (0..group_count).all(|group| {
             let places = lease.places(group as u8, block..block + 1);
             lease.items[places].iter().all(|item| item.state == ItemState::Ready)
         });
         if lease.loading == 0 {
+            let (predicted_us, began_us) = (lease.predicted_us, lease.began_us);
             self.leases.loading.remove(&id);
+            self.loaded_after(predicted_us, began_us);
         }
         if !ready {
             self.catalog.get_mut(handle).release();

@@ -92,12 +92,13 @@ impl Node {
         let chain = Chain::from_packed("chain", &deferred.request.chain).ok()?;
         let found = self.find(space, &chain, true);
         let stored = found.iter().map(Vec::len).min().unwrap_or(0);
-        let skip = deferred.request.skip_blocks as usize;
+        let skip = (deferred.request.skip_blocks as usize).min(stored);
+        let end = self.worth_loading(space, &found, skip..stored);
         let budget = self.lease_budget(self.sessions.of(deferred.member).ok()?).ok()?;
         let fits = usize::try_from(budget / self.block_bytes(space)).unwrap_or(usize::MAX);
         let near = self.sessions.memory_node(deferred.member);
         let mut started = 0;
-        for block in deferred.next.max(skip)..stored.min(skip.saturating_add(fits)) {
+        for block in deferred.next.max(skip)..end.min(skip.saturating_add(fits)) {
             for handles in &found {
                 if self.is_below(handles[block]) {
                     self.promote(handles[block], near)?;
@@ -141,18 +142,25 @@ impl Node {
         if may_seek && (from..end).contains(&stored) {
             return Ok(Matched::Lacks { stored, end });
         }
-        let below = |handles: &Vec<Handle>| handles.iter().filter(|handle| self.is_below(**handle)).count();
+        // whoever claims, or asks for another node, decides for itself
+        let weighs = record.is_none() && !request.this_node_only && skip < stored;
+        let loaded = if weighs { self.worth_loading(space, &found, skip..stored) } else { stored };
+        let below =
+            |handles: &Vec<Handle>| handles[..loaded].iter().filter(|handle| self.is_below(**handle)).count();
         if may_defer && found.iter().map(below).sum::<usize>() > LOADS_PER_CALL_MAX {
             return Ok(Matched::Loads);
         }
         self.counters.match_requests += 1;
         self.counters.match_blocks += chain.ids().len() as u64;
-        let (items, bytes, predicted_us) =
-            self.lease_items(space, &found, skip..stored, budget, self.sessions.memory_node(member));
+        let near = self.sessions.memory_node(member);
+        let (items, bytes, predicted_us) = self.lease_items(space, &found, skip..loaded, budget, near);
+        if loaded < stored {
+            self.not_loaded(&found, loaded..stored, near);
+        }
         let (items, bytes) = self.fit_frame(space, items, bytes);
         let last = items.iter().map(|item| item.block as usize + 1).max();
         let leased = last.unwrap_or(skip.min(stored));
-        let used = self.touch(&found, leased);
+        let used = self.touch(&found, stored); // what is not loaded is wanted all the same
         self.count_hits(&items, chain.ids().len() - leased, skip.min(stored));
         if items.is_empty() {
             self.tell_matched(used, space, chain.ids(), leased, None);

@@ -33,6 +33,7 @@ mod tier_change;
 mod uploading;
 mod usage;
 mod verifying;
+mod weighing;
 
 #[cfg(test)]
 mod tests;
@@ -77,6 +78,8 @@ pub struct NodeConfig {
     pub members_max: usize,
     /// What recomputing costs, where no engine has said better.
     pub profile: PrefillProfile,
+    /// Whether a person has said so, or it is assumed.
+    pub profile_is_given: bool,
     /// Whether there are other nodes to ask.
     pub has_peers: bool,
     /// Whether there is a bucket to ask.
@@ -121,6 +124,7 @@ pub struct Node {
     /// Leased entries whose DRAM copy a reader found broken.
     doubted: BTreeSet<Handle>,
     usage: usage::Usage,
+    weighing: weighing::Weighing,
     pins: HashMap<Handle, u32>,
     pin_ends: BTreeSet<(u32, Handle)>,
     pinned_bytes: u64,
@@ -167,6 +171,7 @@ impl Node {
             seeking: seeking::Seeking::default(),
             doubted: BTreeSet::new(),
             usage: usage::Usage::default(),
+            weighing: weighing::Weighing::default(),
             pins: HashMap::new(),
             pin_ends: BTreeSet::new(),
             pinned_bytes: 0,

@@ -92,6 +92,7 @@ pub(super) struct Move {
     pub(super) handle: Handle,
     pub(super) kind: MoveKind,
     bytes: u64,
+    began_us: u64,
     /// Given up by those who waited: nobody else waits for it.
     stalled: bool,
     /// Leases whose item (by place) waits for it.
@@ -143,6 +144,11 @@ impl Movement {
         (load + self.dram_reads.predict_us(leased_bytes, 0)) as u64
     }
 
+    /// Microseconds until so many more bytes have come from NVMe.
+    pub(super) fn load_us(&self, bytes: u64) -> f64 {
+        self.nvme_reads.predict_us(bytes, self.reading_bytes)
+    }
+
     pub(super) fn fetch_us(&self, tier: Tier, bytes: u64) -> u64 {
         match tier {
             Tier::Nvme => self.nvme_reads.predict_us(bytes, self.reading_bytes) as u64,
@@ -181,9 +187,13 @@ impl Movement {
     pub(super) fn stalled(&mut self, handle: Handle, now_us: u64) {
         let token = self.by_handle.get(&handle).expect("a loading item is being brought");
         let stalled = self.moves.get_mut(token).expect("under way");
-        stalled.stalled = true;
+        let first = !std::mem::replace(&mut stalled.stalled, true);
         if stalled.kind == MoveKind::Promotion {
             self.stalled_until_us = now_us + SICK_US;
+            if first {
+                // it takes that long at least
+                self.nvme_reads.observe(stalled.bytes, now_us - stalled.began_us, self.promotions);
+            }
         }
     }
 
@@ -235,9 +245,10 @@ impl Movement {
         self.moves.get_mut(token).expect("under way").waiting.push((lease, at));
     }
 
-    pub(super) fn start(&mut self, handle: Handle, kind: MoveKind, bytes: u64) -> u64 {
+    pub(super) fn start(&mut self, handle: Handle, kind: MoveKind, bytes: u64, began_us: u64) -> u64 {
         self.last += 1;
-        self.moves.insert(self.last, Move { handle, kind, bytes, stalled: false, waiting: Vec::new() });
+        let started = Move { handle, kind, bytes, began_us, stalled: false, waiting: Vec::new() };
+        self.moves.insert(self.last, started);
         match kind {
             MoveKind::Promotion => {
                 self.promotions += 1;
@@ -274,7 +285,7 @@ impl Node {
         self.catalog.set_copy(handle, Tier::Dram, to);
         self.catalog.get_mut(handle).mark(Tier::Dram, Mark::Filling);
         let bytes = self.slot_bytes_of(handle);
-        let token = self.movement.start(handle, MoveKind::Promotion, bytes);
+        let token = self.movement.start(handle, MoveKind::Promotion, bytes, self.now_us);
         let generation = self.memory.pools[pool].slots.generation(to);
         let mut header = Box::new(self.header(handle));
         header.flags |= FLAG_CHECKSUMMED;
@@ -305,7 +316,7 @@ impl Node {
         self.expose(self.catalog.get(handle).parent_handle(), Tier::Dram);
         let entry = self.catalog.get(handle);
         let from = entry.copy(Tier::Dram).expect("a DRAM copy is demoted");
-        let token = self.movement.start(handle, MoveKind::Demotion, self.slot_bytes_of(handle));
+        let token = self.movement.start(handle, MoveKind::Demotion, self.slot_bytes_of(handle), self.now_us);
         let dram = self.pool_of(handle, Tier::Dram);
         self.memory.pools[dram].leaving += 1;
         let mut header = Box::new(self.header(handle));

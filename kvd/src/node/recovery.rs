@@ -168,6 +168,7 @@ mod tests {
             sessions_max: 4,
             members_max: 4,
             profile: kvd_proto::cost::PrefillProfile::causal(0.0, 25.0, 0.001),
+            profile_is_given: false,
             has_peers: false,
             has_bucket: false,
             upload_bytes_max: 0,

@@ -76,7 +76,7 @@ impl Node {
             space: self.spaces[usize::from(space)].space.clone(),
             chain: chain.ids()[..blocks.end].to_vec(),
             stored: blocks.start as u32,
-            profile: self.config.profile,
+            profile: self.profile_of(space),
             claim: self.claim_elsewhere(space, &request),
         });
         // a claim waits there, and if it fails the others are asked after it
@@ -225,7 +225,7 @@ impl Node {
         let handle = self.catalog.insert(&NewEntry { key, parent, depth, tokens }, Tier::Dram, to);
         self.catalog.get_mut(handle).mark(Tier::Dram, Mark::Filling);
         self.memory.pools[pool].slots.set_owner(to, handle);
-        let token = self.movement.start(handle, kind, self.slot_bytes_of(handle));
+        let token = self.movement.start(handle, kind, self.slot_bytes_of(handle), self.now_us);
         let generation = self.memory.pools[pool].slots.generation(to);
         let mut header = Box::new(self.header(handle));
         header.flags |= FLAG_CHECKSUMMED;

@@ -75,7 +75,7 @@ impl Node {
             self.uploading.under_way += 1;
             self.uploading.buffered_bytes += bytes;
             self.catalog.get_mut(handle).mark(Tier::Dram, Mark::Moving);
-            let token = self.movement.start(handle, MoveKind::Upload { attempt }, bytes);
+            let token = self.movement.start(handle, MoveKind::Upload { attempt }, bytes, self.now_us);
             self.out.push(Effect::Upload { token, from, attempt });
         }
     }

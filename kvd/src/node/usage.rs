@@ -225,11 +225,10 @@ impl Node {
     /// What having a copy of one of its blocks saves over the next best source: computing it, or from DRAM reading it from NVMe. Chains are worth
     /// something by their tails: known blocks have the mean of the whole chain, new ones the mean of all that are new (design.md, section 5).
     fn saved_us(&self, space: u16, group: u8, tier: Tier, request: &Request) -> [f32; 2] {
-        let layout = &self.spaces[usize::from(space)].space.layout;
+        let (layout, profile) = (&self.spaces[usize::from(space)].space.layout, self.profile_of(space));
         let bytes = u64::from(layout.slot_bytes(group.into()));
         let (known, all) = (u64::from(request.known), u64::from(request.blocks));
-        let prefix_us =
-            |blocks: u64| self.config.profile.recompute_us(blocks * u64::from(layout.block_tokens()), 0);
+        let prefix_us = |blocks: u64| profile.recompute_us(blocks * u64::from(layout.block_tokens()), 0);
         let head_us = prefix_us(all) / all.max(1) as f64;
         let new_us = (prefix_us(all) - prefix_us(known)) / all.saturating_sub(known).max(1) as f64;
         let from_nvme_us = self.movement.read_speed(Tier::Nvme).predict_us(bytes, 0);

@@ -27,7 +27,8 @@ impl Node {
             return None;
         }
         let slot = self.catalog.get(handle).copy(Tier::Dram).expect("an unverified copy is in DRAM");
-        let token = self.movement.start(handle, MoveKind::Verification, self.slot_bytes_of(handle));
+        let token =
+            self.movement.start(handle, MoveKind::Verification, self.slot_bytes_of(handle), self.now_us);
         self.out.push(Effect::Verify { token, slot });
         Some(slot)
     }

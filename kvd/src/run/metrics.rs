@@ -116,7 +116,7 @@ fn render(
 /// Name, explanation, value.
 type Count = (&'static str, &'static str, u64);
 
-fn counters(all: &Counters) -> [Count; 28] {
+fn counters(all: &Counters) -> [Count; 34] {
     [
         ("kvd_match_requests_total", "Match requests", all.match_requests),
         ("kvd_match_blocks_total", "Blocks asked for by match", all.match_blocks),
@@ -138,6 +138,20 @@ fn counters(all: &Counters) -> [Count; 28] {
             "Blocks that left DRAM before they could be uploaded",
             all.s3_skipped_blocks,
         ),
+        (
+            "kvd_recomputed_blocks_total",
+            "Blocks that were there, and that computing was predicted to have before loading",
+            all.recomputed_blocks,
+        ),
+        ("kvd_loads_total", "Matches that waited for bytes until all had come", all.loads),
+        ("kvd_load_us_total", "Microseconds that they waited", all.load_us),
+        ("kvd_load_predicted_us_total", "Microseconds that were predicted", all.load_predicted_us),
+        (
+            "kvd_load_error_us_total",
+            "Microseconds by which the predictions were wrong, either way",
+            all.load_error_us,
+        ),
+        ("kvd_stalled_loads_total", "Matches whose bytes did not come in time", all.stalled_loads),
         ("kvd_miss_blocks_total", "Blocks asked for and not matched", all.miss_blocks),
         ("kvd_reserve_requests_total", "Reserve requests", all.reserve_requests),
         ("kvd_reserve_granted_blocks_total", "Blocks granted for filling", all.granted_blocks),

@@ -323,6 +323,7 @@ fn node_config(config: &Config) -> NodeConfig {
             Some(_) if config.s3.upload => config.s3.buffer_bytes,
             _ => 0,
         },
+        profile_is_given: config.recompute.given,
         // no base: a block is never the only thing a prefill computes
         profile: PrefillProfile::causal(
             0.0,

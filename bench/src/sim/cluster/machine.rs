@@ -104,6 +104,7 @@ fn config(epoch: u64) -> NodeConfig {
         sessions_max: 8,
         members_max: 16,
         profile: PrefillProfile::causal(0.0, 25.0, 0.001),
+        profile_is_given: false,
         has_peers: true,
         has_bucket: false,
         upload_bytes_max: 0,

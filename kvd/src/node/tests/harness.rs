@@ -105,6 +105,7 @@ pub(super) fn config() -> NodeConfig {
         sessions_max: 8,
         members_max: 16,
         profile: kvd_proto::cost::PrefillProfile::causal(0.0, 25.0, 0.001),
+        profile_is_given: false,
         has_peers: false,
         has_bucket: false,
         upload_bytes_max: 0,

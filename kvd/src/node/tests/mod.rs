@@ -23,3 +23,4 @@ mod tier_change;
 mod transfers;
 mod uploading;
 mod usage;
+mod weighing;

@@ -104,7 +104,7 @@ fn a_stalled_load_is_given_up_for_everyone_and_its_late_arrival_is_harmless() {
     let other = world.open("a");
     let lease = world.matched(member, space, &ids(1..3)).lease;
     let late = promotion(&world);
-    world.pass_ms(1999);
+    world.pass_ms(499);
     assert_eq!(failed(&world), [] as [u32; 0]);
     world.pass_ms(1);
     assert_eq!(failed(&world), [0, 1]);
@@ -125,7 +125,7 @@ fn progress_keeps_a_load_alive() {
     let (mut world, member, space) = world();
     world.matched(member, space, &ids(1..3));
     for _ in 0..2 {
-        world.pass_ms(1500);
+        world.pass_ms(400);
         world.end_move(promotion(&world), None);
     }
     assert_eq!(failed(&world), [] as [u32; 0]);

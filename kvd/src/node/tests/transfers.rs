@@ -79,6 +79,11 @@ impl World {
 
     /// Ends one move: for better (the bytes are verified as the shell would) or worse.
     pub(super) fn end_move(&mut self, token: u64, failure: Option<MoveError>) {
+        self.end_move_after(token, failure, 100);
+    }
+
+    /// As `end_move`; it took so long.
+    pub(super) fn end_move_after(&mut self, token: u64, failure: Option<MoveError>, elapsed_us: u64) {
         let moved = self.moves.remove(&token).expect("under way");
         let result = match failure {
             Some(error) => Err(error),
@@ -87,7 +92,7 @@ impl World {
                 Ok(())
             }
         };
-        self.apply(Event::Moved { token, result, elapsed_us: 100 });
+        self.apply(Event::Moved { token, result, elapsed_us });
     }
 
     fn carry(&mut self, moved: &Transfer) {

@@ -54,7 +54,7 @@ pub(super) async fn serve(
     cluster: Cluster,
     stopped: tokio::sync::watch::Receiver<bool>,
 ) -> Result<(), String> {
-    let workers = workers::Service::start(node_epoch);
+    let workers = workers::Service::start(node_epoch, inbox.clone());
     let index = index::Service::new(cluster.joining, cluster.locations, cluster.links);
     let peer = peer::Service::new(inbox.clone(), cluster.shelves, cluster.data_port);
     let services = Services { inbox, dram, bucket: cluster.bucket, workers, index, peer };

@@ -3,9 +3,11 @@
 //! Owns: the task that owns `Workers`, and the streams. Invariants: one task decides, so the last slot goes to one; an
 //! engine's standing ends with its stream; a watcher that is slow gets fewer and newer lists, never a backlog.
 
+use crate::node::event::Event;
+use crate::run::inbox::{Inbox, Input};
 use crate::workers::{Reserved, WorkerId, Workers};
 use kvd_proto::wire::{self, reserve_worker_reply, worker_report, workers_server};
-use kvd_proto::{Code, Error};
+use kvd_proto::{Code, Error, Fingerprint};
 use std::collections::HashMap;
 use std::pin::Pin;
 use std::time::{Duration, Instant};
@@ -40,6 +42,8 @@ struct Desk {
     /// Ends a standing, with the reason.
     ends: HashMap<WorkerId, oneshot::Sender<String>>,
     node_epoch: u64,
+    /// To the node, which weighs by what the engines say.
+    inbox: Inbox,
     started: Instant,
     changed: watch::Sender<u64>,
 }
@@ -110,6 +114,7 @@ impl Desk {
         now_us: u64,
     ) -> Result<WorkerId, Error> {
         let name = registration.name.clone();
+        let profile = profile(&registration);
         let (worker, replaced) = self.workers.join(registration, now_us)?;
         if let Some(old) = replaced.and_then(|old| self.ends.remove(&old)) {
             // one whose stream has ended already needs no reason
@@ -117,8 +122,16 @@ impl Desk {
                 old.send(format!("another worker came as {name:?}; give each worker of a node its own name"));
         }
         self.ends.insert(worker, end);
+        self.inbox.push_all(&mut profile.into_iter().map(Input::Event).collect());
         Ok(worker)
     }
+}
+
+/// What the node is told of an engine that keeps its blocks here; its registration is checked by then.
+fn profile(registration: &wire::WorkerRegistration) -> Option<Event> {
+    let fingerprint = Fingerprint(registration.fingerprint[..].try_into().ok()?);
+    let (profile, _) = registration.profile.as_ref()?.into();
+    Some(Event::Profile { fingerprint, profile })
 }
 
 /// The service; cheap to clone.
@@ -130,13 +143,14 @@ pub(super) struct Service {
 
 impl Service {
     /// Starts the task that decides, in the current runtime.
-    pub(super) fn start(node_epoch: u64) -> Self {
+    pub(super) fn start(node_epoch: u64, inbox: Inbox) -> Self {
         let (asks, asked) = mpsc::channel(WAITING_MAX);
         let (changed, changes) = watch::channel(0);
         let desk = Desk {
             workers: Workers::default(),
             ends: HashMap::new(),
             node_epoch,
+            inbox,
             started: Instant::now(),
             changed,
         };

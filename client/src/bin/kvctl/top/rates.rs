@@ -86,9 +86,9 @@ pub(crate) fn rates(before: Option<&Sample>, now: &Sample) -> Option<Rates> {
 mod tests {
     use super::*;
 
-    fn sample(node_epoch: u64, uptime_ms: u64, counters: Counters) -> Sample {
+    fn sample(node_epoch: u64, uptime_ms: u64, counters: &Counters) -> Sample {
         let status =
-            StatusReply { node_epoch, uptime_ms, counters: Some(counters), ..StatusReply::default() };
+            StatusReply { node_epoch, uptime_ms, counters: Some(*counters), ..StatusReply::default() };
         Sample { status, ..Sample::default() }
     }
 
@@ -119,7 +119,7 @@ mod tests {
 
     #[test]
     fn only_what_happened_in_between_counts() {
-        let seen = rates(Some(&sample(1, 10_000, early())), &sample(1, 12_000, late())).unwrap();
+        let seen = rates(Some(&sample(1, 10_000, &early())), &sample(1, 12_000, &late())).unwrap();
         assert_eq!(seen.hits, Some(Hits { dram: 0.5, nvme: 0.3, peer: 0.1, s3: 0.1 }));
         assert_eq!((seen.matches_per_s, seen.committed_blocks_per_s), (5.0, 2.0));
         assert_eq!((seen.nvme_read_bytes_per_s, seen.peer_read_bytes_per_s), (1500.0, 500.0));
@@ -127,18 +127,18 @@ mod tests {
 
     #[test]
     fn a_restarted_node_starts_at_zero() {
-        let seen = rates(Some(&sample(1, 10_000, late())), &sample(2, 500, early())).unwrap();
+        let seen = rates(Some(&sample(1, 10_000, &late())), &sample(2, 500, &early())).unwrap();
         assert_eq!((seen.matches_per_s, seen.committed_blocks_per_s), (200.0, 100.0));
         assert_eq!(seen.hits, Some(Hits { dram: 0.5, nvme: 0.0, peer: 0.0, s3: 0.0 }));
     }
 
     #[test]
     fn without_two_looks_there_is_nothing_and_nothing_is_negative() {
-        let now = sample(1, 10_000, late());
+        let now = sample(1, 10_000, &late());
         assert_eq!(rates(None, &now), None);
         assert_eq!(rates(Some(&now), &now), None, "no time passed");
-        assert_eq!(rates(Some(&sample(1, 11_000, early())), &now), None, "a clock that went back");
-        let less = rates(Some(&now), &sample(1, 11_000, early())).unwrap();
+        assert_eq!(rates(Some(&sample(1, 11_000, &early())), &now), None, "a clock that went back");
+        let less = rates(Some(&now), &sample(1, 11_000, &early())).unwrap();
         assert_eq!((less.matches_per_s, less.hits), (0.0, None));
     }
 
@@ -152,7 +152,7 @@ mod tests {
         };
         let counters = Counters { checksum_errors: 1, nvme_errors: 2, peer_errors: 4, ..Counters::default() };
         let tiers = vec![tier(Tier::Dram, 3), tier(Tier::Nvme, 4), tier(Tier::Nvme, 5)];
-        let seen = Sample { tiers, ..sample(1, 1, counters) };
+        let seen = Sample { tiers, ..sample(1, 1, &counters) };
         assert_eq!(seen.tier_bytes(Tier::Dram), (3, 10));
         assert_eq!(seen.tier_bytes(Tier::Nvme), (9, 20));
         assert_eq!(seen.tier_bytes(Tier::S3), (0, 0));

@@ -1,0 +1,102 @@
+//! Fetch or recompute: how much of what is stored a match loads, how long it waits for that, and how right that was.
+//!
+//! A match answers the prefix for which loading and computing the rest is predicted to end first. What computing costs, engines say of their space when
+//! they register, or the config does; where neither has, nothing that is stored is left unloaded. Owns those words and the errors of the predictions. Invariants: what is
+//! in DRAM is never refused; a device that is too slow to be read is read now and then all the same, for nobody, or it would stay so for ever.
+//! Leaves to others: the estimates (`kvd_tiers::measure`), other nodes and the bucket (`links`, by the same words).
+
+use super::Node;
+use kvd_proto::cost::PrefillProfile;
+use kvd_proto::space::Fingerprint;
+use kvd_proto::wire::Tier;
+use kvd_tiers::catalog::Handle;
+use std::collections::HashMap;
+use std::ops::Range;
+
+/// Spaces of which an engine has said what computing costs. At the limit: no more are remembered.
+const PROFILES_MAX: usize = 4096;
+/// A device whose blocks are not worth waiting for is read once in so long.
+const PROBE_EVERY_US: u64 = 1_000_000;
+/// So many blocks of a match then: an estimate follows a change within some ten samples.
+const PROBED_BLOCKS: usize = 8;
+
+/// See the file's head.
+#[derive(Default)]
+pub(super) struct Weighing {
+    profiles: HashMap<Fingerprint, PrefillProfile>,
+    probed_us: u64,
+}
+
+impl Node {
+    /// An engine says what computing costs it in a space.
+    pub(super) fn engine_profile(&mut self, fingerprint: Fingerprint, profile: PrefillProfile) {
+        let profiles = &mut self.weighing.profiles;
+        if profiles.len() < PROFILES_MAX || profiles.contains_key(&fingerprint) {
+            profiles.insert(fingerprint, profile);
+        }
+    }
+
+    /// What computing in a space costs, as far as anybody has said, or else assumed.
+    pub(super) fn profile_of(&self, space: u16) -> PrefillProfile {
+        let said = self.weighing.profiles.get(&self.spaces[usize::from(space)].fingerprint);
+        said.copied().unwrap_or(self.config.profile)
+    }
+
+    fn knows_profile(&self, space: u16) -> bool {
+        let fingerprint = &self.spaces[usize::from(space)].fingerprint;
+        self.config.profile_is_given || self.weighing.profiles.contains_key(fingerprint)
+    }
+
+    /// Microseconds to compute these blocks behind those before them.
+    pub(super) fn recompute_us(&self, space: u16, blocks: Range<usize>) -> f64 {
+        let tokens = u64::from(self.spaces[usize::from(space)].space.layout.block_tokens());
+        let [start, end] = [blocks.start, blocks.end].map(|block| block as u64 * tokens);
+        self.profile_of(space).recompute_us(end.saturating_sub(start), start)
+    }
+
+    /// The end of what is worth loading of these blocks, which are all here; whoever has blocks before the first of them has those already.
+    pub(super) fn worth_loading(&self, space: u16, found: &[Vec<Handle>], blocks: Range<usize>) -> usize {
+        if !self.knows_profile(space) {
+            return blocks.end;
+        }
+        let (mut loading_bytes, mut best, mut best_us) = (0, blocks.start, 0.0);
+        for block in blocks.clone() {
+            let below = found.iter().filter(|handles| self.is_on_nvme_only(handles[block]));
+            loading_bytes += below.map(|handles| self.slot_bytes_of(handles[block])).sum::<u64>();
+            let saved_us = self.recompute_us(space, blocks.start..block + 1);
+            let load_us = if loading_bytes > 0 { self.movement.load_us(loading_bytes) } else { 0.0 };
+            if saved_us - load_us >= best_us {
+                (best, best_us) = (block + 1, saved_us - load_us);
+            }
+        }
+        best
+    }
+
+    fn is_on_nvme_only(&self, handle: Handle) -> bool {
+        let entry = self.catalog.get(handle);
+        entry.copy(Tier::Dram).is_none() && entry.copy(Tier::Nvme).is_some()
+    }
+
+    /// These are left to be computed; now and then some are read all the same.
+    pub(super) fn not_loaded(&mut self, found: &[Vec<Handle>], blocks: Range<usize>, near: usize) {
+        self.counters.recomputed_blocks += blocks.len() as u64;
+        if self.now_us < self.weighing.probed_us + PROBE_EVERY_US {
+            return;
+        }
+        self.weighing.probed_us = self.now_us;
+        for handle in blocks.take(PROBED_BLOCKS).filter_map(|block| Some(*found.first()?.get(block)?)) {
+            if self.is_on_nvme_only(handle) && self.promote(handle, near).is_none() {
+                return;
+            }
+        }
+    }
+
+    /// All loads of a lease have ended, as predicted or not.
+    pub(super) fn loaded_after(&mut self, predicted_us: u64, began_us: u64) {
+        let took_us = self.now_us - began_us;
+        self.counters.loads += 1;
+        self.counters.load_us += took_us;
+        self.counters.load_predicted_us += predicted_us;
+        self.counters.load_error_us += took_us.abs_diff(predicted_us);
+    }
+}
