@@ -28,6 +28,7 @@ impl Node {
     pub fn settle(&mut self, now_us: u64, effects: &mut Vec<Effect>) {
         self.at(now_us, effects, |node| {
             node.tell_policies();
+            node.change_policies();
             node.verify_some();
             node.upload_some();
             node.change_tiers();
@@ -156,6 +157,7 @@ impl Node {
             Question::Status => self.status(),
             Question::Tiers => self.tiers(),
             Question::Spaces => self.list_spaces(),
+            Question::Policy(request) => self.policy_asked(&request),
             Question::Blocks(prefix) => return self.start_search(ticket, prefix, Then::Describe),
             Question::Pin { id_prefix, ttl_ms } => {
                 return self.start_search(ticket, id_prefix, Then::Pin { ttl_ms });

@@ -474,6 +474,8 @@ pub enum Question {
     },
     /// Resize, drain, detach or attach a tier.
     ChangeTier(wire::ChangeTierRequest),
+    /// Which copies go first, and perhaps others from now on.
+    Policy(wire::PolicyRequest),
     /// Drop blocks.
     Purge(wire::purge_request::What),
 }
@@ -491,6 +493,8 @@ pub enum Answer {
     Blocks(wire::DescribeBlockReply),
     /// How many were pinned.
     Pin(wire::PinBlockReply),
+    /// What decides which copies go first.
+    Policies(wire::PolicyReply),
     /// How far a change of a tier is.
     TierChange(wire::ChangeTierReply),
     /// How many were dropped.

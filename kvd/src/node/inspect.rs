@@ -12,7 +12,10 @@ impl Node {
     /// Whether work is left that needs no new event.
     pub fn busy(&self) -> bool {
         let told = self.purging() || self.searching() || self.hunting();
-        told || self.usage.waits() || self.changing() || !self.deferred.is_empty()
+        told || self.usage.waits()
+            || self.policy_changes.under_way()
+            || self.changing()
+            || !self.deferred.is_empty()
     }
 
     pub(super) fn status(&self) -> Answer {

@@ -14,7 +14,8 @@ use super::{Node, NodeConfig, NvmeConfig};
 use kvd_proto::Error;
 use kvd_proto::wire::{self, Tier};
 use kvd_tiers::catalog::{Handle, Mark};
-use kvd_tiers::eviction::{self, Eviction};
+use kvd_tiers::eviction::live::Live;
+use kvd_tiers::eviction::{Choice, Eviction as _};
 use kvd_tiers::segment::{Geometry, SegmentId, SlotRef};
 use kvd_tiers::slots::SlotPool;
 use std::collections::HashMap;
@@ -36,7 +37,7 @@ pub(super) struct Pool {
     pub(super) tenant: usize,
     pub(super) geometry: Geometry,
     pub(super) slots: SlotPool,
-    pub(super) policy: Box<dyn Eviction>,
+    pub(super) policy: Live,
     opening: bool,
     /// Slots that become free when transfers under way have ended.
     pub(super) leaving: u64,
@@ -73,7 +74,10 @@ pub(super) struct TierSpace {
     /// DRAM only: the machine's memory nodes; one without a number where segments are not bound.
     pub(super) nodes: Vec<MemoryNode>,
     next_segment: SegmentId,
-    eviction: String,
+    /// What decides which copies go, or will as soon as it knows them.
+    pub(super) eviction: Choice,
+    /// What did before that.
+    pub(super) eviction_before: Option<Choice>,
     refused_until_us: u64,
     /// Why the last segment could not be had; empty: it could.
     refused_why: String,
@@ -110,7 +114,8 @@ impl Memory {
             taken_bytes: 0,
             nodes: vec![MemoryNode { number: None, taken_bytes: 0 }],
             next_segment: 0,
-            eviction: eviction.to_owned(),
+            eviction: Choice::named(eviction),
+            eviction_before: None,
             refused_until_us: 0,
             refused_why: String::new(),
         };
@@ -133,11 +138,11 @@ impl Memory {
         assert_eq!((space.capacity_bytes, space.taken_bytes), (0, 0), "there is one already");
         (space.capacity_bytes, space.given_bytes) = (nvme.bytes, nvme.bytes);
         space.segment_bytes = nvme.segment_bytes;
-        space.eviction.clone_from(&nvme.eviction);
+        (space.eviction, space.eviction_before) = (Choice::named(&nvme.eviction), None);
         for pool in self.pools.iter_mut().filter(|pool| pool.tier == Tier::Nvme) {
             let Geometry { slot_bytes, parts, .. } = pool.geometry;
             pool.geometry = Geometry::nvme(slot_bytes, parts, nvme.segment_bytes);
-            pool.policy = eviction::by_name(&nvme.eviction).expect("the config checked the policy's name");
+            pool.policy = policy(&Choice::named(&nvme.eviction));
         }
     }
 
@@ -194,7 +199,7 @@ impl Memory {
                 Tier::Dram => Geometry::dram(slot_bytes, parts, space.segment_bytes),
                 _ => Geometry::nvme(slot_bytes, parts, space.segment_bytes),
             };
-            let policy = eviction::by_name(&space.eviction).expect("the config checked the policy's name");
+            let policy = policy(&space.eviction);
             let slots = SlotPool::new(slot_bytes);
             pools.push(Pool {
                 tier,
@@ -281,7 +286,7 @@ impl Memory {
             quarantined_bytes: bytes(SlotPool::quarantined_slots),
             populated_bytes: segments.clone().map(|(_, open)| open.populated_bytes).sum(),
             segments: segments.count() as u32,
-            eviction: space.eviction.clone(),
+            eviction: space.eviction.to_string(),
             ..wire::TierStatus::default()
         }
     }
@@ -293,6 +298,10 @@ fn lowest_free(segments: &HashMap<(usize, SegmentId), Open>, leaving: &[Leaving;
     let free =
         |id: &SegmentId| !segments.contains_key(&(nvme, *id)) && !leaving[nvme].closing.contains_key(id);
     (0..=SegmentId::MAX).find(free).expect("there are fewer segments than ids")
+}
+
+fn policy(choice: &Choice) -> Live {
+    Live::new(choice.policy().expect("the config, or whoever changed it, checked the policy"))
 }
 
 impl TierSpace {

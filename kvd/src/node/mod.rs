@@ -23,6 +23,7 @@ mod memory;
 mod movement;
 mod order;
 mod orphans;
+mod policy_change;
 mod purge;
 mod recovery;
 mod search;
@@ -125,6 +126,7 @@ pub struct Node {
     doubted: BTreeSet<Handle>,
     usage: usage::Usage,
     weighing: weighing::Weighing,
+    policy_changes: policy_change::PolicyChanges,
     pins: HashMap<Handle, u32>,
     pin_ends: BTreeSet<(u32, Handle)>,
     pinned_bytes: u64,
@@ -172,6 +174,7 @@ impl Node {
             doubted: BTreeSet::new(),
             usage: usage::Usage::default(),
             weighing: weighing::Weighing::default(),
+            policy_changes: policy_change::PolicyChanges::default(),
             pins: HashMap::new(),
             pin_ends: BTreeSet::new(),
             pinned_bytes: 0,

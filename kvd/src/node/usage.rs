@@ -12,7 +12,7 @@ use super::memory::at;
 use kvd_proto::BlockId;
 use kvd_proto::wire::Tier;
 use kvd_tiers::catalog::{Handle, Key, TIERS};
-use kvd_tiers::eviction::{Request, Use};
+use kvd_tiers::eviction::{Eviction as _, Request, Use};
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
@@ -252,6 +252,13 @@ impl Node {
             Some(used) => policy.insert(handle, &used),
             None => policy.admit(handle, name(key.id, key.group), self.now_us),
         }
+    }
+
+    /// A copy that is there, to the policy that is to take over.
+    pub(super) fn arrives(&mut self, handle: Handle, tier: Tier) {
+        let key = self.catalog.get(handle).key();
+        let pool = self.pool_of_group(key.space, key.group, tier).expect("a copy has a pool");
+        self.memory.pools[pool].policy.arrives(handle, name(key.id, key.group), self.now_us);
     }
 
     /// A child has gone from a tier, or is on its way out: its parent there may be a leaf now.

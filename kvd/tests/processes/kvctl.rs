@@ -104,6 +104,16 @@ async fn every_command_works_on_a_live_node() {
     kvctl.json(&["unpin", &id]);
     assert_eq!(kvctl.json(&["block", &id])[0]["pinned"].as_bool(), Some(false));
 
+    assert!(kvctl.table(&["policy", "show"]).contains("worth"), "the default");
+    kvctl.table(&["policy", "set", "s3fifo", "small_percent=20", "--tier", "dram"]);
+    let policy = async || kvctl.json(&["policy", "show", "--tier", "dram"]).pop();
+    let changed = async || policy().await.filter(|policy| policy["policy"] == "s3fifo small_percent=20");
+    let policy = crate::wait::until("the policy", crate::wait::DEADLINE, changed).await;
+    assert_eq!((policy["copies"].as_u64(), policy["before"].as_str()), (Some(3), Some("worth")), "{policy}");
+    assert!(kvctl.refused(&["policy", "set", "s3fifo", "small_percent=0"]).contains("1 to 99"));
+    kvctl.json(&["policy", "set", "--back", "--tier", "dram"]);
+    assert_eq!(engine.get(&[1, 2, 3]).await, 3, "copies stay where they are");
+
     kvctl.json(&["purge", "--block", &id, "--yes"]);
     assert_eq!(engine.get(&[1, 2, 3]).await, 0, "the block and those below it");
     engine.put(&[1, 2, 3]).await;

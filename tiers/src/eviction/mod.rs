@@ -13,6 +13,7 @@ mod keys;
 mod learned;
 mod lens;
 mod lists;
+pub mod live;
 pub mod lru;
 mod queues;
 mod reuse;
@@ -21,6 +22,8 @@ mod shadow;
 pub mod worth;
 
 use kvd_proto::Error;
+use std::collections::BTreeMap;
+use std::fmt;
 
 /// An entry of the catalog.
 pub type Handle = u32;
@@ -78,6 +81,17 @@ impl Use {
     }
 }
 
+/// How a policy does, for people.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Standing {
+    /// The ways to evict that it compares, if it does, and what each would have saved of late, in microseconds, on the uses that are sampled.
+    pub ways: Vec<(&'static str, f64)>,
+    /// Which of them decides now.
+    pub driver: usize,
+    /// One in so many branches is sampled.
+    pub sampled_one_in: u32,
+}
+
 /// An order of eviction over handles.
 pub trait Eviction: Send {
     /// Its name in the config: "lru", "s3fifo".
@@ -108,6 +122,10 @@ pub trait Eviction: Send {
         scan_limit: usize,
         eligible: &mut dyn FnMut(Handle) -> bool,
     ) -> Option<Handle>;
+    /// How it does.
+    fn standing(&self) -> Standing {
+        Standing::default()
+    }
     /// Copies it knows.
     fn len(&self) -> usize;
     /// Whether it knows none.
@@ -116,19 +134,70 @@ pub trait Eviction: Send {
     }
 }
 
+/// A policy by its name, and what of it is not as it would be by itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Choice {
+    /// One of `NAMES`.
+    pub name: String,
+    /// By name: s3fifo has "small_percent", worth "way".
+    pub params: BTreeMap<String, String>,
+}
+
+impl Choice {
+    /// As it is by itself.
+    pub fn named(name: &str) -> Self {
+        Self { name: name.to_owned(), params: BTreeMap::new() }
+    }
+
+    /// The policy, which knows no copies; an error names what is not known, or no value for it.
+    pub fn policy(&self) -> Result<Box<dyn Eviction>, Error> {
+        let mut params = self.params.clone();
+        let policy: Box<dyn Eviction> = match self.name.as_str() {
+            lru::NAME => Box::new(lru::Lru::new()),
+            s3fifo::NAME => Box::new(match params.remove("small_percent") {
+                None => s3fifo::S3Fifo::new(s3fifo::SMALL_PERCENT_DEFAULT),
+                Some(given) => s3fifo::S3Fifo::new(small_percent(&given)?),
+            }),
+            class_ttl::NAME => Box::new(class_ttl::ClassTtl::new()),
+            worth::NAME => Box::new(match params.remove("way") {
+                None => worth::Worth::new(),
+                Some(way) => worth::Worth::only(&way)?,
+            }),
+            name => {
+                return Err(Error::invalid(
+                    "eviction",
+                    format!("no policy is called {name:?}"),
+                    format!("give one of: {}", NAMES.join(", ")),
+                ));
+            }
+        };
+        let Some((param, value)) = params.first_key_value() else { return Ok(policy) };
+        let fix = match self.name.as_str() {
+            s3fifo::NAME => "s3fifo has small_percent",
+            worth::NAME => "worth has way",
+            _ => "it has none",
+        };
+        Err(Error::invalid("param", format!("{} has no {param} that could be {value:?}", self.name), fix))
+    }
+}
+
+impl fmt::Display for Choice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name)?;
+        self.params.iter().try_for_each(|(param, value)| write!(f, " {param}={value}"))
+    }
+}
+
+fn small_percent(given: &str) -> Result<usize, Error> {
+    let percent = given.parse().ok().filter(|percent| (1..100).contains(percent));
+    percent.ok_or_else(|| {
+        Error::invalid("param", format!("small_percent is {given:?}"), "give a share of the copies, 1 to 99")
+    })
+}
+
 /// The policy with that name in the config.
 pub fn by_name(name: &str) -> Result<Box<dyn Eviction>, Error> {
-    match name {
-        lru::NAME => Ok(Box::new(lru::Lru::new())),
-        s3fifo::NAME => Ok(Box::new(s3fifo::S3Fifo::new(s3fifo::SMALL_PERCENT_DEFAULT))),
-        class_ttl::NAME => Ok(Box::new(class_ttl::ClassTtl::new())),
-        worth::NAME => Ok(Box::new(worth::Worth::new())),
-        _ => Err(Error::invalid(
-            "eviction",
-            format!("no policy is called {name:?}"),
-            format!("give one of: {}", NAMES.join(", ")),
-        )),
-    }
+    Choice::named(name).policy()
 }
 
 #[cfg(test)]
@@ -196,6 +265,32 @@ mod tests {
                 let once = serve(name, &requests, capacity);
                 prop_assert_eq!(once, serve(name, &requests, capacity), "no chance in {}", name);
             }
+        }
+    }
+
+    #[test]
+    fn a_choice_has_parameters_and_refuses_what_makes_no_sense() {
+        let choice = |name: &str, param: &str, value: &str| {
+            let mut choice = Choice::named(name);
+            choice.params.insert(param.into(), value.into());
+            choice
+        };
+        let twenty = choice("s3fifo", "small_percent", "20");
+        assert_eq!(
+            (twenty.policy().unwrap().name(), twenty.to_string()),
+            ("s3fifo", "s3fifo small_percent=20".into())
+        );
+        let lru = choice("worth", "way", "lru").policy().unwrap();
+        assert_eq!(lru.standing().ways[lru.standing().driver].0, "lru");
+        for (name, param, value, says) in [
+            ("s3fifo", "small_percent", "0", "1 to 99"),
+            ("s3fifo", "small_percent", "most", "\"most\""),
+            ("s3fifo", "big_percent", "20", "s3fifo has small_percent"),
+            ("lru", "small_percent", "20", "lru has no small_percent"),
+            ("worth", "way", "backwards", "newest"),
+        ] {
+            let error = choice(name, param, value).policy().err().expect("it makes no sense");
+            assert!(error.field == "param" && error.to_string().contains(says), "{error}");
         }
     }
 

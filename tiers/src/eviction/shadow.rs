@@ -37,6 +37,19 @@ impl Way {
     pub(super) const ALL: [Self; 7] =
         [Self::Newest, Self::Worth(1), Self::Worth(0), Self::Worth(2), Self::Recent, Self::S3Fifo, Self::Ttl];
 
+    /// For people.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Recent => super::lru::NAME,
+            Self::S3Fifo => super::s3fifo::NAME,
+            Self::Ttl => super::class_ttl::NAME,
+            Self::Worth(0) => "reuse",
+            Self::Worth(1) => "root-saved",
+            Self::Worth(_) => "saved",
+            Self::Newest => "newest",
+        }
+    }
+
     /// `None`: it has queues of its own.
     pub(super) fn lens(self) -> Option<Lens> {
         match self {

@@ -12,7 +12,8 @@ use super::lens::Lens;
 use super::queues::{Queues, now_ms};
 use super::s3fifo::{S3Fifo, SMALL_PERCENT_DEFAULT};
 use super::shadow::{Residence, Shadow, Way};
-use super::{Eviction, Handle, Request, Use};
+use super::{Eviction, Handle, Request, Standing, Use};
+use kvd_proto::Error;
 
 /// In the config.
 pub const NAME: &str = "worth";
@@ -35,6 +36,8 @@ pub struct Worth {
     /// As the driving way sees; `None`: as `fifo` does.
     lens: Option<Lens>,
     driver: Way,
+    /// The driver is this one, whatever the shadows say.
+    only: bool,
     shadows: Vec<Shadow>,
     /// One in 2^this branches is sampled.
     sampled_shift: u32,
@@ -56,6 +59,7 @@ impl Worth {
             residence: Residence::new(),
             lens: driver.lens(),
             driver,
+            only: false,
             shadows: Way::ALL.map(Shadow::new).into(),
             sampled_shift: 0,
             unseen: Vec::new(),
@@ -63,6 +67,24 @@ impl Worth {
             learn_after: LEARN_EVERY_USES.0,
             learned_ms: 0,
         }
+    }
+
+    /// With one way of those that compete, by its name; "auto": the best.
+    pub fn only(name: &str) -> Result<Self, Error> {
+        let mut worth = Self::new();
+        if name == "auto" {
+            return Ok(worth);
+        }
+        let way = Way::ALL.into_iter().find(|way| way.name() == name).ok_or_else(|| {
+            let names = Way::ALL.map(Way::name).join(", ");
+            Error::invalid(
+                "param",
+                format!("no way is called {name:?}"),
+                format!("give auto, or one of: {names}"),
+            )
+        })?;
+        (worth.driver, worth.lens, worth.only) = (way, way.lens(), true);
+        Ok(worth)
     }
 
     fn used(&mut self, used: &Use, here: bool) -> Class {
@@ -120,7 +142,9 @@ impl Worth {
             shadow.saved_us *= faded;
             shadow.learn(&self.learned.reuse, turnover_ms);
         }
-        self.choose();
+        if !self.only {
+            self.choose();
+        }
         if let Some(lens) = &mut self.lens {
             lens.learn(&self.learned.reuse, self.residence.mean_ms, turnover_ms);
         }
@@ -196,6 +220,16 @@ impl Eviction for Worth {
         let victim = self.queues.victim(lens, now_ms(now_us), scan_limit, eligible)?;
         self.residence.evicted(self.queues.age_ms(victim, now_ms(now_us)));
         Some(victim)
+    }
+
+    fn standing(&self) -> Standing {
+        let ways = self.shadows.iter().map(|shadow| (shadow.way.name(), shadow.saved_us)).collect();
+        let driver = self.shadows.iter().position(|shadow| shadow.way == self.driver);
+        Standing {
+            ways,
+            driver: driver.expect("the driver has a shadow"),
+            sampled_one_in: 1 << self.sampled_shift,
+        }
     }
 
     fn len(&self) -> usize {

@@ -1,12 +1,13 @@
 //! kvctl: how a person looks inside a node and tunes it, over gRPC on its Unix socket.
 //!
 //! Owns the command line. `node` dials, `show` turns replies into tables or JSON, `text` reads and writes single values; `top`
-//! watches a whole cluster, `tier` changes one, `planner` asks the planner, which is no node.
+//! watches a whole cluster, `tier` changes one, `policy` its eviction, `planner` asks the planner, which is no node.
 //! Invariants: nothing hangs (every call has a deadline, `events` apart) and nothing panics on what a node or a person
 //! says; errors go to stderr with exit code 1, answers to stdout.
 
 mod node;
 mod planner;
+mod policy;
 mod show;
 mod table;
 mod text;
@@ -18,6 +19,7 @@ use kvd_proto::Error;
 use kvd_proto::wire::{self, purge_request::What};
 use node::Node;
 use planner::Planner;
+use policy::PolicyArgs;
 use show::Show;
 use std::io::{IsTerminal as _, Write as _};
 use std::path::PathBuf;
@@ -56,6 +58,8 @@ enum Command {
     Tiers,
     /// Resize, drain, detach or attach a tier, until the daemon ends
     Tier(TierArgs),
+    /// Which copies go first, and another policy without a restart
+    Policy(PolicyArgs),
     /// Engines of this node: role, load, what of their capacity is promised
     Workers,
     /// Nodes of the cluster, and what this one has heard of each
@@ -192,6 +196,7 @@ async fn run(cli: &Cli) -> Result<(), Error> {
         Command::Spaces => Box::new(node.spaces().await?),
         Command::Tiers => Box::new(node.tiers().await?),
         Command::Tier(change) => Box::new(node.change_tier(change.to_wire()?).await?),
+        Command::Policy(policy) => Box::new(node.policy(policy.to_wire()?).await?),
         Command::Nodes => Box::new(node.nodes().await?),
         Command::Locate { ids, group, block_bytes } => {
             Box::new(node.locate(ids, *group, *block_bytes).await?)

@@ -134,6 +134,10 @@ impl Node {
         within(&self.at, self.wait, self.client.change_tier(request)).await
     }
 
+    pub(crate) async fn policy(&mut self, request: wire::PolicyRequest) -> Result<wire::PolicyReply, Error> {
+        within(&self.at, self.wait, self.client.policy(request)).await
+    }
+
     pub(crate) async fn events(&mut self) -> Result<tonic::Streaming<wire::NodeEvent>, Error> {
         let answer = self.client.events(wire::EventsRequest {});
         within(&self.at, self.wait, answer).await

@@ -18,7 +18,7 @@ pub(crate) trait Show {
 }
 
 /// "dram" of TIER_DRAM; the number of one that this kvctl does not know.
-fn tier(number: i32) -> String {
+pub(crate) fn tier(number: i32) -> String {
     wire::Tier::try_from(number).map_or_else(
         |_| number.to_string(),
         |tier| tier.as_str_name().trim_start_matches("TIER_").to_lowercase(),

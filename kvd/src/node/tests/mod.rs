@@ -14,6 +14,7 @@ mod matching;
 mod movement;
 mod numa;
 mod order;
+mod policy_change;
 mod purge;
 mod seeking;
 mod sessions;

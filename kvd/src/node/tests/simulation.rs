@@ -10,9 +10,12 @@ use super::harness::{
     Promise, World, commit_of, id, layout, open_of, packed, reserve_after, two_groups, with_nvme,
 };
 use kvd_proto::BlockId;
+use kvd_proto::cost::PrefillProfile;
 use kvd_proto::wire::client_frame::Body as Ask;
 use kvd_proto::wire::node_frame::Body as Reply;
-use kvd_proto::wire::{self, HandOffState, Tier, change_tier_request::What as Change, purge_request::What};
+use kvd_proto::wire::{
+    self, HandOffState, Tier, change_tier_request::What as Change, policy_request::Set, purge_request::What,
+};
 use kvd_tiers::eviction::NAMES;
 use std::collections::VecDeque;
 
@@ -410,17 +413,27 @@ impl Storm {
 
     fn ask(&mut self) {
         let prefix = id(1 + self.random.below(6) * 1000 + self.random.below(4)).0[..4].to_vec();
-        let question = match self.random.below(8) {
+        let question = match self.random.below(10) {
             0 => Question::Status,
             1 => Question::Tiers,
             2 => Question::Spaces,
             3 => Question::Blocks(prefix),
             4 | 5 => Question::Pin { id_prefix: prefix, ttl_ms: self.random.below(5000) as u32 },
             6 => Question::Purge(What::IdPrefix(prefix.into())),
+            7 | 8 => Question::Policy(self.another_policy()),
             _ => Question::Purge(What::Space(self.random.below(4) as u32)),
         };
         self.world.apply(Event::Ask { ticket: 0, question });
         self.world.answers.retain(|(ticket, _)| *ticket != 0);
+    }
+
+    /// Another policy, or the one before; what makes no sense now is refused.
+    fn another_policy(&mut self) -> wire::PolicyRequest {
+        let name = NAMES[self.random.below(NAMES.len() as u64) as usize].to_owned();
+        let choice = wire::PolicyChoice { name, ..wire::PolicyChoice::default() };
+        let set = if self.random.one_in(3) { Set::Back(true) } else { Set::Choice(choice) };
+        let tiers = [Tier::Dram, Tier::Nvme].into_iter().filter(|_| self.random.one_in(2)).map(i32::from);
+        wire::PolicyRequest { tiers: tiers.collect(), set: Some(set) }
     }
 
     /// Everything ends, everybody goes: nothing is left behind.
@@ -462,6 +475,8 @@ fn run(seed: u64, steps: u64) -> Seen {
     config.lease_ttl_ms = 2000;
     config.dram_bytes *= 3;
     config.has_peers = seed % 4 < 2;
+    config.profile_is_given = seed.is_multiple_of(3);
+    config.profile = PrefillProfile::causal(0.0, 5.0, 0.0); // one block is computed before it is loaded, several are not
     config.has_bucket = seed % 4 == 1;
     config.upload_bytes_max = if config.has_bucket { 5 * super::harness::BLOCK_BYTES } else { 0 };
     let policy = |seed: u64| NAMES[seed as usize % NAMES.len()].to_owned();

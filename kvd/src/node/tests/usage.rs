@@ -2,6 +2,7 @@
 
 use super::harness::{World, config, id, ids, reserve_after, reserve_of, with_nvme};
 use kvd_proto::wire::{self, Tier};
+use kvd_tiers::eviction::live::Live;
 use kvd_tiers::eviction::{Eviction, Handle, Request, Use};
 use std::sync::{Arc, Mutex};
 
@@ -77,7 +78,7 @@ impl Heard {
         for pool in &mut world.node.memory.pools {
             let calls = Arc::clone(if pool.tier == Tier::Dram { &heard.dram } else { &heard.nvme });
             assert_eq!(pool.policy.len(), 0, "it must know what is there");
-            pool.policy = Box::new(Scribe { calls, known, ..Scribe::default() });
+            pool.policy = Live::new(Box::new(Scribe { calls, known, ..Scribe::default() }));
         }
         heard
     }

@@ -102,6 +102,14 @@ impl admin_server::Admin for Admin {
         Ok(Response::new(answered!(self, question, TierChange)))
     }
 
+    async fn policy(
+        &self,
+        request: Request<wire::PolicyRequest>,
+    ) -> Result<Response<wire::PolicyReply>, Status> {
+        let question = Question::Policy(request.into_inner());
+        Ok(Response::new(answered!(self, question, Policies)))
+    }
+
     type EventsStream =
         std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<wire::NodeEvent, Status>> + Send + 'static>>;
 
