@@ -125,8 +125,7 @@ pub(crate) fn serve(args: &Args) -> Result<(), Failure> {
     config.node_name = args.name.clone().unwrap_or(config.node_name);
     config.cluster.address = args.grpc_address.map(|address| address.to_string()).unwrap_or_default();
     if let Some(token_ns) = args.recompute_token_ns {
-        config.recompute.token_ns = token_ns;
-        config.recompute.given = true;
+        (config.recompute.token_ns, config.recompute.measured) = (token_ns, true);
     }
     config.listen.metrics_address = args.metrics_address;
     if let Some(eviction) = args.eviction {

@@ -278,7 +278,7 @@ static SERVICE: &[Key] = &[
     Key {
         name: "recompute.token_ns",
         kind: Kind::Count,
-        help: "What prefilling one token costs the engine, in nanoseconds, without attention, where no engine has said it of its space. Turns a block's depth into what it is worth (`kvctl block`); where it is set, or said, nothing is loaded that would be computed sooner.",
+        help: "What prefilling one token costs the engine, in nanoseconds, without attention, where no engine has said it of its space. Turns a block's depth into what it is worth (`kvctl block`).",
         default: |_, _| fixed(25_700, "Llama-3-8B on an H100: 2 x 6.98e9 FLOPs at 55 % of 989e12 a second"),
     },
     Key {
@@ -286,6 +286,12 @@ static SERVICE: &[Key] = &[
         kind: Kind::Count,
         help: "What one query-key pair of attention costs the engine, in picoseconds, all layers together.",
         default: |_, _| fixed(1_060, "Llama-3-8B on an H100: 524,288 FLOPs at 50 % of 989e12 a second"),
+    },
+    Key {
+        name: "recompute.measured",
+        kind: Kind::Flag,
+        help: "Whether the two above were measured with this node's engines. Then nothing is loaded that would be computed sooner, also where no engine has said what computing costs.",
+        default: |_, _| fixed(false, "a guess should not keep anybody from what is stored"),
     },
     Key {
         name: "limits.sessions_max",

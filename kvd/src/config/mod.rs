@@ -171,9 +171,8 @@ pub struct Recompute {
     pub token_ns: u32,
     /// Picoseconds a query-key pair: attention.
     pub pair_ps: u32,
-    /// Whether somebody has set either of them.
-    #[serde(skip)]
-    pub given: bool,
+    /// Whether that is so here, or assumed.
+    pub measured: bool,
 }
 
 /// How many of each there may be.
@@ -288,8 +287,6 @@ impl Config {
         })?;
         config.dram.capacity_bytes -= config.dram.capacity_bytes % config.dram.segment_bytes.max(1);
         config.nvme.capacity_bytes -= config.nvme.capacity_bytes % config.nvme.segment_bytes.max(1);
-        let given = |name: &str| values.get(name).given;
-        config.recompute.given = given("recompute.token_ns") || given("recompute.pair_ps");
         config.check()?;
         Ok(config)
     }

@@ -16,8 +16,6 @@ pub(super) struct Resolved {
     pub(super) value: Value,
     /// For people.
     pub(super) origin: String,
-    /// Not the default.
-    pub(super) given: bool,
 }
 
 /// Every key's value.
@@ -81,7 +79,7 @@ impl Values {
 
 impl Key {
     fn given(&self, value: &Value, source: &str) -> Result<Resolved, Error> {
-        Ok(Resolved { value: self.read(value)?, origin: format!("Set in {source}."), given: true })
+        Ok(Resolved { value: self.read(value)?, origin: format!("Set in {source}.") })
     }
 
     fn defaulted(&self, machine: &Machine, above: &Values) -> Result<Resolved, Error> {
@@ -89,7 +87,7 @@ impl Key {
         let Ok(value) = self.read(&value) else {
             return Err(Error::invalid(self.name, why, format!("set {} in kvd.toml", self.name)));
         };
-        Ok(Resolved { value, origin: format!("Default: {why}."), given: false })
+        Ok(Resolved { value, origin: format!("Default: {why}.") })
     }
 
     /// Checks a given value's kind; sizes become integers.

@@ -323,7 +323,7 @@ fn node_config(config: &Config) -> NodeConfig {
             Some(_) if config.s3.upload => config.s3.buffer_bytes,
             _ => 0,
         },
-        profile_is_given: config.recompute.given,
+        profile_is_given: config.recompute.measured,
         // no base: a block is never the only thing a prefill computes
         profile: PrefillProfile::causal(
             0.0,
