@@ -5,6 +5,7 @@
 //! future (`bound`), invented requests (`synthetic`).
 
 mod bound;
+mod copies;
 mod synthetic;
 mod tier;
 mod workload;
