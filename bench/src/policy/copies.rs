@@ -2,7 +2,7 @@
 //!
 //! Owns handles, how many children each block has here, and the rule that a leaf goes before its parent. Invariants: a block has one copy
 //! at most; what is evicted has no child here; a parent is exposed when its last child has gone. Leaves to others: how many copies
-//! fit and what a copy is worth (`tier`), the order of eviction (`kvd_tiers::eviction`, `bound`).
+//! fit and what a copy is worth (`tier`, `node`), the order of eviction (`kvd_tiers::eviction`, `bound`).
 
 use super::workload::{Block, Workload};
 use kvd_tiers::eviction::{Eviction, Handle, Request, Use};
@@ -23,6 +23,7 @@ pub(super) struct Copies<'a> {
     /// Which block each handle is.
     blocks: Vec<Block>,
     free: Vec<Handle>,
+    told_uses: u64,
 }
 
 impl<'a> Copies<'a> {
@@ -35,6 +36,7 @@ impl<'a> Copies<'a> {
             children: vec![0; workload.blocks()],
             blocks: Vec::new(),
             free: Vec::new(),
+            told_uses: 0,
         }
     }
 
@@ -46,19 +48,39 @@ impl<'a> Copies<'a> {
         self.blocks.len() - self.free.len()
     }
 
+    /// Uses that the policy was told of, whether there was a copy or not.
+    pub(super) fn told_uses(&self) -> u64 {
+        self.told_uses
+    }
+
     /// The policy hears that a request with these keys begins.
     pub(super) fn request(&mut self, keys: &[u64], now_us: u64) -> Request {
         self.policy.request(keys, now_us)
     }
 
     pub(super) fn touch(&mut self, block: Block, used: &Use) {
+        self.told_uses += 1;
         self.policy.touch(self.handles[block as usize], used);
+    }
+
+    /// Used, and not here.
+    pub(super) fn seen(&mut self, block: Block, used: &Use) {
+        assert!(!self.has(block), "what is here is touched");
+        self.told_uses += 1;
+        self.policy.seen(used);
     }
 
     /// A copy that a request brought.
     pub(super) fn insert(&mut self, block: Block, used: &Use) {
         let handle = self.take_handle(block);
+        self.told_uses += 1;
         self.policy.insert(handle, used);
+    }
+
+    /// A copy that no request brought, but room in the tier above.
+    pub(super) fn admit(&mut self, block: Block, now_us: u64) {
+        let handle = self.take_handle(block);
+        self.policy.admit(handle, self.workload.key(block), now_us);
     }
 
     fn take_handle(&mut self, block: Block) -> Handle {
@@ -104,7 +126,9 @@ impl<'a> Copies<'a> {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use super::super::workload::tests::workload;
     use super::*;
+    use crate::content::mix;
     use std::sync::{Arc, Mutex};
 
     /// A call: what it was, the block's key, and what a use said it saves.
@@ -173,5 +197,31 @@ pub(super) mod tests {
         fn len(&self) -> usize {
             self.keys.iter().flatten().count()
         }
+    }
+
+    /// [1 2 3] where 2 has no copy: 1 is a leaf here, and nobody is told of 2 when 3 goes.
+    #[test]
+    fn parents_without_a_copy_hold_nobody_and_are_not_exposed() {
+        let tiny = workload(&[&[1, 2, 3]]);
+        let (scribe, calls) = Scribe::new(0);
+        let mut copies = Copies::new(&tiny, Box::new(scribe));
+        copies.admit(0, 5);
+        copies.admit(2, 5);
+        assert_eq!((copies.has(0), copies.has(1), copies.len()), (true, false, 2));
+        assert_eq!([copies.evict(5), copies.evict(5)], [2, 0]);
+        let heard: Vec<_> = calls.lock().unwrap().iter().map(|call| (call.0, call.1)).collect();
+        assert_eq!(heard, [("admit", mix(1)), ("admit", mix(3)), ("remove", mix(3)), ("remove", mix(1))]);
+    }
+
+    /// 2 comes after 1 left it without a parent's copy: it holds 1 all the same once that is back.
+    #[test]
+    fn a_parent_that_comes_back_is_held_by_its_child() {
+        let tiny = workload(&[&[1, 2]]);
+        let (scribe, calls) = Scribe::new(0);
+        let mut copies = Copies::new(&tiny, Box::new(scribe));
+        copies.admit(1, 5);
+        copies.admit(0, 5);
+        assert_eq!([copies.evict(5), copies.evict(5)], [1, 0], "the scribe would have had 1 go first");
+        assert!(calls.lock().unwrap().contains(&("expose", mix(1), 0.0)));
     }
 }
