@@ -100,7 +100,7 @@ impl Args {
         for name in &self.policy {
             if three && bound::NAMES.contains(&name.as_str()) {
                 return Err(format!(
-                    "--policy: {name:?} is of one tier; leave out it, or --dram-blocks and --nvme-blocks"
+                    "--policy: {name:?} is of one tier; leave it out, or --dram-blocks and --nvme-blocks"
                 ));
             }
             if !three && node::NAMES.contains(&name.as_str()) {
@@ -244,7 +244,7 @@ mod tests {
         assert_eq!(all.policies().unwrap(), expected);
         let bound = args(&[&words[..], &["--policy", "lru,belady"]].concat()).unwrap();
         let error = run(&bound).unwrap_err().to_string();
-        assert!(error.contains("\"belady\"") && error.contains("leave out it, or --dram-blocks"), "{error}");
+        assert!(error.contains("\"belady\"") && error.contains("leave it out, or --dram-blocks"), "{error}");
         let one = args(&["--synthetic", "chat", "--policy", "no-cache"]).unwrap();
         let error = run(&one).unwrap_err().to_string();
         assert!(error.contains("\"no-cache\"") && error.contains("give --dram-blocks"), "{error}");
