@@ -100,6 +100,24 @@ fn a_small_trace_goes_through_a_real_daemon() {
 }
 
 #[test]
+fn policy_prints_an_object_for_each_way_to_fill_three_tiers() {
+    let folder = tempfile::tempdir().unwrap();
+    let words = ["policy", "--synthetic", "agents", "--limit", "300", "--dram-blocks", "200"];
+    let output = bench(&[&words[..], &["--nvme-blocks", "600", "--output", "json"]].concat(), folder.path());
+    let said = objects(&output);
+    let names: Vec<_> = said.iter().filter_map(|object| object["policy"].as_str()).collect();
+    assert_eq!(names, ["no-cache", "lru-write-through", "lru", "s3fifo", "class-ttl", "worth"]);
+    let [none, through, lru, ..] = &said[..] else { unreachable!("six") };
+    assert_eq!((none["saved_s"].as_f64(), none["nvme_gb_written"].as_f64()), (Some(0.0), Some(0.0)));
+    assert_eq!((&lru["bench"], &lru["nvme_blocks"]), (&"policy".into(), &600.into()));
+    assert!(lru["saved_s"].as_f64() > Some(0.0), "{lru}");
+    assert!(through["nvme_gb_written"].as_f64() > lru["nvme_gb_written"].as_f64(), "{through} {lru}");
+    let mixed = bench(&[&words[..], &["--nvme-blocks", "600", "--policy", "belady"]].concat(), folder.path());
+    let message = String::from_utf8_lossy(&mixed.stderr).into_owned();
+    assert!(!mixed.status.success() && message.contains("\"belady\" is of one tier"), "{message}");
+}
+
+#[test]
 fn a_small_demo_ends_with_its_object() {
     let folder = tempfile::tempdir().unwrap();
     let args = ["demo", "--seconds", "4", "--engines", "2", "--folder", ".", "--output", "json"];

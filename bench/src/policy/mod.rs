@@ -1,33 +1,45 @@
-//! `bench policy`: eviction policies of one tier beside each other, on traces and made-up workloads, without a daemon.
+//! `bench policy`: eviction policies beside each other, of one tier or of a node's three, on traces and made-up workloads, without a daemon.
 //!
-//! Owns the command and its report. Invariants: no clock decides anything, it only measures the decisions; the same arguments print the
-//! same but for `decision_ns`. Leaves to others: requests and costs (`workload`), what is resident (`tier`), policies that know the
-//! future (`bound`), invented requests (`synthetic`).
+//! Owns the command. Invariants: no clock decides anything, it only measures the decisions; the same arguments print the same but for
+//! `decision_ns`. Leaves to others: requests and costs (`workload`), one tier (`tier`) and three (`node`), what is printed (`report`),
+//! policies that know the future (`bound`), invented requests (`synthetic`).
 
+mod admission;
 mod bound;
+mod copies;
+mod media;
+mod node;
+mod report;
 mod synthetic;
 mod tier;
 mod workload;
 
 use crate::failure::Failure;
-use crate::report::Output;
+use crate::report::{Output, parse_bytes};
 use crate::trace;
 use kvd_tiers::eviction;
-use std::io::Write as _;
+use node::Shape;
 use std::path::{Path, PathBuf};
-use tier::Outcome;
 use workload::{Foresight, Workload};
 
 /// Blocks of a tier, some tens of bytes of memory each. At the limit: refused.
 const CAPACITY_BLOCKS_MAX: u64 = 100_000_000;
+/// Bytes of a block: all uses of a workload together stay countable. At the limit: refused.
+const BLOCK_BYTES_MAX: u64 = 64 << 30;
 
-/// Eviction policies on one tier: how much prefill each saves, beside bounds that know the future.
+/// Eviction policies on one tier: how much prefill each saves, beside bounds that know the future. Or on the three of a node.
 ///
 /// Each request finds the longest prefix of its chain that is resident, and all of the chain is resident after it; then the policy
 /// says what goes until the rest fits, leaves before parents. `saved prefill` is what Dynamo 1.6.1's mocker takes to prefill the
 /// prefixes found. `belady`, which evicts what is used again last, has the most hits possible; `belady-cost` weighs that with
 /// what a block takes to compute: a heuristic, not a limit. `decision ns` is wall time of the policy's calls and the tables around
 /// them, over blocks used and evicted; for bounds it says nothing.
+///
+/// With `--dram-blocks` and `--nvme-blocks` each policy has both tiers of a node as in the daemon: what leaves DRAM is written to NVMe unless
+/// it is there, what is stored goes to S3, which keeps all, and a request loads the prefix for which loading it and computing the rest
+/// ends first. Loads wait for each other and for writes: DRAM gives 50 GB/s after 60 us, NVMe 13 GB/s after 160 us and takes 8 GB/s (assumed:
+/// two of a DGX node's eight PCIe 4.0 drives), S3 gives 1.25 GB/s after 30 ms (all of 10 Gbit/s). Beside the policies: `lru-write-through`, which
+/// writes all that is stored to NVMe at once, and `no-cache`, which `saved s` is counted from.
 #[derive(Debug, Clone, clap::Args)]
 #[command(group = clap::ArgGroup::new("workload").args(["trace", "synthetic"]).required(true).multiple(true))]
 pub(crate) struct Args {
@@ -43,7 +55,16 @@ pub(crate) struct Args {
     /// Blocks that the tier holds.
     #[arg(long, value_delimiter = ',', default_value = "1000,3000,10000,30000", value_parser = clap::value_parser!(u64).range(1..=CAPACITY_BLOCKS_MAX))]
     capacity: Vec<u64>,
-    /// Which copy goes first: names as in the config, belady, belady-cost. By default all of them.
+    /// Three tiers instead of one: blocks that DRAM holds.
+    #[arg(long, value_name = "BLOCKS", requires = "nvme_blocks", conflicts_with = "capacity", value_parser = clap::value_parser!(u64).range(1..=CAPACITY_BLOCKS_MAX))]
+    dram_blocks: Option<u64>,
+    /// Blocks that NVMe holds.
+    #[arg(long, value_name = "BLOCKS", requires = "dram_blocks", conflicts_with = "capacity", value_parser = clap::value_parser!(u64).range(1..=CAPACITY_BLOCKS_MAX))]
+    nvme_blocks: Option<u64>,
+    /// Bytes of a block of three tiers: 512 tokens of Llama-3-8B, 128 KiB each. With other --block-tokens, give what those have.
+    #[arg(long, value_name = "BYTES", requires = "dram_blocks", default_value = "64MiB", value_parser = block_bytes)]
+    block_bytes: u64,
+    /// Which copy goes first: names as in the config; of one tier belady, belady-cost, of three no-cache, lru-write-through. By default all of them.
     #[arg(long, value_delimiter = ',', value_parser = policy_name)]
     policy: Vec<String>,
     /// Tokens of a trace's blocks. Made-up ones have 512.
@@ -57,114 +78,96 @@ pub(crate) struct Args {
     output: Output,
 }
 
-/// One workload, one capacity, one policy.
-#[derive(Debug, serde::Serialize)]
-struct Report<'a> {
-    bench: &'static str,
-    trace: &'a str,
-    policy: &'a str,
-    capacity_blocks: u64,
-    requests: usize,
-    /// Of all blocks asked for.
-    block_hit_ratio: f64,
-    saved_prefill_s: f64,
-    evicted_blocks: u64,
-    /// A block used or evicted.
-    decision_ns: f64,
+impl Args {
+    /// Of three tiers; `None`: there is one.
+    fn shape(&self) -> Option<Shape> {
+        let (dram_blocks, nvme_blocks) = self.dram_blocks.zip(self.nvme_blocks)?;
+        let blocks = |blocks: u64| blocks as usize;
+        Some(Shape {
+            dram_blocks: blocks(dram_blocks),
+            nvme_blocks: blocks(nvme_blocks),
+            block_bytes: self.block_bytes,
+        })
+    }
+
+    fn policies(&self) -> Result<Vec<&str>, String> {
+        let three = self.shape().is_some();
+        if self.policy.is_empty() {
+            let [first, last]: [&[&str]; 2] =
+                if three { [&node::NAMES, &eviction::NAMES] } else { [&eviction::NAMES, &bound::NAMES] };
+            return Ok([first, last].concat());
+        }
+        for name in &self.policy {
+            if three && bound::NAMES.contains(&name.as_str()) {
+                return Err(format!(
+                    "--policy: {name:?} is of one tier; leave it out, or --dram-blocks and --nvme-blocks"
+                ));
+            }
+            if !three && node::NAMES.contains(&name.as_str()) {
+                return Err(format!(
+                    "--policy: {name:?} is of three tiers; give --dram-blocks and --nvme-blocks"
+                ));
+            }
+        }
+        Ok(self.policy.iter().map(String::as_str).collect())
+    }
 }
 
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
+    let policies = args.policies()?;
     if args.output == Output::Table {
-        println!("{}", head());
+        println!("{}", if args.shape().is_some() { report::node_head() } else { report::head() });
     }
     for path in &args.trace {
         let rows = trace::read_file(path, args.block_tokens, args.limit as usize)?;
-        compare(args, &Workload::new(file_name(path), &rows, args.block_tokens)?)?;
+        compare(args, &policies, &Workload::new(file_name(path), &rows, args.block_tokens)?)?;
     }
     for name in &args.synthetic {
         let mut rows = name.rows(args.seed);
         rows.truncate(args.limit as usize);
-        compare(args, &Workload::new(name.text().to_owned(), &rows, synthetic::BLOCK_TOKENS)?)?;
+        let workload = Workload::new(name.text().to_owned(), &rows, synthetic::BLOCK_TOKENS)?;
+        compare(args, &policies, &workload)?;
     }
     Ok(())
 }
 
-fn compare(args: &Args, workload: &Workload) -> Result<(), Failure> {
+fn compare(args: &Args, policies: &[&str], workload: &Workload) -> Result<(), Failure> {
+    if let Some(shape) = args.shape() {
+        for policy in policies {
+            let outcome = node::run(workload, policy, shape)?;
+            report::print(&report::NodeReport::new(workload, policy, shape, &outcome), args.output)?;
+        }
+        return Ok(());
+    }
     let ahead = Foresight::new(workload);
     for &capacity_blocks in &args.capacity {
-        for policy in policies(args) {
+        for policy in policies {
             let outcome = tier::run(workload, bound::by_name(policy, &ahead)?, capacity_blocks as usize);
-            print(&report(workload, policy, capacity_blocks, &outcome), args.output)?;
+            report::print(&report::Report::new(workload, policy, capacity_blocks, &outcome), args.output)?;
         }
     }
     Ok(())
 }
 
-fn policies(args: &Args) -> Vec<&str> {
-    if args.policy.is_empty() {
-        return eviction::NAMES.into_iter().chain(bound::NAMES).collect();
-    }
-    args.policy.iter().map(String::as_str).collect()
-}
-
 fn policy_name(text: &str) -> Result<String, String> {
-    if !bound::NAMES.contains(&text) {
-        eviction::by_name(text).map_err(|error| format!("{error}, {}", bound::NAMES.join(", ")))?;
+    let others = [bound::NAMES, node::NAMES].concat();
+    if !others.contains(&text) {
+        eviction::by_name(text).map_err(|error| format!("{error}, {}", others.join(", ")))?;
     }
     Ok(text.to_owned())
 }
 
+fn block_bytes(text: &str) -> Result<u64, String> {
+    let bytes = parse_bytes(text)?;
+    if bytes > BLOCK_BYTES_MAX {
+        return Err(format!("{text} is more than a block may have; give at most {BLOCK_BYTES_MAX}"));
+    }
+    Ok(bytes)
+}
+
 fn file_name(path: &Path) -> String {
     path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
-}
-
-fn report<'a>(
-    workload: &'a Workload,
-    policy: &'a str,
-    capacity_blocks: u64,
-    outcome: &Outcome,
-) -> Report<'a> {
-    Report {
-        bench: "policy",
-        trace: &workload.name,
-        policy,
-        capacity_blocks,
-        requests: workload.requests(),
-        block_hit_ratio: outcome.hit_blocks as f64 / workload.uses() as f64,
-        saved_prefill_s: outcome.saved_us / 1e6,
-        evicted_blocks: outcome.evicted_blocks,
-        decision_ns: outcome.deciding.as_nanos() as f64 / outcome.decided_blocks as f64,
-    }
-}
-
-fn print(report: &Report, output: Output) -> std::io::Result<()> {
-    let line = match output {
-        Output::Json => serde_json::to_string(report)?,
-        Output::Table => row(report),
-    };
-    writeln!(std::io::stdout(), "{line}")
-}
-
-fn head() -> String {
-    format!(
-        "{:<24}{:>10}  {:<12}{:>10}{:>10}{:>17}{:>10}{:>13}",
-        "trace", "capacity", "policy", "requests", "hits", "saved prefill s", "evicted", "decision ns"
-    )
-}
-
-fn row(report: &Report) -> String {
-    let trace: String = report.trace.chars().take(23).collect();
-    format!(
-        "{trace:<24}{:>10}  {:<12}{:>10}{:>10.4}{:>17.1}{:>10}{:>13.0}",
-        report.capacity_blocks,
-        report.policy,
-        report.requests,
-        report.block_hit_ratio,
-        report.saved_prefill_s,
-        report.evicted_blocks,
-        report.decision_ns
-    )
 }
 
 #[cfg(test)]
@@ -187,10 +190,10 @@ mod tests {
     fn lists_are_read_and_defaults_are_all_policies() {
         let some = args(&["--trace", "a", "b", "--capacity", "5,6", "--policy", "lru,belady"]).unwrap();
         assert_eq!((some.trace.len(), &some.capacity[..]), (2, &[5, 6][..]));
-        assert_eq!(policies(&some), ["lru", "belady"]);
+        assert_eq!(some.policies().unwrap(), ["lru", "belady"]);
         let all = args(&["--synthetic", "chat", "--synthetic", "loop,scan"]).unwrap();
         assert_eq!((all.synthetic.len(), all.capacity.len()), (3, 4));
-        assert_eq!(policies(&all), [&eviction::NAMES[..], &["belady", "belady-cost"]].concat());
+        assert_eq!(all.policies().unwrap(), [&eviction::NAMES[..], &["belady", "belady-cost"]].concat());
     }
 
     #[test]
@@ -209,6 +212,22 @@ mod tests {
             let error = args(&[&["--synthetic", "chat"], words].concat()).unwrap_err();
             assert!(parts.iter().all(|part| error.contains(part)), "{words:?}: {error}");
         }
+        let three = ["--dram-blocks", "5", "--nvme-blocks", "9"];
+        let of_three: [(&[&str], [&str; 2]); 6] = [
+            (&three[..2], ["--nvme-blocks", "required"]),
+            (&three[2..], ["--dram-blocks", "required"]),
+            (&["--dram-blocks", "0"], ["--dram-blocks", "1..="]),
+            (
+                &["--capacity", "7", "--dram-blocks", "5", "--nvme-blocks", "9"],
+                ["--capacity", "cannot be used"],
+            ),
+            (&["--block-bytes", "1MiB"], ["--dram-blocks", "required"]),
+            (&["--block-bytes", "65GiB"], ["65GiB", "give at most 68719476736"]),
+        ];
+        for (words, parts) in of_three {
+            let error = args(&[&["--synthetic", "chat"], words].concat()).unwrap_err();
+            assert!(parts.iter().all(|part| error.contains(part)), "{words:?}: {error}");
+        }
         let neither = args(&["--capacity", "9"]).unwrap_err();
         assert!(neither.contains("--trace") && neither.contains("--synthetic"), "{neither}");
         let absent = args(&["--trace", "no/such.jsonl"]).unwrap();
@@ -216,18 +235,18 @@ mod tests {
     }
 
     #[test]
-    fn a_report_has_the_promised_fields() {
-        let rows = workload::tests::rows(&[&[1, 2], &[1, 2], &[3]]);
-        let tiny = Workload::new(file_name(Path::new("folder/tiny.jsonl")), &rows, 512).unwrap();
-        let ahead = Foresight::new(&tiny);
-        let outcome = tier::run(&tiny, bound::by_name("lru", &ahead).unwrap(), 2);
-        let report = report(&tiny, "lru", 2, &outcome);
-        let json = serde_json::to_value(&report).unwrap();
-        let expected = [("bench", "policy"), ("trace", "tiny.jsonl"), ("policy", "lru")];
-        assert!(expected.into_iter().all(|(field, value)| json[field] == value), "{json}");
-        assert_eq!((&json["capacity_blocks"], &json["requests"]), (&2.into(), &3.into()));
-        assert_eq!((&json["block_hit_ratio"], &json["evicted_blocks"]), (&0.4.into(), &1.into()));
-        assert!(json["saved_prefill_s"].as_f64() > Some(0.0) && json["decision_ns"].as_f64() >= Some(0.0));
-        assert_eq!(row(&report).len(), head().len());
+    fn three_tiers_have_policies_of_their_own() {
+        let words = ["--synthetic", "chat", "--dram-blocks", "5", "--nvme-blocks", "9"];
+        let all = args(&words).unwrap();
+        let shape = all.shape().unwrap();
+        assert_eq!((shape.dram_blocks, shape.nvme_blocks, shape.block_bytes), (5, 9, 64 << 20));
+        let expected = [&["no-cache", "lru-write-through"], &eviction::NAMES[..]].concat();
+        assert_eq!(all.policies().unwrap(), expected);
+        let bound = args(&[&words[..], &["--policy", "lru,belady"]].concat()).unwrap();
+        let error = run(&bound).unwrap_err().to_string();
+        assert!(error.contains("\"belady\"") && error.contains("leave it out, or --dram-blocks"), "{error}");
+        let one = args(&["--synthetic", "chat", "--policy", "no-cache"]).unwrap();
+        let error = run(&one).unwrap_err().to_string();
+        assert!(error.contains("\"no-cache\"") && error.contains("give --dram-blocks"), "{error}");
     }
 }

@@ -107,6 +107,14 @@ impl Workload {
     pub(super) fn prefix_us(&self, blocks: usize) -> f64 {
         self.prefill.recompute_us(blocks as u64 * self.block_tokens, 0)
     }
+
+    /// What a block of a chain saves, if its policy knew it and if not: a chain is worth something by its tail, so that blocks that
+    /// go and come together have the mean of them.
+    pub(super) fn means_us(&self, blocks: usize, known: usize) -> [f64; 2] {
+        assert!(known <= blocks, "{known} of {blocks} blocks known");
+        let (head_us, all_us) = (self.prefix_us(known), self.prefix_us(blocks));
+        [all_us / blocks.max(1) as f64, (all_us - head_us) / (blocks - known).max(1) as f64]
+    }
 }
 
 /// A workload whose end is known.

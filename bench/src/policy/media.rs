@@ -1,0 +1,199 @@
+//! Where a chain's blocks come from, what loading them takes, and how much of them is loaded rather than computed.
+//!
+//! Owns the media of a node (DRAM, NVMe, S3), each a queue in virtual time, and the choice between fetch and recompute. Invariants: a
+//! medium carries one thing after the other, in the order they were asked for; loads of one request from different media go in
+//! parallel, and the slowest counts. Modelled as free: writes to DRAM and to S3 (they are behind, and the way there is another than
+//! the way back), the link to the GPU. Leaves to others: what is where (`node`), what a prefix costs (`workload`).
+
+use crate::engine::fetch::{DRAM_BYTES_PER_US, NVME_BYTES_PER_US};
+use kvd_proto::cost::fetch_us;
+
+/// Written to NVMe, where reads are `NVME_BYTES_PER_US`. Assumed, not measured: two PCIe 4.0 x4 drives of the kind that a DGX node has eight of,
+/// each 6.5 GB/s of reads and 4 GB/s of writes.
+pub(super) const NVME_WRITE_BYTES_PER_US: f64 = 8000.0;
+/// S3 over a 10 Gbit/s network, all of it. Assumed.
+const S3_BYTES_PER_US: f64 = 1250.0;
+/// First byte from DRAM: a match, a launch (as `engine::fetch`).
+const DRAM_LATENCY_US: f64 = 60.0;
+/// First byte from NVMe: a match, a read, a launch.
+const NVME_LATENCY_US: f64 = 160.0;
+/// First byte from S3: clients within a region measure some 30 ms.
+const S3_LATENCY_US: f64 = 30_000.0;
+
+/// The fastest place that has a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Source {
+    Dram,
+    Nvme,
+    S3,
+}
+
+/// How much of a chain is loaded, and when the last of it is here.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Plan {
+    /// From the head on.
+    pub(super) blocks: usize,
+    pub(super) load_us: f64,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Medium {
+    latency_us: f64,
+    read_bytes_per_us: f64,
+    busy_until_us: f64,
+}
+
+impl Medium {
+    fn idle(latency_us: f64, read_bytes_per_us: f64) -> Self {
+        Self { latency_us, read_bytes_per_us, busy_until_us: 0.0 }
+    }
+
+    /// Until so many bytes, asked for now, are here; nothing of nothing.
+    fn read_us(&self, now_us: f64, bytes: u64) -> f64 {
+        if bytes == 0 {
+            return 0.0;
+        }
+        fetch_us(self.busy_until_us - now_us, self.latency_us, bytes, self.read_bytes_per_us)
+    }
+
+    /// Nothing else goes on meanwhile; latency passes while the next is carried.
+    fn occupy(&mut self, now_us: f64, bytes: u64, bytes_per_us: f64) {
+        self.busy_until_us = self.busy_until_us.max(now_us) + bytes as f64 / bytes_per_us;
+    }
+}
+
+/// All of a node.
+#[derive(Debug)]
+pub(super) struct Media {
+    block_bytes: u64,
+    /// By `Source`.
+    media: [Medium; 3],
+}
+
+impl Media {
+    /// All idle.
+    pub(super) fn new(block_bytes: u64) -> Self {
+        let media = [
+            Medium::idle(DRAM_LATENCY_US, DRAM_BYTES_PER_US),
+            Medium::idle(NVME_LATENCY_US, NVME_BYTES_PER_US),
+            Medium::idle(S3_LATENCY_US, S3_BYTES_PER_US),
+        ];
+        Self { block_bytes, media }
+    }
+
+    /// Microseconds to have one block from an NVMe that does nothing else.
+    pub(super) fn nvme_block_us(&self) -> f64 {
+        Medium { busy_until_us: 0.0, ..self.media[Source::Nvme as usize] }.read_us(0.0, self.block_bytes)
+    }
+
+    /// Fetch or recompute: the prefix for which loading it and computing the rest ends first, the longest of equals. `prefix_us`: what having so many
+    /// blocks saves.
+    pub(super) fn plan(&self, now_us: f64, sources: &[Source], prefix_us: impl Fn(usize) -> f64) -> Plan {
+        let (mut best, mut best_us) = (Plan { blocks: 0, load_us: 0.0 }, 0.0);
+        let (mut bytes, mut load_us) = ([0; 3], 0.0_f64);
+        for (at, &source) in sources.iter().enumerate() {
+            bytes[source as usize] += self.block_bytes;
+            // what was to come before still comes: only this medium ends later
+            load_us = load_us.max(self.media[source as usize].read_us(now_us, bytes[source as usize]));
+            let blocks = at + 1;
+            let lost_us = load_us - prefix_us(blocks);
+            if lost_us <= best_us {
+                (best, best_us) = (Plan { blocks, load_us }, lost_us);
+            }
+        }
+        best
+    }
+
+    /// These come: their media are busy.
+    pub(super) fn load(&mut self, now_us: f64, sources: &[Source]) {
+        for &source in sources {
+            let medium = &mut self.media[source as usize];
+            medium.occupy(now_us, self.block_bytes, medium.read_bytes_per_us);
+        }
+    }
+
+    /// A block is written to NVMe, in the queue that reads stand in too.
+    pub(super) fn write_nvme(&mut self, now_us: f64) {
+        self.media[Source::Nvme as usize].occupy(now_us, self.block_bytes, NVME_WRITE_BYTES_PER_US);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Source::{Dram, Nvme, S3};
+    use super::*;
+
+    /// A block takes 1000 us of NVMe's reads, 1625 of its writes, 260 of DRAM, 10,400 of S3.
+    const BLOCK_BYTES: u64 = 13_000_000;
+
+    fn close(left: f64, right: f64) -> bool {
+        (left - right).abs() < 1e-6
+    }
+
+    /// Everything is worth loading.
+    fn load_us(media: &Media, now_us: f64, sources: &[Source]) -> f64 {
+        let plan = media.plan(now_us, sources, |blocks| blocks as f64 * 1e9);
+        assert_eq!(plan.blocks, sources.len());
+        plan.load_us
+    }
+
+    #[test]
+    fn the_second_load_waits_for_the_first() {
+        let mut media = Media::new(BLOCK_BYTES);
+        assert!(close(media.nvme_block_us(), 1160.0));
+        assert!(close(load_us(&media, 0.0, &[Nvme, Nvme]), 2160.0));
+        media.load(0.0, &[Nvme, Nvme]);
+        // until 2000 the drive is busy, to 3000 with this one, and its first byte takes 160
+        assert!(close(load_us(&media, 500.0, &[Nvme]), 2660.0));
+        media.load(500.0, &[Nvme]);
+        assert!(close(load_us(&media, 10_000.0, &[Nvme]), 1160.0), "it has been idle since 3000");
+        assert!(close(media.nvme_block_us(), 1160.0), "of an idle one");
+    }
+
+    #[test]
+    fn media_work_at_once_and_the_slowest_counts() {
+        let mut media = Media::new(BLOCK_BYTES);
+        assert!(close(load_us(&media, 0.0, &[Dram, Dram]), 580.0));
+        assert!(close(load_us(&media, 0.0, &[Dram, Nvme, S3]), 40_400.0));
+        assert!(close(load_us(&media, 0.0, &[Nvme, Dram, Dram, Dram]), 1160.0));
+        media.load(0.0, &[S3, Nvme]);
+        assert!(close(load_us(&media, 0.0, &[Dram]), 320.0), "others' queues are no matter");
+        assert!(close(load_us(&media, 400.0, &[S3]), 50_400.0));
+    }
+
+    #[test]
+    fn a_write_holds_up_the_next_read() {
+        let mut media = Media::new(BLOCK_BYTES);
+        media.write_nvme(100.0);
+        assert!(close(load_us(&media, 100.0, &[Nvme]), 1625.0 + 1160.0));
+        media.load(100.0, &[Nvme]);
+        media.write_nvme(100.0);
+        assert!(close(load_us(&media, 100.0, &[Nvme]), 1625.0 + 1000.0 + 1625.0 + 1160.0));
+    }
+
+    #[test]
+    fn what_takes_longer_to_load_than_to_compute_is_computed() {
+        let media = Media::new(BLOCK_BYTES);
+        let end = |sources: &[Source], block_us: f64| {
+            media.plan(0.0, sources, |blocks| blocks as f64 * block_us).blocks
+        };
+        assert_eq!(end(&[Nvme, Nvme], 1081.0), 2, "2160 us against 2162");
+        assert_eq!(end(&[Nvme, Nvme], 1079.0), 0, "2160 us against 2158");
+        assert_eq!(end(&[Nvme, Nvme], 1080.0), 2, "of equals the longest");
+        assert_eq!(end(&[Dram, Nvme], 1079.0), 2, "two blocks' computing against one's load");
+        assert_eq!(end(&[Dram, Dram, S3], 1000.0), 2, "the bucket is left alone");
+        assert_eq!(end(&[Dram, S3, Dram], 1000.0), 1, "and what is behind it cannot be used");
+        assert_eq!(end(&[Dram, S3, Dram], 30_000.0), 3, "40,400 us against 60,000 more than DRAM has");
+        assert_eq!(end(&[], 1000.0), 0);
+    }
+
+    #[test]
+    fn a_long_queue_makes_computing_cheaper() {
+        let mut media = Media::new(BLOCK_BYTES);
+        let plan = |media: &Media| media.plan(0.0, &[Dram, Nvme], |blocks| blocks as f64 * 2000.0);
+        assert_eq!(plan(&media), Plan { blocks: 2, load_us: 1160.0 });
+        media.load(0.0, &[Nvme, Nvme]);
+        // 3160 - 4000 is not less than 320 - 2000
+        assert_eq!(plan(&media), Plan { blocks: 1, load_us: 320.0 });
+    }
+}
