@@ -60,6 +60,9 @@ pub(crate) struct Args {
     /// Which copies go first, in all tiers; else what the daemon assumes.
     #[arg(long, value_parser = eviction)]
     eviction: Option<Eviction>,
+    /// What writing a GiB to NVMe costs; else what the daemon assumes.
+    #[arg(long)]
+    wear_us_per_gib: Option<u32>,
     /// HTTP, for /metrics.
     #[arg(long)]
     metrics_address: Option<SocketAddr>,
@@ -128,6 +131,7 @@ pub(crate) fn serve(args: &Args) -> Result<(), Failure> {
         (config.recompute.token_ns, config.recompute.measured) = (token_ns, true);
     }
     config.listen.metrics_address = args.metrics_address;
+    config.nvme.wear_us_per_gib = args.wear_us_per_gib.unwrap_or(config.nvme.wear_us_per_gib);
     if let Some(eviction) = args.eviction {
         (config.dram.eviction, config.nvme.eviction) = (eviction, eviction);
     }

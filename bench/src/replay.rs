@@ -19,6 +19,7 @@ use bucket::{Bucket, BucketArgs};
 use disk::{Disk, DiskArgs};
 use indicatif::{ProgressBar, ProgressStyle};
 use kvd::config::Eviction;
+use kvd_proto::cost::WEAR_US_PER_GIB_DEFAULT;
 use slow::SlowFetches;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -84,6 +85,7 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let rows = trace::read_file(&args.trace, block_tokens, args.limit)?;
     let folder = folder::temporary(args.folder.as_deref())?;
     let model = args.model()?;
+    let wear_us_per_gib = f64::from(WEAR_US_PER_GIB_DEFAULT) * model.scale; // bytes here stand for more
     let token_ns = Profile::named(args.profile).prefill.token_us * 1e3;
     let mut bucket = Bucket::start(&args.s3, args.block_bytes).await?;
     let mut disk = Disk::new(&args.disk, folder.path(), model.scale)?;
@@ -91,6 +93,7 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let daemon = Daemon::start_as(folder.path(), args.dram, args.nvme, |command| {
         command.arg(format!("--metrics-address={metrics}"));
         command.arg(format!("--recompute-token-ns={token_ns:.0}"));
+        command.arg(format!("--wear-us-per-gib={wear_us_per_gib:.0}"));
         command.args(args.eviction.map(|eviction| format!("--eviction={}", eviction.name())));
         bucket.tell(command);
         disk.tell(command);

@@ -83,6 +83,11 @@ impl<'a> Copies<'a> {
         self.policy.admit(handle, self.workload.key(block), now_us);
     }
 
+    /// What the policy expects of a copy that is not here.
+    pub(super) fn would_save_us(&self, block: Block, now_us: u64) -> Option<f32> {
+        self.policy.would_save_us(self.workload.key(block), now_us)
+    }
+
     fn take_handle(&mut self, block: Block) -> Handle {
         assert!(!self.has(block), "a block has one copy in a tier");
         let handle = self.free.pop().unwrap_or(self.blocks.len() as Handle);

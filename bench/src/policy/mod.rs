@@ -151,7 +151,7 @@ fn compare(args: &Args, policies: &[&str], workload: &Workload) -> Result<(), Fa
 }
 
 fn policy_name(text: &str) -> Result<String, String> {
-    let others = [bound::NAMES, node::NAMES].concat();
+    let others = [&bound::NAMES[..], &node::NAMES].concat();
     if !others.contains(&text) {
         eviction::by_name(text).map_err(|error| format!("{error}, {}", others.join(", ")))?;
     }

@@ -13,13 +13,15 @@ use super::copies::Copies;
 use super::media::{Media, Source};
 use super::workload::{Block, Workload};
 use kvd_proto::Error;
+use kvd_proto::cost::{WEAR_US_PER_GIB_DEFAULT, wear_us};
 use kvd_tiers::eviction::{self, Eviction, Request, Use};
 use std::time::{Duration, Instant};
 
 /// What is compared with the daemon's policies.
-pub(super) const NAMES: [&str; 2] = [NO_CACHE, LRU_WRITE_THROUGH];
+pub(super) const NAMES: [&str; 3] = [NO_CACHE, LRU_WRITE_THROUGH, WORTH_WRITES_ALL];
 const NO_CACHE: &str = "no-cache";
 const LRU_WRITE_THROUGH: &str = "lru-write-through";
+const WORTH_WRITES_ALL: &str = "worth-writes-all";
 
 /// How large a node is.
 #[derive(Debug, Clone, Copy)]
@@ -56,7 +58,11 @@ pub(super) fn run(workload: &Workload, name: &str, shape: Shape) -> Result<Outco
     Ok(match name {
         NO_CACHE => computed(workload),
         LRU_WRITE_THROUGH => serve(workload, by_name("lru")?, Filling::WriteThrough, shape),
-        name => serve(workload, by_name(name)?, Filling::Demotion, shape),
+        WORTH_WRITES_ALL => serve(workload, by_name("worth")?, Filling::Demotion, shape),
+        name => {
+            let wear_us = wear_us(shape.block_bytes, WEAR_US_PER_GIB_DEFAULT.into());
+            serve(workload, by_name(name)?, Filling::Worth { wear_us }, shape)
+        }
     })
 }
 
@@ -189,7 +195,7 @@ impl<'a> Node<'a> {
             let used = on_nvme.used(key, at);
             if here[1] {
                 self.nvme.touch(block, &used);
-            } else if stored && self.filling.writes(Moment::Stored) {
+            } else if stored && self.filling.writes(Moment::Stored, false, None) {
                 self.nvme.insert(block, &used);
                 self.write_nvme(now_us);
             } else {
@@ -215,7 +221,9 @@ impl<'a> Node<'a> {
         while self.dram.len() > self.shape.dram_blocks {
             let block = self.dram.evict(now_us);
             self.outcome.evicted_blocks += 1;
-            if !self.nvme.has(block) && self.filling.writes(Moment::LeavesDram) {
+            let room = self.nvme.len() < self.shape.nvme_blocks;
+            let would_save_us = self.nvme.would_save_us(block, now_us);
+            if !self.nvme.has(block) && self.filling.writes(Moment::LeavesDram, room, would_save_us) {
                 self.make_room_on_nvme(1, now_us);
                 self.nvme.admit(block, now_us);
                 self.write_nvme(now_us);

@@ -8,6 +8,7 @@ use super::machine::{Machine, Room};
 use super::size::human;
 use super::values::Values;
 use super::{SEGMENT_BYTES_MAX, SEGMENT_BYTES_MIN, integer};
+use kvd_proto::cost::WEAR_US_PER_GIB_DEFAULT;
 use std::net::SocketAddr;
 use std::path::Path;
 use toml::Value;
@@ -215,6 +216,17 @@ static NODE_AND_TIERS: &[Key] = &[
             fixed(
                 "worth",
                 "no other saves as much on every trace; it takes some 130 bytes of memory a copy, s3fifo 25, lru 68",
+            )
+        },
+    },
+    Key {
+        name: "nvme.wear_us_per_gib",
+        kind: Kind::Count,
+        help: "What writing a GiB costs, in microseconds of GPU time. Once NVMe is full, a block that is expected to save less is not written there, where it is known what computing costs (an engine has said so, or recompute.measured) and the policy is worth; 0: all are.",
+        default: |_, _| {
+            fixed(
+                WEAR_US_PER_GIB_DEFAULT,
+                "a 7.68 TB drive for $1,000 bears 3 writes of itself a day for 5 years; a GPU hour is $2.50",
             )
         },
     },

@@ -131,6 +131,8 @@ pub struct Nvme {
     pub iopoll: bool,
     /// Which copy goes first.
     pub eviction: Eviction,
+    /// What writing costs.
+    pub wear_us_per_gib: u32,
     /// Memory of the catalog's own cache.
     pub catalog_cache_bytes: u64,
 }

@@ -559,6 +559,13 @@ impl Node {
         if tier == Tier::Dram { Some(dram) } else { nvme }
     }
 
+    /// Whether an NVMe pool takes another copy without evicting one.
+    pub(super) fn has_room(&self, pool: usize) -> bool {
+        let state = &self.memory.pools[pool];
+        let space = &self.memory.tiers[at(state.tier)];
+        state.slots.free_slots() > 0 || state.opening || space.node_with_room(0).is_some()
+    }
+
     /// Whether a search for room goes on in the next call.
     pub(super) fn hunting(&self) -> bool {
         self.memory.pools.iter().any(|pool| pool.hunting)
@@ -595,6 +602,9 @@ impl Node {
                 };
                 self.memory.pools[pool].looked = 0;
                 if drains || !self.is_last_copy(victim, Tier::Dram) {
+                    self.evict(victim, pool);
+                } else if !self.worth_writing(victim) {
+                    self.counters.unwritten_blocks += 1;
                     self.evict(victim, pool);
                 } else if !self.demote(victim) {
                     break;

@@ -69,6 +69,8 @@ pub struct NodeConfig {
     pub numa_nodes: Vec<u32>,
     /// The NVMe tier, where there is one; comes and goes with `tier_change`.
     pub nvme: Option<NvmeConfig>,
+    /// What writing a GiB to NVMe costs, in microseconds.
+    pub wear_us_per_gib: u32,
     /// How long a lease lasts.
     pub lease_ttl_ms: u32,
     /// Bytes leased to one session at a time, ended and unreleased ones included.

@@ -163,6 +163,7 @@ mod tests {
                 eviction: "lru".into(),
                 queue_depth: 4,
             }),
+            wear_us_per_gib: 0,
             lease_ttl_ms: 1000,
             lease_bytes_max: 1 << 20,
             sessions_max: 4,

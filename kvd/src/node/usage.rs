@@ -254,6 +254,12 @@ impl Node {
         }
     }
 
+    /// What a copy on NVMe would save, as far as that tier's policy knows the block.
+    pub(super) fn would_save_us(&self, handle: Handle, nvme: usize) -> Option<f32> {
+        let key = self.catalog.get(handle).key();
+        self.memory.pools[nvme].policy.would_save_us(name(key.id, key.group), self.now_us)
+    }
+
     /// A copy that is there, to the policy that is to take over.
     pub(super) fn arrives(&mut self, handle: Handle, tier: Tier) {
         let key = self.catalog.get(handle).key();

@@ -1,4 +1,4 @@
-//! Fetch or recompute: how much of what is stored a match loads, how long it waits for that, and how right that was.
+//! Fetch or recompute: how much of what is stored a match loads, how long it waits for that, and how right that was; and what is worth writing to NVMe.
 //!
 //! A match answers the prefix for which loading and computing the rest is predicted to end first. What computing costs, engines say of their space when
 //! they register, or the config does; where neither has, nothing that is stored is left unloaded. Owns those words and the errors of the predictions. Invariants: what is
@@ -6,7 +6,7 @@
 //! Leaves to others: the estimates (`kvd_tiers::measure`), other nodes and the bucket (`links`, by the same words).
 
 use super::Node;
-use kvd_proto::cost::PrefillProfile;
+use kvd_proto::cost::{self, PrefillProfile};
 use kvd_proto::space::Fingerprint;
 use kvd_proto::wire::Tier;
 use kvd_tiers::catalog::Handle;
@@ -70,6 +70,18 @@ impl Node {
             }
         }
         best
+    }
+
+    /// Whether a block that leaves DRAM, and is nowhere else, is written to NVMe: while there is room, all are, which costs the drive one write of itself; from then on
+    /// those that are expected to save more than writing them wears it.
+    pub(super) fn worth_writing(&self, handle: Handle) -> bool {
+        let key = self.catalog.get(handle).key();
+        let Some(pool) = self.pool_of_group(key.space, key.group, Tier::Nvme) else { return true };
+        if !self.knows_profile(key.space) || self.has_room(pool) {
+            return true;
+        }
+        let wear_us = cost::wear_us(self.slot_bytes_of(handle), self.config.wear_us_per_gib.into());
+        self.would_save_us(handle, pool).is_none_or(|saved_us| f64::from(saved_us) >= wear_us)
     }
 
     fn is_on_nvme_only(&self, handle: Handle) -> bool {

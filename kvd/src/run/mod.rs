@@ -313,6 +313,7 @@ fn node_config(config: &Config) -> NodeConfig {
             eviction: config.nvme.eviction.name().to_owned(),
             queue_depth: config.nvme.queue_depth as usize,
         }),
+        wear_us_per_gib: config.nvme.wear_us_per_gib,
         lease_ttl_ms: config.leases.ttl_ms,
         lease_bytes_max: config.leases.bytes_max_per_session,
         sessions_max: config.limits.sessions_max as usize,

@@ -91,6 +91,12 @@ impl Learned {
         }
     }
 
+    /// How a block was last used, if that is remembered.
+    pub(super) fn last(&self, key: u64) -> Option<Last> {
+        let seen = self.keys.get(fingerprint(key))?;
+        Some(Last { class: seen.class, used_ms: seen.last_ms, saved: seen.saved })
+    }
+
     /// A copy of it has come that no request brought.
     pub(super) fn admitted(&mut self, key: u64, now_us: u64, copies: usize) -> Last {
         self.fit(copies + 1);

@@ -63,11 +63,6 @@ impl Live {
         self.now = next.policy;
     }
 
-    /// What `kvctl policy show` says of it.
-    pub fn standing(&self) -> Standing {
-        self.now.standing()
-    }
-
     fn each(&mut self, handle: Handle, tell: impl Fn(&mut dyn Eviction)) {
         tell(&mut *self.now);
         if let Some(next) = self.next.as_mut().filter(|next| next.knows(handle)) {
@@ -126,6 +121,14 @@ impl Eviction for Live {
         eligible: &mut dyn FnMut(Handle) -> bool,
     ) -> Option<Handle> {
         self.now.victim(now_us, scan_limit, eligible)
+    }
+
+    fn would_save_us(&self, key: u64, now_us: u64) -> Option<f32> {
+        self.now.would_save_us(key, now_us)
+    }
+
+    fn standing(&self) -> Standing {
+        self.now.standing()
     }
 
     fn len(&self) -> usize {

@@ -122,6 +122,11 @@ pub trait Eviction: Send {
         scan_limit: usize,
         eligible: &mut dyn FnMut(Handle) -> bool,
     ) -> Option<Handle>;
+    /// What a copy of a block that is not here would save, as far as uses of it were `seen`: the chance that it is used again before it would go, times
+    /// what it saves then, in microseconds. `None`: the policy does not know.
+    fn would_save_us(&self, _key: u64, _now_us: u64) -> Option<f32> {
+        None
+    }
     /// How it does.
     fn standing(&self) -> Standing {
         Standing::default()

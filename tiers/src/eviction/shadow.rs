@@ -66,14 +66,17 @@ impl Way {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Residence {
     pub(super) mean_ms: f64,
+    /// Some have gone: until then copies stay for ever, as far as anybody knows.
+    pub(super) any: bool,
 }
 
 impl Residence {
     pub(super) fn new() -> Self {
-        Self { mean_ms: RESIDENCE_PRIOR_MS }
+        Self { mean_ms: RESIDENCE_PRIOR_MS, any: false }
     }
 
     pub(super) fn evicted(&mut self, age_ms: u32) {
+        self.any = true;
         self.mean_ms += (f64::from(age_ms) - self.mean_ms) * RESIDENCE_WEIGHT;
     }
 }

@@ -9,7 +9,7 @@
 use super::class::Class;
 use super::learned::Learned;
 use super::lens::Lens;
-use super::queues::{Queues, now_ms};
+use super::queues::{Head, Queues, now_ms};
 use super::s3fifo::{S3Fifo, SMALL_PERCENT_DEFAULT};
 use super::shadow::{Residence, Shadow, Way};
 use super::{Eviction, Handle, Request, Standing, Use};
@@ -35,6 +35,8 @@ pub struct Worth {
     residence: Residence,
     /// As the driving way sees; `None`: as `fifo` does.
     lens: Option<Lens>,
+    /// What a copy saves while it stays, whoever drives: for those that are not here.
+    outlook: Lens,
     driver: Way,
     /// The driver is this one, whatever the shadows say.
     only: bool,
@@ -58,6 +60,7 @@ impl Worth {
             fifo: S3Fifo::new(SMALL_PERCENT_DEFAULT),
             residence: Residence::new(),
             lens: driver.lens(),
+            outlook: Lens::worth(1.0, false),
             driver,
             only: false,
             shadows: Way::ALL.map(Shadow::new).into(),
@@ -148,6 +151,8 @@ impl Worth {
         if let Some(lens) = &mut self.lens {
             lens.learn(&self.learned.reuse, self.residence.mean_ms, turnover_ms);
         }
+        let stays_ms = if self.residence.any { self.residence.mean_ms } else { f64::from(u32::MAX) };
+        self.outlook.learn(&self.learned.reuse, stays_ms, turnover_ms);
         self.queues.look_again();
     }
 
@@ -220,6 +225,12 @@ impl Eviction for Worth {
         let victim = self.queues.victim(lens, now_ms(now_us), scan_limit, eligible)?;
         self.residence.evicted(self.queues.age_ms(victim, now_ms(now_us)));
         Some(victim)
+    }
+
+    fn would_save_us(&self, key: u64, now_us: u64) -> Option<f32> {
+        let last = self.learned.last(key)?;
+        let age_ms = now_ms(now_us).wrapping_sub(last.used_ms);
+        Some(self.outlook.score(Head { class: last.class.at(), saved: last.saved.into(), age_ms, behind: 0 }))
     }
 
     fn standing(&self) -> Standing {

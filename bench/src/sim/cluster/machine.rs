@@ -10,7 +10,7 @@ use kvd::index::follow::Follower;
 use kvd::index::publish::{FollowerId, Publisher};
 use kvd::links::Links;
 use kvd::node::{Node, NodeConfig, NvmeConfig};
-use kvd_proto::cost::PrefillProfile;
+use kvd_proto::cost::{PrefillProfile, WEAR_US_PER_GIB_DEFAULT};
 use kvd_proto::layout::DataType;
 use kvd_proto::space::IdScheme;
 use kvd_proto::wire::Tier;
@@ -99,6 +99,7 @@ fn config(epoch: u64) -> NodeConfig {
             eviction: worth::NAME.to_owned(),
             queue_depth: 4,
         }),
+        wear_us_per_gib: WEAR_US_PER_GIB_DEFAULT,
         lease_ttl_ms: 10_000,
         lease_bytes_max: 1 << 30,
         sessions_max: 8,

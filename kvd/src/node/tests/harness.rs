@@ -100,6 +100,7 @@ pub(super) fn config() -> NodeConfig {
         dram_eviction: "lru".to_owned(),
         numa_nodes: Vec::new(),
         nvme: None,
+        wear_us_per_gib: 0,
         lease_ttl_ms: LEASE_TTL_MS as u32,
         lease_bytes_max: 64 * BLOCK_BYTES,
         sessions_max: 8,

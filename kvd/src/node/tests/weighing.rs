@@ -1,7 +1,7 @@
 //! Fetch or recompute: what is left unloaded, and that a device which has become slow, and quick again, is noticed.
 
 use super::super::event::Event;
-use super::harness::{World, ids, match_of, with_nvme};
+use super::harness::{BLOCK_BYTES, World, ids, match_of, with_nvme};
 use kvd_proto::cost::PrefillProfile;
 use kvd_proto::wire::client_frame::Body as Ask;
 use kvd_proto::wire::node_frame::Body as Reply;
@@ -110,4 +110,32 @@ fn a_device_that_becomes_slow_is_noticed_and_so_is_that_it_is_well_again() {
             && world.counters().hit_blocks_nvme > counters.hit_blocks_nvme
     });
     assert!(again.is_some_and(|turn| turn < left.unwrap() + 60), "it is read now and then: {again:?}");
+}
+
+/// Prompts that nobody asks for again, beyond what NVMe holds: while there is room they are written, then they are not worth what that wears.
+fn written(wear_us_per_gib: u32, said: bool) -> (u64, u64) {
+    let mut config = with_nvme(2);
+    (config.wear_us_per_gib, config.profile_is_given) = (wear_us_per_gib, said);
+    config.nvme.iter_mut().for_each(|nvme| nvme.eviction = "worth".to_owned());
+    let mut world = World::new(config);
+    let member = world.open("a");
+    let space = world.space(member);
+    for prompt in 0..400 {
+        world.put_slowly(member, space, &ids(prompt * 10 + 1..prompt * 10 + 3));
+        world.settle();
+        world.pass_ms(100);
+    }
+    let counters = world.counters();
+    assert!(counters.dropped_blocks >= counters.unwritten_blocks);
+    (counters.nvme_write_bytes / BLOCK_BYTES, counters.unwritten_blocks)
+}
+
+#[test]
+fn once_nvme_is_full_what_never_comes_back_is_not_written() {
+    let (all, unwritten) = written(0, true);
+    assert!(all > 700 && unwritten == 0, "{all} {unwritten}");
+    // a block is 16 KiB and takes 400 us to compute: a chance of one in eight is worth 50 us of wear
+    let (few, unwritten) = written(3_276_800, true);
+    assert!((22..all / 2).contains(&few) && unwritten > 300, "{few} {unwritten}");
+    assert_eq!(written(3_276_800, false), (all, 0), "nobody knows what computing costs");
 }
