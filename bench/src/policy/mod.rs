@@ -82,12 +82,8 @@ impl Args {
     /// Of three tiers; `None`: there is one.
     fn shape(&self) -> Option<Shape> {
         let (dram_blocks, nvme_blocks) = self.dram_blocks.zip(self.nvme_blocks)?;
-        let blocks = |blocks: u64| blocks as usize;
-        Some(Shape {
-            dram_blocks: blocks(dram_blocks),
-            nvme_blocks: blocks(nvme_blocks),
-            block_bytes: self.block_bytes,
-        })
+        let [dram_blocks, nvme_blocks] = [dram_blocks, nvme_blocks].map(|blocks| blocks as usize);
+        Some(Shape { dram_blocks, nvme_blocks, block_bytes: self.block_bytes })
     }
 
     fn policies(&self) -> Result<Vec<&str>, String> {
