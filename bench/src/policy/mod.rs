@@ -17,6 +17,7 @@ mod workload;
 use crate::failure::Failure;
 use crate::report::{Output, parse_bytes};
 use crate::trace;
+use kvd_proto::cost::WEAR_US_PER_GIB_DEFAULT;
 use kvd_tiers::eviction;
 use node::Shape;
 use std::path::{Path, PathBuf};
@@ -64,7 +65,10 @@ pub(crate) struct Args {
     /// Bytes of a block of three tiers: 512 tokens of Llama-3-8B, 128 KiB each. With other --block-tokens, give what those have.
     #[arg(long, value_name = "BYTES", requires = "dram_blocks", default_value = "64MiB", value_parser = block_bytes)]
     block_bytes: u64,
-    /// Which copy goes first: names as in the config; of one tier belady, belady-cost, of three no-cache, lru-write-through. By default all of them.
+    /// What writing a GiB to NVMe costs worth of three tiers, in microseconds, as nvme.wear_us_per_gib.
+    #[arg(long, value_name = "US", requires = "dram_blocks", default_value_t = WEAR_US_PER_GIB_DEFAULT)]
+    wear_us_per_gib: u32,
+    /// Which copy goes first: names as in the config; of one tier belady, belady-cost, of three no-cache, lru-write-through, worth-writes-all. By default all of them.
     #[arg(long, value_delimiter = ',', value_parser = policy_name)]
     policy: Vec<String>,
     /// Tokens of a trace's blocks. Made-up ones have 512.
@@ -83,7 +87,8 @@ impl Args {
     fn shape(&self) -> Option<Shape> {
         let (dram_blocks, nvme_blocks) = self.dram_blocks.zip(self.nvme_blocks)?;
         let [dram_blocks, nvme_blocks] = [dram_blocks, nvme_blocks].map(|blocks| blocks as usize);
-        Some(Shape { dram_blocks, nvme_blocks, block_bytes: self.block_bytes })
+        let (block_bytes, wear_us_per_gib) = (self.block_bytes, self.wear_us_per_gib);
+        Some(Shape { dram_blocks, nvme_blocks, block_bytes, wear_us_per_gib })
     }
 
     fn policies(&self) -> Result<Vec<&str>, String> {

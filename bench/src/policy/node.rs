@@ -13,7 +13,7 @@ use super::copies::Copies;
 use super::media::{Media, Source};
 use super::workload::{Block, Workload};
 use kvd_proto::Error;
-use kvd_proto::cost::{WEAR_US_PER_GIB_DEFAULT, wear_us};
+use kvd_proto::cost::wear_us;
 use kvd_tiers::eviction::{self, Eviction, Request, Use};
 use std::time::{Duration, Instant};
 
@@ -29,6 +29,8 @@ pub(super) struct Shape {
     pub(super) dram_blocks: usize,
     pub(super) nvme_blocks: usize,
     pub(super) block_bytes: u64,
+    /// What writing a GiB to NVMe costs, in microseconds.
+    pub(super) wear_us_per_gib: u32,
 }
 
 /// What a node made of a workload.
@@ -60,7 +62,7 @@ pub(super) fn run(workload: &Workload, name: &str, shape: Shape) -> Result<Outco
         LRU_WRITE_THROUGH => serve(workload, by_name("lru")?, Filling::WriteThrough, shape),
         WORTH_WRITES_ALL => serve(workload, by_name("worth")?, Filling::Demotion, shape),
         name => {
-            let wear_us = wear_us(shape.block_bytes, WEAR_US_PER_GIB_DEFAULT.into());
+            let wear_us = wear_us(shape.block_bytes, shape.wear_us_per_gib.into());
             serve(workload, by_name(name)?, Filling::Worth { wear_us }, shape)
         }
     })
@@ -254,6 +256,7 @@ mod tests {
     use super::*;
     use crate::content::mix;
     use crate::trace::Row;
+    use kvd_proto::cost::WEAR_US_PER_GIB_DEFAULT;
     use kvd_tiers::eviction::Handle;
     use proptest::prelude::*;
     use std::sync::{Arc, Mutex};
@@ -262,7 +265,7 @@ mod tests {
     const BLOCK_BYTES: u64 = 13_000_000;
 
     fn shape(dram_blocks: usize, nvme_blocks: usize, block_bytes: u64) -> Shape {
-        Shape { dram_blocks, nvme_blocks, block_bytes }
+        Shape { dram_blocks, nvme_blocks, block_bytes, wear_us_per_gib: WEAR_US_PER_GIB_DEFAULT }
     }
 
     fn by_name(tiny: &Workload, name: &str, shape: Shape) -> Outcome {

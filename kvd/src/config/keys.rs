@@ -226,7 +226,7 @@ static NODE_AND_TIERS: &[Key] = &[
         default: |_, _| {
             fixed(
                 WEAR_US_PER_GIB_DEFAULT,
-                "a 7.68 TB drive for $1,000 bears 3 writes of itself a day for 5 years; a GPU hour is $2.50",
+                "a 7.68 TB drive for $1,000 bears 3 writes of itself a day for 5 years; an H100's hour is $10",
             )
         },
     },

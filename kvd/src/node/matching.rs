@@ -145,21 +145,16 @@ impl Node {
         // whoever claims, or asks for another node, decides for itself
         let weighs = record.is_none() && !request.this_node_only && skip < stored;
         let loaded = if weighs { self.worth_loading(space, &found, skip..stored) } else { stored };
-        let below =
-            |handles: &Vec<Handle>| handles[..loaded].iter().filter(|handle| self.is_below(**handle)).count();
-        if may_defer && found.iter().map(below).sum::<usize>() > LOADS_PER_CALL_MAX {
+        if may_defer && self.loads_of(&found, loaded) > LOADS_PER_CALL_MAX {
             return Ok(Matched::Loads);
         }
         self.counters.match_requests += 1;
         self.counters.match_blocks += chain.ids().len() as u64;
         let near = self.sessions.memory_node(member);
         let (items, bytes, predicted_us) = self.lease_items(space, &found, skip..loaded, budget, near);
-        if loaded < stored {
-            self.not_loaded(&found, loaded..stored, near);
-        }
+        self.not_loaded(&found, loaded..stored, near);
         let (items, bytes) = self.fit_frame(space, items, bytes);
-        let last = items.iter().map(|item| item.block as usize + 1).max();
-        let leased = last.unwrap_or(skip.min(stored));
+        let leased = items.iter().map(|item| item.block as usize + 1).max().unwrap_or(skip.min(stored));
         let used = self.touch(&found, stored); // what is not loaded is wanted all the same
         self.count_hits(&items, chain.ids().len() - leased, skip.min(stored));
         if items.is_empty() {
@@ -186,6 +181,10 @@ impl Node {
         self.wait_for_loads(lease);
         record.into_iter().for_each(|record| self.claimed(record));
         Ok(Matched::Reply(self.match_reply(lease, request)))
+    }
+
+    fn loads_of(&self, found: &[Vec<Handle>], blocks: usize) -> usize {
+        found.iter().flat_map(|handles| &handles[..blocks]).filter(|handle| self.is_below(**handle)).count()
     }
 
     /// As many blocks of the beginning as an answer has room to tell of.

@@ -92,7 +92,7 @@ impl Node {
     /// These are left to be computed; now and then some are read all the same.
     pub(super) fn not_loaded(&mut self, found: &[Vec<Handle>], blocks: Range<usize>, near: usize) {
         self.counters.recomputed_blocks += blocks.len() as u64;
-        if self.now_us < self.weighing.probed_us + PROBE_EVERY_US {
+        if blocks.is_empty() || self.now_us < self.weighing.probed_us + PROBE_EVERY_US {
             return;
         }
         self.weighing.probed_us = self.now_us;
