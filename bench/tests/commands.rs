@@ -106,7 +106,10 @@ fn policy_prints_an_object_for_each_way_to_fill_three_tiers() {
     let output = bench(&[&words[..], &["--nvme-blocks", "600", "--output", "json"]].concat(), folder.path());
     let said = objects(&output);
     let names: Vec<_> = said.iter().filter_map(|object| object["policy"].as_str()).collect();
-    assert_eq!(names, ["no-cache", "lru-write-through", "lru", "s3fifo", "class-ttl", "worth"]);
+    assert_eq!(
+        names,
+        ["no-cache", "lru-write-through", "worth-writes-all", "lru", "s3fifo", "class-ttl", "worth"]
+    );
     let [none, through, lru, ..] = &said[..] else { unreachable!("six") };
     assert_eq!((none["saved_s"].as_f64(), none["nvme_gb_written"].as_f64()), (Some(0.0), Some(0.0)));
     assert_eq!((&lru["bench"], &lru["nvme_blocks"]), (&"policy".into(), &600.into()));

@@ -241,7 +241,8 @@ mod tests {
         let all = args(&words).unwrap();
         let shape = all.shape().unwrap();
         assert_eq!((shape.dram_blocks, shape.nvme_blocks, shape.block_bytes), (5, 9, 64 << 20));
-        let expected = [&["no-cache", "lru-write-through"], &eviction::NAMES[..]].concat();
+        let expected =
+            [&["no-cache", "lru-write-through", "worth-writes-all"], &eviction::NAMES[..]].concat();
         assert_eq!(all.policies().unwrap(), expected);
         let bound = args(&[&words[..], &["--policy", "lru,belady"]].concat()).unwrap();
         let error = run(&bound).unwrap_err().to_string();

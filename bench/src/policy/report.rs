@@ -223,7 +223,7 @@ mod tests {
     #[test]
     fn a_nodes_report_has_the_promised_fields() {
         let tiny = workload(&[&[1, 2], &[1, 2], &[3]]);
-        let shape = Shape { dram_blocks: 2, nvme_blocks: 4, block_bytes: 8_000_000 };
+        let shape = Shape { dram_blocks: 2, nvme_blocks: 4, block_bytes: 8_000_000, wear_us_per_gib: 0 };
         let of = |policy| {
             let outcome = node::run(&tiny, policy, shape).unwrap();
             let report = NodeReport::new(&tiny, policy, shape, &outcome);

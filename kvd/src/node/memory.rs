@@ -1,11 +1,10 @@
-//! Pools of slots: which segments a (tier, tenant, size class) has, when it gets another, and which copy goes for room.
+//! Pools of slots: which segments a (tier, tenant, size class) has, when it gets another, and what becomes of a slot.
 //!
 //! A DRAM segment lies in one memory (NUMA) node, and each node has an equal share of the tier. A slot comes from the node of
 //! whoever asks while there is one, or room for a segment; then from another, because far memory beats an evicted block.
 //!
 //! Invariants: bytes of all segments of a tier stay within its capacity; a copy under a lease, pinned, being filled or
-//! moved is never evicted; a leaf goes before its parent. A pool keeps some slots free ahead of demand, so that a put
-//! meets neither a device nor a scan.
+//! moved is never evicted. Leaves to others: which copy goes for room (`room`).
 
 use super::event::Effect;
 use super::leaving::Leaving;
@@ -13,21 +12,15 @@ use super::recovery::RecoveredSegment;
 use super::{Node, NodeConfig, NvmeConfig};
 use kvd_proto::Error;
 use kvd_proto::wire::{self, Tier};
-use kvd_tiers::catalog::{Handle, Mark};
+use kvd_tiers::catalog::Handle;
 use kvd_tiers::eviction::live::Live;
 use kvd_tiers::eviction::{Choice, Eviction as _};
 use kvd_tiers::segment::{Geometry, SegmentId, SlotRef};
 use kvd_tiers::slots::SlotPool;
 use std::collections::HashMap;
 
-/// Copies a search for a victim looks at. At the limit: no victim this time; what was looked at has moved out of the way.
-const SCAN_MAX: usize = 64;
 /// Searches for a slot that somebody waits for. At the limit: there is none for now.
 const SEARCHES_MAX: usize = 16;
-/// Demotions started in one call.
-const DEMOTIONS_PER_CALL_MAX: usize = 4;
-/// Copies dropped in one call where they cannot be written.
-const DROPS_PER_CALL_MAX: usize = 64;
 /// A full pool keeps this share of its slots free (1/16), within `FREE_SLOTS`.
 const FREE_SHARE: u64 = 16;
 const FREE_SLOTS: (u64, u64) = (2, 4096);
@@ -38,13 +31,13 @@ pub(super) struct Pool {
     pub(super) geometry: Geometry,
     pub(super) slots: SlotPool,
     pub(super) policy: Live,
-    opening: bool,
+    pub(super) opening: bool,
     /// Slots that become free when transfers under way have ended.
     pub(super) leaving: u64,
     /// Copies looked at in vain since room was last found or the clock ticked. Below the policy's length the search goes on
     /// in the next call (S3-FIFO moves what was used to its main queue, 64 at a time, before it finds what was not).
-    looked: usize,
-    hunting: bool,
+    pub(super) looked: usize,
+    pub(super) hunting: bool,
 }
 
 pub(super) struct Open {
@@ -330,7 +323,7 @@ impl Pool {
     }
 
     /// Slots a full pool keeps free.
-    fn reserve_slots(&self) -> u64 {
+    pub(super) fn reserve_slots(&self) -> u64 {
         (self.slots.total_slots() / FREE_SHARE).clamp(FREE_SLOTS.0, FREE_SLOTS.1)
     }
 }
@@ -473,24 +466,6 @@ impl Node {
         true
     }
 
-    /// The copy that goes next, if any may go; `to_demote`: one that must be written to NVMe first.
-    fn victim(&mut self, pool: usize, to_demote: bool) -> Option<Handle> {
-        let (catalog, pins, now_us) = (&self.catalog, &self.pins, self.now_us);
-        let state = &mut self.memory.pools[pool];
-        let tier = state.tier;
-        state.policy.victim(now_us, SCAN_MAX, &mut |handle| {
-            let entry = catalog.get(handle);
-            let other = if tier == Tier::Dram { Tier::Nvme } else { Tier::Dram };
-            let elsewhere = entry.readable(other).is_some();
-            let idle = entry.leases() == 0 || (tier == Tier::Nvme && elsewhere);
-            let still = !entry.is(tier, Mark::Filling) && !entry.is(tier, Mark::Moving);
-            // Within the tier only: a parent whose leaves went to NVMe before it must be able to follow them.
-            let leaf = catalog.is_leaf(handle, tier);
-            let ready = !to_demote || elsewhere || entry.is(tier, Mark::Checksummed);
-            idle && still && leaf && ready && !pins.contains_key(&handle)
-        })
-    }
-
     pub(super) fn is_last_copy(&self, handle: Handle, tier: Tier) -> bool {
         let other = if tier == Tier::Dram { Tier::Nvme } else { Tier::Dram };
         self.catalog.get(handle).readable(other).is_none()
@@ -564,52 +539,5 @@ impl Node {
         let state = &self.memory.pools[pool];
         let space = &self.memory.tiers[at(state.tier)];
         state.slots.free_slots() > 0 || state.opening || space.node_with_room(0).is_some()
-    }
-
-    /// Whether a search for room goes on in the next call.
-    pub(super) fn hunting(&self) -> bool {
-        self.memory.pools.iter().any(|pool| pool.hunting)
-    }
-
-    pub(super) fn search_again(&mut self) {
-        self.memory.pools.iter_mut().for_each(|pool| pool.looked = 0);
-    }
-
-    /// Keeps some slots of every full DRAM pool free, and as many as somebody waits for: drops what is on NVMe too, writes the others there first.
-    /// While NVMe drains those are dropped, or nothing could be read from there.
-    pub(super) fn make_room(&mut self) {
-        let drains = self.tier_changes.drains();
-        let most = if drains { DROPS_PER_CALL_MAX } else { DEMOTIONS_PER_CALL_MAX };
-        for pool in 0..self.memory.pools.len() {
-            if self.memory.pools[pool].tier != Tier::Dram || self.config.nvme.is_none() {
-                continue;
-            }
-            self.memory.pools[pool].hunting = false;
-            let demanded = self.demanded_slots(pool);
-            for _ in 0..most {
-                let state = &self.memory.pools[pool];
-                let space = &self.memory.tiers[at(Tier::Dram)];
-                let full = space.taken_bytes + space.segment_bytes > space.capacity_bytes && !state.opening;
-                let wanted = state.reserve_slots().max(demanded);
-                if !full || state.slots.free_slots() + state.leaving >= wanted {
-                    break;
-                }
-                let Some(victim) = self.victim(pool, true) else {
-                    let state = &mut self.memory.pools[pool];
-                    state.looked += SCAN_MAX;
-                    state.hunting = state.looked < state.policy.len();
-                    break;
-                };
-                self.memory.pools[pool].looked = 0;
-                if drains || !self.is_last_copy(victim, Tier::Dram) {
-                    self.evict(victim, pool);
-                } else if !self.worth_writing(victim) {
-                    self.counters.unwritten_blocks += 1;
-                    self.evict(victim, pool);
-                } else if !self.demote(victim) {
-                    break;
-                }
-            }
-        }
     }
 }

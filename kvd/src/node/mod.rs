@@ -26,6 +26,7 @@ mod orphans;
 mod policy_change;
 mod purge;
 mod recovery;
+mod room;
 mod search;
 mod seeking;
 mod session;
