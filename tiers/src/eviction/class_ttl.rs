@@ -60,7 +60,7 @@ impl Eviction for ClassTtl {
     }
 
     fn admit(&mut self, handle: Handle, key: u64, now_us: u64) {
-        let last = self.learned.admitted(key, now_us, self.queues.len());
+        let last = self.learned.admitted(key, now_us);
         self.queues.admit(handle, key, last);
     }
 

@@ -5,6 +5,8 @@
 //! which is no harm. Leaves to others: what is remembered.
 
 const WAYS: usize = 8;
+/// Copies come one by one, but for those that are there at a start.
+const SPLITS_PER_CALL_MAX: usize = 64;
 
 /// 32 of the key's bits, never 0 (an empty place).
 pub(super) fn fingerprint(key: u64) -> u32 {
@@ -23,13 +25,11 @@ impl<T: Copy + Default> Keys<T> {
         Self { times, buckets: Vec::new() }
     }
 
-    /// Room for what the copies need: linear hashing (Litwin, VLDB 1980), one bucket is split after the other, so that no call is long and
-    /// nothing is forgotten for it.
+    /// Room for what the copies need, or as much of that as one call makes: linear hashing (Litwin, VLDB 1980), one bucket is split after the other, so that no
+    /// call is long and nothing is forgotten for it.
     pub(super) fn fit(&mut self, copies: usize) {
-        let buckets = (copies * self.times).div_ceil(WAYS);
-        while self.buckets.len() < buckets {
-            self.split();
-        }
+        let missing = (copies * self.times).div_ceil(WAYS).saturating_sub(self.buckets.len());
+        (0..missing.min(SPLITS_PER_CALL_MAX)).for_each(|_| self.split());
     }
 
     /// One bucket more, with those of another that belong there.
@@ -140,7 +140,8 @@ mod tests {
                     put.insert(key, number);
                 }
             }
-            keys.fit(10_000);
+            (0..100).for_each(|_| keys.fit(10_000));
+            prop_assert_eq!(keys.buckets.len(), 10_000 / WAYS);
             for (key, number) in put {
                 prop_assert_eq!(keys.get(key), Some(number));
             }

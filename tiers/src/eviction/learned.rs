@@ -97,15 +97,13 @@ impl Learned {
         Some(Last { class: seen.class, used_ms: seen.last_ms, saved: seen.saved })
     }
 
-    /// A copy of it has come that no request brought.
-    pub(super) fn admitted(&mut self, key: u64, now_us: u64, copies: usize) -> Last {
-        self.fit(copies + 1);
-        let fingerprint = fingerprint(key);
-        let used = Use::unknown(key, now_us);
-        let fresh = || Seen { last_ms: now_ms(now_us), class: Class::of(&used, 1), ..Seen::default() };
-        let mut seen = self.keys.get(fingerprint).unwrap_or_else(fresh);
+    /// A copy of it has come that no request brought. Of a block that nobody has used nothing is remembered: a start brings a million of them.
+    pub(super) fn admitted(&mut self, key: u64, now_us: u64) -> Last {
+        let Some(seen) = self.keys.get_mut(fingerprint(key)) else {
+            let class = Class::of(&Use::unknown(key, now_us), 1);
+            return Last { class, used_ms: now_ms(now_us), saved: 0 };
+        };
         seen.turn |= HERE;
-        self.keys.put(fingerprint, seen, |seen| !seen.is_here());
         Last { class: seen.class, used_ms: seen.last_ms, saved: seen.saved }
     }
 
@@ -185,9 +183,9 @@ mod tests {
             let request = learned.request(&[1, 2, 3], second * 1_000_000);
             learned.used(&Use { key: 2, request, at: 1, saved_us: 900.0 }, false, 0);
         }
-        let last = learned.admitted(2, 9_000_000, 0);
+        let last = learned.admitted(2, 9_000_000);
         assert_eq!((last.used_ms, usize::from(last.saved)), (2000, saved_at(900.0)));
-        let stranger = learned.admitted(7, 9_000_000, 0);
+        let stranger = learned.admitted(7, 9_000_000);
         assert_eq!((stranger.used_ms, stranger.saved), (9000, 0));
         assert_ne!(stranger.class, last.class);
     }

@@ -190,7 +190,7 @@ impl Eviction for Worth {
     }
 
     fn admit(&mut self, handle: Handle, key: u64, now_us: u64) {
-        let last = self.learned.admitted(key, now_us, self.queues.len());
+        let last = self.learned.admitted(key, now_us);
         self.queues.admit(handle, key, last);
         self.fifo.admit(handle, key, now_us);
     }
