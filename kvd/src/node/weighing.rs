@@ -28,8 +28,11 @@ pub(super) struct Weighing {
 }
 
 impl Node {
-    /// An engine says what computing costs it in a space.
+    /// An engine says what computing costs it in a space. One that only decodes says nothing of prefill: that is no price.
     pub(super) fn engine_profile(&mut self, fingerprint: Fingerprint, profile: PrefillProfile) {
+        if profile.recompute_us(1, 0) <= 0.0 {
+            return;
+        }
         let profiles = &mut self.weighing.profiles;
         if profiles.len() < PROFILES_MAX || profiles.contains_key(&fingerprint) {
             profiles.insert(fingerprint, profile);

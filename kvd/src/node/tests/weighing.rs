@@ -61,6 +61,13 @@ fn what_takes_long_to_compute_is_loaded() {
     assert_eq!(world.counters().recomputed_blocks, 0);
 }
 
+/// A decode engine said how fast it decodes, and nothing else: all that other nodes had was taken to be computed for nothing.
+#[test]
+fn an_engine_that_says_nothing_of_prefill_has_not_said_what_it_costs() {
+    let (mut world, member, space) = world(0.0);
+    assert_eq!((ask(&mut world, member, space, 0), world.counters().recomputed_blocks), (2, 0));
+}
+
 #[test]
 fn where_nobody_has_said_what_computing_costs_nothing_is_left() {
     let mut config = with_nvme(6);
