@@ -154,7 +154,7 @@ static NODE_AND_TIERS: &[Key] = &[
         default: |_, _| {
             fixed(
                 "worth",
-                "no other saves as much on every trace; it takes some 130 bytes of memory a copy, s3fifo 25, lru 68",
+                "no other saves as much on every trace; it takes some 150 bytes of memory a copy, s3fifo 35, lru 70",
             )
         },
     },
@@ -215,7 +215,7 @@ static NODE_AND_TIERS: &[Key] = &[
         default: |_, _| {
             fixed(
                 "worth",
-                "no other saves as much on every trace; it takes some 130 bytes of memory a copy, s3fifo 25, lru 68",
+                "no other saves as much on every trace; it takes some 150 bytes of memory a copy, s3fifo 35, lru 70",
             )
         },
     },

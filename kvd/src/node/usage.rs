@@ -162,7 +162,7 @@ impl Node {
             let Some(mut told) = self.usage.waiting.pop_front() else { return };
             self.usage.waiting_blocks -= told.blocks() - told.done;
             if let By::Asked(asked) = told.by {
-                left = left.saturating_sub(asked.chain.len() / 2); // looked up, not put in order
+                left = left.saturating_sub(1 + asked.chain.len() / 2); // looked up, not put in order
                 told.by = By::Request(self.ask_policies(asked));
             }
             let end = told.handles.len().min(told.done + left);

@@ -50,9 +50,13 @@ impl Node {
         self.config.profile_is_given || self.weighing.profiles.contains_key(fingerprint)
     }
 
+    fn block_tokens(&self, space: u16) -> u64 {
+        self.spaces[usize::from(space)].space.layout.block_tokens().into()
+    }
+
     /// Microseconds to compute these blocks behind those before them.
     pub(super) fn recompute_us(&self, space: u16, blocks: Range<usize>) -> f64 {
-        let tokens = u64::from(self.spaces[usize::from(space)].space.layout.block_tokens());
+        let tokens = self.block_tokens(space);
         let [start, end] = [blocks.start, blocks.end].map(|block| block as u64 * tokens);
         self.profile_of(space).recompute_us(end.saturating_sub(start), start)
     }
@@ -62,14 +66,18 @@ impl Node {
         if !self.knows_profile(space) {
             return blocks.end;
         }
-        let (mut loading_bytes, mut best, mut best_us) = (0, blocks.start, 0.0);
-        for block in blocks.clone() {
+        let below = |block: &usize| found.iter().any(|handles| self.is_on_nvme_only(handles[*block]));
+        let Some(first) = blocks.clone().find(below) else { return blocks.end };
+        let (profile, tokens) = (self.profile_of(space), self.block_tokens(space));
+        let start = blocks.start as u64 * tokens;
+        let saved_us = |end: usize| profile.recompute_us(end as u64 * tokens - start, start);
+        let (mut loading_bytes, mut best, mut best_us) = (0, first, saved_us(first));
+        for block in first..blocks.end {
             let below = found.iter().filter(|handles| self.is_on_nvme_only(handles[block]));
             loading_bytes += below.map(|handles| self.slot_bytes_of(handles[block])).sum::<u64>();
-            let saved_us = self.recompute_us(space, blocks.start..block + 1);
-            let load_us = if loading_bytes > 0 { self.movement.load_us(loading_bytes) } else { 0.0 };
-            if saved_us - load_us >= best_us {
-                (best, best_us) = (block + 1, saved_us - load_us);
+            let gained_us = saved_us(block + 1) - self.movement.load_us(loading_bytes);
+            if gained_us >= best_us {
+                (best, best_us) = (block + 1, gained_us);
             }
         }
         best

@@ -20,7 +20,7 @@ pub(super) struct Class(u8);
 impl Class {
     /// The block's, used so often by now, this use included.
     pub(super) fn of(used: &Use, uses: u8) -> Self {
-        let role = if used.at + 1 >= used.request.blocks {
+        let role = if used.at.saturating_add(1) >= used.request.blocks {
             2 // a prompt's last block, which often is not whole, or is asked differently
         } else {
             usize::from(used.at >= used.request.known)

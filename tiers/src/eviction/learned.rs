@@ -128,7 +128,7 @@ impl Learned {
         let class = Class::of(used, uses);
         self.reuse.used(class, copies);
         // the last block may be a part of one, which nobody asks for again: the one before ends the prompt too
-        let ends = used.at + 2 >= used.request.blocks;
+        let ends = used.at.saturating_add(2) >= used.request.blocks;
         let turn = if ends { used.request.turn.min(TURN_MAX) } else { 0 };
         let (request, saved) = (used.request.number, saved_at(used.saved_us) as u8);
         let seen = Seen { last_ms: now_ms, request, class, uses, saved, turn: turn | mark };
@@ -188,5 +188,12 @@ mod tests {
         let stranger = learned.admitted(7, 9_000_000);
         assert_eq!((stranger.used_ms, stranger.saved), (9000, 0));
         assert_ne!(stranger.class, last.class);
+    }
+
+    /// A client names the depth.
+    #[test]
+    fn a_block_may_stand_at_the_end_of_all_numbers() {
+        let request = Request { number: 1, ..Request::unknown(u32::MAX, 1000) };
+        Learned::new().used(&Use { key: 7, request, at: u32::MAX - 1, saved_us: 1.0 }, true, 1);
     }
 }

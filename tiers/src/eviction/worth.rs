@@ -4,7 +4,7 @@
 //! way to evict is the best everywhere, so that shadows (`shadow`) of seven compete on a sample of the uses: four of this kind, three of
 //! others. The first drives, or whichever would have saved clearly more of late. Owns the competition. Invariants:
 //! all ways are kept ready for all copies, so that a change of driver costs nothing; bounded by the copies. Memory: 26 B a handle and
-//! 15 for S3-FIFO, 64 to 128 B a copy of what was seen, 4-8 of S3-FIFO's ghost; the shadows' few thousand copies. Measured 118 at a million.
+//! 15 for S3-FIFO, 96 B a copy of what was seen, 8 of S3-FIFO's ghost; the shadows' few thousand copies. Measured 147 at a million.
 
 use super::class::Class;
 use super::learned::Learned;

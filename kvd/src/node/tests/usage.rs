@@ -197,3 +197,15 @@ fn one_call_tells_a_bounded_share_and_says_that_more_is_left() {
     }
     assert_eq!(told + asked(), 4);
 }
+
+/// Each request counted as half its blocks: of those with one block there was no end in one call.
+#[test]
+fn short_requests_are_bounded_too() {
+    let (mut world, _, _, heard) = world(0);
+    for _ in 0..2000 {
+        world.node.tell_matched(Vec::new(), 0, &ids(1..2), 0, None);
+    }
+    world.pass_ms(0);
+    let told = heard.dram().len();
+    assert!((1..=256).contains(&told) && world.node.busy(), "{told}");
+}
