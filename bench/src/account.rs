@@ -256,7 +256,7 @@ mod tests {
     };
 
     fn row(timestamp: u64) -> Row {
-        Row { timestamp, input_length: 4000, output_length: 10, hash_ids: (0..8).collect() }
+        Row { timestamp, input_length: 4000, output_length: 10, hash_ids: (0..8).collect(), ..Row::default() }
     }
 
     #[test]

@@ -5,6 +5,8 @@
 //! Invariants: every byte is looked at; two names never share a word at the same place (the key is a bijection of the
 //! name, the word a sum with it).
 
+pub(crate) use kvd_tiers::lab::trace::mix;
+
 const WEYL: u64 = 0x9e37_79b9_7f4a_7c15;
 /// Words handled together, so that the compiler may use wide registers.
 const LANES: usize = 8;
@@ -35,14 +37,6 @@ pub(crate) fn is(name: u64, bytes: &[u8]) -> bool {
         step(&mut words);
     }
     different == [0; LANES] && *rest == bytes_of(words)[..rest.len()]
-}
-
-/// The splitmix64 finaliser: a bijection that spreads small names over all bits.
-pub(crate) fn mix(name: u64) -> u64 {
-    let mut key = name.wrapping_add(WEYL);
-    key = (key ^ (key >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    key = (key ^ (key >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    key ^ (key >> 31)
 }
 
 fn first_words(name: u64) -> [u64; LANES] {

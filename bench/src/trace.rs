@@ -1,63 +1,20 @@
-//! A workload as rows: what arrives when, how long it is, and which prefix blocks it names. Mooncake's JSONL format, and
-//! Azure's CSV (`azure`), which names none.
+//! A workload from a file: rows in Mooncake's JSONL format and kvd's own recordings (`kvd_tiers::lab::trace`), and Azure's CSV (`azure`), which names no blocks.
 //!
-//! Owns the row, the reader of plain and gzipped files, and errors that name line and field.
+//! Owns the reader of plain and gzipped files, and errors that name line and field.
 //! Invariant: a `Row` that was read is in limits, and its timestamps never run backwards within a file.
 //! Leaves to others: what a block contains (`content`), what is done with a row (`engine::serve`).
 
 mod azure;
 
 use flate2::read::GzDecoder;
-use kvd_proto::limits::CHAIN_BLOCKS_MAX;
-use serde::{Deserialize, Serialize};
+use kvd_tiers::lab::trace::LINE_BYTES_MAX;
+pub(crate) use kvd_tiers::lab::trace::Row;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
 /// Rows of one file. At the limit: the file is refused; give `--limit`.
 pub(crate) const ROWS_MAX: usize = 10_000_000;
-/// Bytes of one line. At the limit: the file is refused.
-const LINE_BYTES_MAX: u64 = 4 << 20;
-
-/// One request.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct Row {
-    /// Arrival in milliseconds since the start.
-    pub(crate) timestamp: u64,
-    /// Prompt tokens.
-    pub(crate) input_length: u64,
-    /// Tokens generated.
-    pub(crate) output_length: u64,
-    /// Prefix-chained block names: an equal name is an equal prompt up to the end of that block.
-    pub(crate) hash_ids: Vec<u64>,
-}
-
-impl Row {
-    fn check(&self, block_tokens: u64, after_ms: u64) -> Result<(), String> {
-        let blocks = self.hash_ids.len() as u64;
-        if self.timestamp < after_ms {
-            return Err(format!("timestamp: {} is before the line above, {after_ms}", self.timestamp));
-        }
-        if self.input_length == 0 {
-            return Err("input_length: 0, a prompt has tokens".to_owned());
-        }
-        if blocks == 0 || blocks > CHAIN_BLOCKS_MAX as u64 {
-            return Err(format!(
-                "hash_ids: {blocks} blocks, 1 to {CHAIN_BLOCKS_MAX} can be asked for at once"
-            ));
-        }
-        if self.input_length > blocks * block_tokens
-            || self.input_length + block_tokens <= (blocks - 1) * block_tokens
-        {
-            return Err(format!(
-                "hash_ids: {blocks} blocks of {block_tokens} tokens do not fit input_length {}",
-                self.input_length
-            ));
-        }
-        Ok(())
-    }
-}
 
 /// Reads at most `limit` rows of `block_tokens`-token blocks from a `.jsonl` or `.csv` file, plain or `.gz`.
 pub(crate) fn read_file(path: &Path, block_tokens: u64, limit: usize) -> Result<Vec<Row>, String> {
@@ -77,8 +34,7 @@ pub(crate) fn read_file(path: &Path, block_tokens: u64, limit: usize) -> Result<
 
 /// Reads Mooncake's rows.
 fn read(reader: impl BufRead, block_tokens: u64, limit: usize) -> Result<Vec<Row>, String> {
-    let parse = |line: &str| serde_json::from_str(line).map(Some).map_err(|error| error.to_string());
-    read_lines(reader, block_tokens, limit, parse)
+    read_lines(reader, block_tokens, limit, |line| Row::parse(line).map(Some))
 }
 
 /// Reads the rows that `parse` finds in lines; errors start with the line's number.
@@ -93,12 +49,12 @@ fn read_lines(
     while rows.len() < limit.min(ROWS_MAX) {
         line.clear();
         number += 1;
-        let bytes = (&mut reader).take(LINE_BYTES_MAX).read_line(&mut line);
+        let bytes = (&mut reader).take(LINE_BYTES_MAX as u64).read_line(&mut line);
         let bytes = bytes.map_err(|error| format!("line {number}: {error}"))?;
         if bytes == 0 {
             break;
         }
-        if bytes as u64 == LINE_BYTES_MAX && !line.ends_with('\n') {
+        if bytes == LINE_BYTES_MAX && !line.ends_with('\n') {
             return Err(format!("line {number}: longer than {LINE_BYTES_MAX} bytes"));
         }
         if line.trim().is_empty() {
@@ -130,7 +86,8 @@ mod tests {
 
     #[test]
     fn reads_plain_and_gzipped() {
-        let expected = Row { timestamp: 5, input_length: 600, output_length: 3, hash_ids: vec![0, 7] };
+        let expected =
+            Row { timestamp: 5, input_length: 600, output_length: 3, hash_ids: vec![0, 7], ..Row::default() };
         assert_eq!(of(&format!("{GOOD}\n\n{GOOD}\n")).unwrap(), vec![expected.clone(), expected.clone()]);
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("t.jsonl.gz");
@@ -144,7 +101,13 @@ mod tests {
     fn azures_files_are_known_by_their_name() {
         let folder = tempfile::tempdir().unwrap();
         let text = "TIMESTAMP,ContextTokens,GeneratedTokens\r\n2023-11-16 18:15:46.68,600,44\r\n";
-        let expected = Row { timestamp: 0, input_length: 600, output_length: 44, hash_ids: vec![0, 1] };
+        let expected = Row {
+            timestamp: 0,
+            input_length: 600,
+            output_length: 44,
+            hash_ids: vec![0, 1],
+            ..Row::default()
+        };
         let (plain, gzipped) = (folder.path().join("t.csv"), folder.path().join("t.csv.gz"));
         std::fs::write(&plain, text).unwrap();
         let mut out = GzEncoder::new(File::create(&gzipped).unwrap(), Compression::fast());
@@ -186,7 +149,7 @@ mod tests {
 
     #[test]
     fn an_endless_line_is_refused() {
-        let line = " ".repeat(LINE_BYTES_MAX as usize + 1);
+        let line = " ".repeat(LINE_BYTES_MAX + 1);
         assert!(of(&line).unwrap_err().contains("longer than"));
     }
 }

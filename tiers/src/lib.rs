@@ -9,6 +9,7 @@ pub mod catalog;
 pub mod checksum;
 pub mod eviction;
 pub mod header_pages;
+pub mod lab;
 pub mod mapping;
 pub mod measure;
 pub mod media;

@@ -5,21 +5,19 @@
 //! counted.
 
 use kvd_proto::cost::fetch_us;
+use kvd_tiers::lab::media::Speeds;
 use serde::{Deserialize, Serialize};
 
-/// DRAM to HBM: a PCIe 5.0 x16 link carries 63 GB/s raw, copies reach 50-55.
-pub(crate) const DRAM_BYTES_PER_US: f64 = 50_000.0;
+/// DRAM to HBM.
+pub(crate) const DRAM_BYTES_PER_US: f64 = Speeds::DGX.dram.bytes_per_us;
 /// S3 to HBM through DRAM: a node's share of a 100 Gbit/s network.
 pub(crate) const S3_BYTES_PER_US: f64 = 12_500.0;
-/// NVMe to HBM through DRAM: two PCIe 4.0 x4 drives at 6.5 GB/s.
-pub(crate) const NVME_BYTES_PER_US: f64 = 13_000.0;
-/// First byte from DRAM: a match, a launch.
-const DRAM_LATENCY_US: f64 = 60.0;
-/// First byte from NVMe: a match, a read, a launch.
-const NVME_LATENCY_US: f64 = 160.0;
-
+/// NVMe to HBM through DRAM: two drives.
+pub(crate) const NVME_BYTES_PER_US: f64 = Speeds::DGX.nvme.bytes_per_us;
+const DRAM_LATENCY_US: f64 = Speeds::DGX.dram.latency_us;
+const NVME_LATENCY_US: f64 = Speeds::DGX.nvme.latency_us;
 /// First byte from S3: what AWS says of S3 Standard is 100 to 200 ms for small objects, clients measure some 30 within a region.
-const S3_LATENCY_US: f64 = 30_000.0;
+const S3_LATENCY_US: f64 = Speeds::DGX.s3.latency_us;
 
 /// What was fetched for one request.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,27 +1,24 @@
 //! `bench policy`: eviction policies beside each other, of one tier or of a node's three, on traces and made-up workloads, without a daemon.
 //!
 //! Owns the command. Invariants: no clock decides anything, it only measures the decisions; the same arguments print the same but for
-//! `decision_ns`. Leaves to others: requests and costs (`workload`), one tier (`tier`) and three (`node`), what is printed (`report`),
-//! policies that know the future (`bound`), invented requests (`synthetic`).
+//! `decision_ns`. Leaves to others: what would have happened (`kvd_tiers::lab`), what is printed (`report`), invented requests (`synthetic`).
 
-mod admission;
-mod bound;
-mod copies;
-mod media;
-mod node;
 mod report;
 mod synthetic;
-mod tier;
-mod workload;
 
+use crate::engine::profile::{Profile, ProfileName};
 use crate::failure::Failure;
 use crate::report::{Output, parse_bytes};
 use crate::trace;
 use kvd_proto::cost::WEAR_US_PER_GIB_DEFAULT;
 use kvd_tiers::eviction;
-use node::Shape;
+use kvd_tiers::lab::costs::Costs;
+use kvd_tiers::lab::media::Speeds;
+use kvd_tiers::lab::node::{self, Shape};
+use kvd_tiers::lab::trace::Row;
+use kvd_tiers::lab::workload::{Foresight, Workload};
+use kvd_tiers::lab::{bound, tier};
 use std::path::{Path, PathBuf};
-use workload::{Foresight, Workload};
 
 /// Blocks of a tier, some tens of bytes of memory each. At the limit: refused.
 const CAPACITY_BLOCKS_MAX: u64 = 100_000_000;
@@ -44,7 +41,7 @@ const BLOCK_BYTES_MAX: u64 = 64 << 30;
 #[derive(Debug, Clone, clap::Args)]
 #[command(group = clap::ArgGroup::new("workload").args(["trace", "synthetic"]).required(true).multiple(true))]
 pub(crate) struct Args {
-    /// Requests in Mooncake's JSONL or Azure's CSV, gzipped or not.
+    /// Requests in Mooncake's JSONL, as `kvctl trace record` wrote them, or Azure's CSV, gzipped or not.
     #[arg(long, value_name = "FILE", num_args = 1..)]
     trace: Vec<PathBuf>,
     /// Made-up requests, about ten thousand in an hour.
@@ -88,7 +85,8 @@ impl Args {
         let (dram_blocks, nvme_blocks) = self.dram_blocks.zip(self.nvme_blocks)?;
         let [dram_blocks, nvme_blocks] = [dram_blocks, nvme_blocks].map(|blocks| blocks as usize);
         let (block_bytes, wear_us_per_gib) = (self.block_bytes, self.wear_us_per_gib);
-        Some(Shape { dram_blocks, nvme_blocks, block_bytes, wear_us_per_gib })
+        let (s3, speeds, queues) = (true, Speeds::DGX, true);
+        Some(Shape { dram_blocks, nvme_blocks, s3, block_bytes, wear_us_per_gib, speeds, queues })
     }
 
     fn policies(&self) -> Result<Vec<&str>, String> {
@@ -122,15 +120,21 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     }
     for path in &args.trace {
         let rows = trace::read_file(path, args.block_tokens, args.limit as usize)?;
-        compare(args, &policies, &Workload::new(file_name(path), &rows, args.block_tokens)?)?;
+        compare(args, &policies, &workload(file_name(path), &rows, args.block_tokens)?)?;
     }
     for name in &args.synthetic {
         let mut rows = name.rows(args.seed);
         rows.truncate(args.limit as usize);
-        let workload = Workload::new(name.text().to_owned(), &rows, synthetic::BLOCK_TOKENS)?;
-        compare(args, &policies, &workload)?;
+        let made_up = workload(name.text().to_owned(), &rows, synthetic::BLOCK_TOKENS)?;
+        compare(args, &policies, &made_up)?;
     }
     Ok(())
+}
+
+/// What is saved is what Dynamo's mocker takes. A recording says itself how many tokens its blocks have.
+fn workload(name: String, rows: &[Row], block_tokens: u64) -> Result<Workload, String> {
+    let block_tokens = rows.iter().find_map(|row| row.block_tokens).unwrap_or(block_tokens);
+    Workload::new(name, rows, Costs { prefill: Profile::named(ProfileName::Mocker).prefill, block_tokens })
 }
 
 fn compare(args: &Args, policies: &[&str], workload: &Workload) -> Result<(), Failure> {

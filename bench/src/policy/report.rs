@@ -1,13 +1,13 @@
 //! What `bench policy` prints of a workload and a policy: a row for people, or an object a line.
 //!
 //! Owns the fields' names, which programs read, and the table's columns. Invariants: a share of nothing is 0, not an error; GB are 10^9 bytes.
-//! Leaves to others: how the numbers come about (`tier`, `node`).
+//! Leaves to others: how the numbers come about (`kvd_tiers::lab`).
 
-use super::media::Source;
-use super::node::{self, Shape};
-use super::tier;
-use super::workload::Workload;
 use crate::report::Output;
+use kvd_tiers::lab::media::Source;
+use kvd_tiers::lab::node::{self, Shape};
+use kvd_tiers::lab::tier;
+use kvd_tiers::lab::workload::Workload;
 use std::io::Write as _;
 use std::time::Duration;
 
@@ -33,6 +33,8 @@ pub(super) struct NodeReport<'a> {
     bench: &'static str,
     trace: &'a str,
     policy: &'a str,
+    /// DRAM's and NVMe's.
+    capacity_blocks: usize,
     dram_blocks: usize,
     nvme_blocks: usize,
     block_bytes: u64,
@@ -42,6 +44,8 @@ pub(super) struct NodeReport<'a> {
     hit_blocks_dram: u64,
     hit_blocks_nvme: u64,
     hit_blocks_s3: u64,
+    /// What computing the loaded blocks would have taken.
+    saved_prefill_s: f64,
     /// Of all requests, one after the other.
     prefill_and_fetch_s: f64,
     /// Less than without a cache.
@@ -93,7 +97,7 @@ impl<'a> Report<'a> {
             policy,
             capacity_blocks,
             requests: workload.requests(),
-            block_hit_ratio: share(outcome.hit_blocks, workload.uses()),
+            block_hit_ratio: share(outcome.hit_blocks, workload.asked_blocks()),
             saved_prefill_s: outcome.saved_us / 1e6,
             evicted_blocks: outcome.evicted_blocks,
             decision_ns: decision_ns(outcome.deciding, outcome.decided_blocks),
@@ -137,16 +141,18 @@ impl<'a> NodeReport<'a> {
             bench: "policy",
             trace: &workload.name,
             policy,
+            capacity_blocks: shape.dram_blocks + shape.nvme_blocks,
             dram_blocks: shape.dram_blocks,
             nvme_blocks: shape.nvme_blocks,
             block_bytes: shape.block_bytes,
             requests: workload.requests(),
-            block_hit_ratio: share(dram + nvme + s3, workload.uses()),
+            block_hit_ratio: outcome.hit_ratio(),
             hit_blocks_dram: dram,
             hit_blocks_nvme: nvme,
             hit_blocks_s3: s3,
+            saved_prefill_s: outcome.found_us / 1e6,
             prefill_and_fetch_s: outcome.waited_us / 1e6,
-            saved_s: (node::computed(workload).waited_us - outcome.waited_us) / 1e6,
+            saved_s: (outcome.computed_us - outcome.waited_us) / 1e6,
             nvme_gb_written: gb(outcome.nvme_written_blocks),
             nvme_gb_read: gb(nvme),
             s3_gb_read: gb(s3),
@@ -201,13 +207,22 @@ impl Line for NodeReport<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::workload::tests::workload;
-    use super::super::{bound, workload::Foresight};
+    use super::super::workload;
     use super::*;
+    use kvd_tiers::lab::bound;
+    use kvd_tiers::lab::media::Speeds;
+    use kvd_tiers::lab::trace::Row;
+    use kvd_tiers::lab::workload::Foresight;
+
+    fn tiny() -> Workload {
+        let chains: [&[u64]; 3] = [&[1, 2], &[1, 2], &[3]];
+        let row = |hash_ids: &[u64]| Row { hash_ids: hash_ids.to_vec(), ..Row::default() };
+        workload("tiny".to_owned(), &chains.map(row), 512).unwrap()
+    }
 
     #[test]
     fn a_report_has_the_promised_fields() {
-        let tiny = workload(&[&[1, 2], &[1, 2], &[3]]);
+        let tiny = tiny();
         let ahead = Foresight::new(&tiny);
         let outcome = tier::run(&tiny, bound::by_name("lru", &ahead).unwrap(), 2);
         let report = Report::new(&tiny, "lru", 2, &outcome);
@@ -222,8 +237,16 @@ mod tests {
 
     #[test]
     fn a_nodes_report_has_the_promised_fields() {
-        let tiny = workload(&[&[1, 2], &[1, 2], &[3]]);
-        let shape = Shape { dram_blocks: 2, nvme_blocks: 4, block_bytes: 8_000_000, wear_us_per_gib: 0 };
+        let tiny = tiny();
+        let shape = Shape {
+            dram_blocks: 2,
+            nvme_blocks: 4,
+            s3: true,
+            block_bytes: 8_000_000,
+            wear_us_per_gib: 0,
+            speeds: Speeds::DGX,
+            queues: true,
+        };
         let of = |policy| {
             let outcome = node::run(&tiny, policy, shape).unwrap();
             let report = NodeReport::new(&tiny, policy, shape, &outcome);
@@ -236,6 +259,7 @@ mod tests {
             (&"policy".into(), &"lru".into(), &"no-cache".into())
         );
         assert_eq!((&lru["dram_blocks"], &lru["nvme_blocks"]), (&2.into(), &4.into()));
+        assert_eq!(lru["capacity_blocks"], 6);
         assert_eq!((&lru["block_hit_ratio"], &lru["hit_blocks_dram"]), (&0.4.into(), &2.into()));
         assert_eq!((&lru["hit_blocks_nvme"], &lru["hit_blocks_s3"]), (&0.into(), &0.into()));
         assert_eq!(
@@ -244,10 +268,13 @@ mod tests {
         );
         let seconds = |json: &serde_json::Value, field| json[field].as_f64().unwrap();
         // the second request has both blocks from DRAM: 60 us, and 16 MB at 50 GB/s
-        let expected_s = (tiny.prefix_us(2) + 380.0 + tiny.prefix_us(1)) / 1e6;
+        let expected_s = (tiny.costs.prefix_us(2) + 380.0 + tiny.costs.prefix_us(1)) / 1e6;
         assert!((seconds(&lru, "prefill_and_fetch_s") - expected_s).abs() < 1e-9, "{lru}");
         let all_s = seconds(&none, "prefill_and_fetch_s");
-        assert!((all_s - (2.0 * tiny.prefix_us(2) + tiny.prefix_us(1)) / 1e6).abs() < 1e-9, "{none}");
+        assert!(
+            (all_s - (2.0 * tiny.costs.prefix_us(2) + tiny.costs.prefix_us(1)) / 1e6).abs() < 1e-9,
+            "{none}"
+        );
         assert!((seconds(&lru, "saved_s") - (all_s - expected_s)).abs() < 1e-9, "{lru}");
         assert_eq!(
             (seconds(&none, "saved_s"), seconds(&none, "decision_ns"), &none["block_hit_ratio"]),

@@ -95,7 +95,13 @@ impl Making {
 
     fn ask(&mut self, at_ms: u64, chain: Vec<u64>) {
         let input_length = chain.len() as u64 * BLOCK_TOKENS;
-        self.rows.push(Row { timestamp: at_ms, input_length, output_length: OUTPUT_TOKENS, hash_ids: chain });
+        self.rows.push(Row {
+            timestamp: at_ms,
+            input_length,
+            output_length: OUTPUT_TOKENS,
+            hash_ids: chain,
+            ..Row::default()
+        });
     }
 
     /// Moments `mean_ms` apart.
@@ -221,7 +227,7 @@ impl Making {
 
 #[cfg(test)]
 mod tests {
-    use super::super::workload::Workload;
+    use super::super::workload;
     use super::*;
     use clap::ValueEnum as _;
     use kvd_proto::limits::CHAIN_BLOCKS_MAX;
@@ -246,8 +252,8 @@ mod tests {
                 assert!((1..=CHAIN_BLOCKS_MAX).contains(&blocks), "{name:?}: {blocks} blocks");
                 assert_eq!(row.input_length, blocks as u64 * BLOCK_TOKENS);
             }
-            let workload = Workload::new(name.text().to_owned(), &rows, BLOCK_TOKENS);
-            assert!(workload.unwrap().blocks() > 500, "{name:?} is prefix-chained");
+            let made_up = workload(name.text().to_owned(), &rows, BLOCK_TOKENS);
+            assert!(made_up.unwrap().blocks() > 500, "{name:?} is prefix-chained");
         }
     }
 

@@ -36,7 +36,7 @@ impl Lines {
         let blocks = input_length.div_ceil(block_tokens);
         let hash_ids = (self.names..self.names + blocks).collect();
         self.names += blocks;
-        Ok(Some(Row { timestamp, input_length, output_length, hash_ids }))
+        Ok(Some(Row { timestamp, input_length, output_length, hash_ids, ..Row::default() }))
     }
 }
 
@@ -93,7 +93,10 @@ mod tests {
         assert_eq!(lines.row(HEAD, 512), Ok(None));
         let mut row = |line: &str| lines.row(line, 512);
         let one = row("2023-11-16 18:15:46.6805900,374,44").unwrap().unwrap();
-        assert_eq!(one, Row { timestamp: 0, input_length: 374, output_length: 44, hash_ids: vec![0] });
+        assert_eq!(
+            one,
+            Row { timestamp: 0, input_length: 374, output_length: 44, hash_ids: vec![0], ..Row::default() }
+        );
         let two = row("2023-11-16 18:16:00.68,1025,1").unwrap().unwrap();
         assert_eq!((two.timestamp, two.hash_ids), (14_000, vec![1, 2, 3]));
         for (line, named) in [

@@ -1,7 +1,7 @@
 //! What is written to NVMe, and when: the one place that says so.
 //!
 //! Owns the ways there are to fill NVMe. Invariant: pure, so that what is written is a function of the requests. Leaves to others: what is
-//! there already, which is never written again (`node`), and what goes for it (`kvd_tiers::eviction`).
+//! there already, which is never written again (`node`), and what goes for it (`eviction`).
 
 /// How NVMe is filled.
 #[derive(Debug, Clone, Copy, PartialEq)]

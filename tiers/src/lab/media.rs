@@ -1,30 +1,53 @@
 //! Where a chain's blocks come from, what loading them takes, and how much of them is loaded rather than computed.
 //!
 //! Owns the media of a node (DRAM, NVMe, S3), each a queue in virtual time, and the choice between fetch and recompute. Invariants: a
-//! medium carries one thing after the other, in the order they were asked for; loads of one request from different media go in
+//! medium carries one thing after the other, in the order they were asked for, where they queue at all; loads of one request from different media go in
 //! parallel, and the slowest counts. Modelled as free: writes to DRAM and to S3 (they are behind, and the way there is another than
 //! the way back), the link to the GPU. Leaves to others: what is where (`node`), what a prefix costs (`workload`).
 
-use crate::engine::fetch::{DRAM_BYTES_PER_US, NVME_BYTES_PER_US};
 use kvd_proto::cost::fetch_us;
 
-/// Written to NVMe, where reads are `NVME_BYTES_PER_US`. Assumed, not measured: two PCIe 4.0 x4 drives of the kind that a DGX node has eight of,
-/// each 6.5 GB/s of reads and 4 GB/s of writes.
-pub(super) const NVME_WRITE_BYTES_PER_US: f64 = 8000.0;
-/// S3 over a 10 Gbit/s network, all of it. Assumed.
-const S3_BYTES_PER_US: f64 = 1250.0;
-/// First byte from DRAM: a match, a launch (as `engine::fetch`).
-const DRAM_LATENCY_US: f64 = 60.0;
-/// First byte from NVMe: a match, a read, a launch.
-const NVME_LATENCY_US: f64 = 160.0;
-/// First byte from S3: clients within a region measure some 30 ms.
-const S3_LATENCY_US: f64 = 30_000.0;
+/// How fast one medium is read.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Speed {
+    /// Microseconds to the first byte.
+    pub latency_us: f64,
+    /// Bytes a microsecond, all loads together.
+    pub bytes_per_us: f64,
+}
+
+/// How fast a node's media are.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Speeds {
+    /// To the engine's memory.
+    pub dram: Speed,
+    /// Likewise, through DRAM.
+    pub nvme: Speed,
+    /// Bytes a microsecond to NVMe.
+    pub nvme_write_bytes_per_us: f64,
+    /// Likewise, through DRAM.
+    pub s3: Speed,
+}
+
+impl Speeds {
+    /// A DGX node. DRAM to HBM: a PCIe 5.0 x16 link carries 63 GB/s raw, copies reach 50 to 55; a match and a launch before. NVMe, assumed: two PCIe 4.0 x4 drives
+    /// of the kind that it has eight of, each 6.5 GB/s of reads and 4 GB/s of writes. S3, assumed: all of a 10 Gbit/s network, and the 30 ms that clients within a region measure.
+    pub const DGX: Self = Self {
+        dram: Speed { latency_us: 60.0, bytes_per_us: 50_000.0 },
+        nvme: Speed { latency_us: 160.0, bytes_per_us: 13_000.0 },
+        nvme_write_bytes_per_us: 8000.0,
+        s3: Speed { latency_us: 30_000.0, bytes_per_us: 1250.0 },
+    };
+}
 
 /// The fastest place that has a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Source {
+pub enum Source {
+    /// This node's memory.
     Dram,
+    /// This node's disk.
     Nvme,
+    /// The bucket.
     S3,
 }
 
@@ -38,14 +61,13 @@ pub(super) struct Plan {
 
 #[derive(Debug, Clone, Copy)]
 struct Medium {
-    latency_us: f64,
-    read_bytes_per_us: f64,
+    read: Speed,
     busy_until_us: f64,
 }
 
 impl Medium {
-    fn idle(latency_us: f64, read_bytes_per_us: f64) -> Self {
-        Self { latency_us, read_bytes_per_us, busy_until_us: 0.0 }
+    fn idle(read: Speed) -> Self {
+        Self { read, busy_until_us: 0.0 }
     }
 
     /// Until so many bytes, asked for now, are here; nothing of nothing.
@@ -53,7 +75,7 @@ impl Medium {
         if bytes == 0 {
             return 0.0;
         }
-        fetch_us(self.busy_until_us - now_us, self.latency_us, bytes, self.read_bytes_per_us)
+        fetch_us(self.busy_until_us - now_us, self.read.latency_us, bytes, self.read.bytes_per_us)
     }
 
     /// Nothing else goes on meanwhile; latency passes while the next is carried.
@@ -68,17 +90,15 @@ pub(super) struct Media {
     block_bytes: u64,
     /// By `Source`.
     media: [Medium; 3],
+    write_bytes_per_us: f64,
+    queues: bool,
 }
 
 impl Media {
-    /// All idle.
-    pub(super) fn new(block_bytes: u64) -> Self {
-        let media = [
-            Medium::idle(DRAM_LATENCY_US, DRAM_BYTES_PER_US),
-            Medium::idle(NVME_LATENCY_US, NVME_BYTES_PER_US),
-            Medium::idle(S3_LATENCY_US, S3_BYTES_PER_US),
-        ];
-        Self { block_bytes, media }
+    /// All idle; without `queues` they stay so: of a sample of the requests, what the others load is not known.
+    pub(super) fn new(block_bytes: u64, speeds: &Speeds, queues: bool) -> Self {
+        let media = [speeds.dram, speeds.nvme, speeds.s3].map(Medium::idle);
+        Self { block_bytes, media, write_bytes_per_us: speeds.nvme_write_bytes_per_us, queues }
     }
 
     /// Microseconds to have one block from an NVMe that does nothing else.
@@ -106,15 +126,17 @@ impl Media {
 
     /// These come: their media are busy.
     pub(super) fn load(&mut self, now_us: f64, sources: &[Source]) {
-        for &source in sources {
+        for &source in sources.iter().filter(|_| self.queues) {
             let medium = &mut self.media[source as usize];
-            medium.occupy(now_us, self.block_bytes, medium.read_bytes_per_us);
+            medium.occupy(now_us, self.block_bytes, medium.read.bytes_per_us);
         }
     }
 
     /// A block is written to NVMe, in the queue that reads stand in too.
     pub(super) fn write_nvme(&mut self, now_us: f64) {
-        self.media[Source::Nvme as usize].occupy(now_us, self.block_bytes, NVME_WRITE_BYTES_PER_US);
+        if self.queues {
+            self.media[Source::Nvme as usize].occupy(now_us, self.block_bytes, self.write_bytes_per_us);
+        }
     }
 }
 
@@ -139,7 +161,7 @@ mod tests {
 
     #[test]
     fn the_second_load_waits_for_the_first() {
-        let mut media = Media::new(BLOCK_BYTES);
+        let mut media = Media::new(BLOCK_BYTES, &Speeds::DGX, true);
         assert!(close(media.nvme_block_us(), 1160.0));
         assert!(close(load_us(&media, 0.0, &[Nvme, Nvme]), 2160.0));
         media.load(0.0, &[Nvme, Nvme]);
@@ -152,7 +174,7 @@ mod tests {
 
     #[test]
     fn media_work_at_once_and_the_slowest_counts() {
-        let mut media = Media::new(BLOCK_BYTES);
+        let mut media = Media::new(BLOCK_BYTES, &Speeds::DGX, true);
         assert!(close(load_us(&media, 0.0, &[Dram, Dram]), 580.0));
         assert!(close(load_us(&media, 0.0, &[Dram, Nvme, S3]), 40_400.0));
         assert!(close(load_us(&media, 0.0, &[Nvme, Dram, Dram, Dram]), 1160.0));
@@ -163,7 +185,7 @@ mod tests {
 
     #[test]
     fn a_write_holds_up_the_next_read() {
-        let mut media = Media::new(BLOCK_BYTES);
+        let mut media = Media::new(BLOCK_BYTES, &Speeds::DGX, true);
         media.write_nvme(100.0);
         assert!(close(load_us(&media, 100.0, &[Nvme]), 1625.0 + 1160.0));
         media.load(100.0, &[Nvme]);
@@ -173,7 +195,7 @@ mod tests {
 
     #[test]
     fn what_takes_longer_to_load_than_to_compute_is_computed() {
-        let media = Media::new(BLOCK_BYTES);
+        let media = Media::new(BLOCK_BYTES, &Speeds::DGX, true);
         let end = |sources: &[Source], block_us: f64| {
             media.plan(0.0, sources, |blocks| blocks as f64 * block_us).blocks
         };
@@ -189,7 +211,7 @@ mod tests {
 
     #[test]
     fn a_long_queue_makes_computing_cheaper() {
-        let mut media = Media::new(BLOCK_BYTES);
+        let mut media = Media::new(BLOCK_BYTES, &Speeds::DGX, true);
         let plan = |media: &Media| media.plan(0.0, &[Dram, Nvme], |blocks| blocks as f64 * 2000.0);
         assert_eq!(plan(&media), Plan { blocks: 2, load_us: 1160.0 });
         media.load(0.0, &[Nvme, Nvme]);

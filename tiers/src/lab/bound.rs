@@ -3,19 +3,19 @@
 //! Owns their names and orders. Invariants: they are asked about the workload they foresee, from its first request on, and by nothing
 //! else; `belady` never has to look twice. Unlike real policies they have neither constant time nor a scan limit.
 
-use super::workload::{Block, Foresight, NEVER, Workload};
+use super::workload::{Foresight, NEVER, Number, Workload};
+use crate::eviction::{self, Eviction, Handle, Request, Use};
 use kvd_proto::Error;
-use kvd_tiers::eviction::{self, Eviction, Handle, Request, Use};
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, BinaryHeap};
 
 /// Their names.
-pub(super) const NAMES: [&str; 2] = [BELADY, BELADY_COST];
+pub const NAMES: [&str; 2] = [BELADY, BELADY_COST];
 const BELADY: &str = "belady";
 const BELADY_COST: &str = "belady-cost";
 
 /// The bound or the policy with that name.
-pub(super) fn by_name<'a>(name: &str, ahead: &'a Foresight) -> Result<Box<dyn Eviction + 'a>, Error> {
+pub fn by_name<'a>(name: &str, ahead: &'a Foresight) -> Result<Box<dyn Eviction + 'a>, Error> {
     match name {
         BELADY => Ok(Box::new(Belady::new(ahead))),
         BELADY_COST => Ok(Box::new(BeladyCost::new(ahead))),
@@ -33,7 +33,7 @@ struct Place<'a> {
 impl Place<'_> {
     fn request(&mut self, chain: &[u64], now_us: u64) -> Request {
         let workload = self.ahead.workload;
-        assert_eq!(chain.len(), workload.chain(self.begun).len(), "the workload that was foreseen");
+        assert!(chain.len() <= workload.chain(self.begun).len(), "the workload that was foreseen");
         self.begun += 1;
         Request::unknown(chain.len() as u32, now_us)
     }
@@ -46,7 +46,7 @@ impl Place<'_> {
         self.ahead.next_use(self.current(), used.at)
     }
 
-    fn block(&self, used: &Use) -> Block {
+    fn block(&self, used: &Use) -> Number {
         self.ahead.workload.chain(self.current())[used.at as usize]
     }
 }
@@ -129,7 +129,7 @@ struct BeladyCost<'a> {
 
 #[derive(Debug, Clone, Copy)]
 struct Resident {
-    block: Block,
+    block: Number,
     depth: u32,
     next: u32,
 }
@@ -159,7 +159,7 @@ impl<'a> BeladyCost<'a> {
             0.0
         } else {
             let away_us = workload.time_us(resident.next as usize) - workload.time_us(self.place.current());
-            (workload.prefix_us(depth + 1) - workload.prefix_us(depth)) * 1e6 / away_us.max(1) as f64
+            workload.costs.behind_us(depth, 1) * 1e6 / away_us.max(1) as f64
         };
         (worth.to_bits(), Reverse(resident.depth), handle)
     }
@@ -251,7 +251,7 @@ mod tests {
     /// The most hits that any choice of victims has, leaves first: after each request, every set of whole prefixes that fits.
     fn most_hits(workload: &Workload, capacity_blocks: u32) -> u64 {
         let whole = |set: u32| {
-            (0..workload.blocks() as Block).all(|block| {
+            (0..workload.blocks() as Number).all(|block| {
                 let parent = workload.parent(block);
                 set & 1 << block == 0 || parent.is_none_or(|parent| set & 1 << parent != 0)
             })

@@ -1,105 +1,121 @@
-//! One node with three tiers: DRAM and NVMe of so many blocks, and S3, which keeps all; what a workload's requests wait for there.
+//! One node with its tiers: DRAM and perhaps NVMe of so many blocks, and perhaps S3, which keeps all; what requests wait for there.
 //!
 //! Owns what is in which tier, and what came of it in hits, bytes and time. As the daemon does it: what leaves DRAM is on NVMe, or written
 //! there, or let go of (`admission`); what is loaded comes into DRAM and stays where it was; what is computed and is in neither comes
 //! into DRAM, and into S3 once. Invariants: between requests no tier has more than fits, and S3 has all that was ever used; each tier's
-//! policy hears of each request once, and of each of its uses once, tail first, whatever was found.
+//! policy hears of each request once, and of each of its uses once, tail first, whatever was found; without S3, memory is bounded by the copies.
 //!
 //! Simpler than the daemon: a request's blocks are stored when it arrives, and writes begin then, behind its loads; DRAM keeps no free slots
-//! ahead of demand. Leaves to others: what loads take (`media`), copies (`copies`), the order of eviction (`kvd_tiers::eviction`).
+//! ahead of demand. Leaves to others: what loads take (`media`), copies (`copies`), the order of eviction (`eviction`).
 
 use super::admission::{Filling, Moment};
-use super::copies::Copies;
-use super::media::{Media, Source};
-use super::workload::{Block, Workload};
+use super::copies::{Block, Copies, KeySet};
+use super::costs::Costs;
+use super::media::{Media, Source, Speeds};
+use super::workload::{Asked, Workload};
+use crate::eviction::{Choice, Eviction, Request, Use};
 use kvd_proto::Error;
 use kvd_proto::cost::wear_us;
-use kvd_tiers::eviction::{self, Eviction, Request, Use};
 use std::time::{Duration, Instant};
 
 /// What is compared with the daemon's policies.
-pub(super) const NAMES: [&str; 3] = [NO_CACHE, LRU_WRITE_THROUGH, WORTH_WRITES_ALL];
+pub const NAMES: [&str; 3] = [NO_CACHE, LRU_WRITE_THROUGH, WORTH_WRITES_ALL];
 const NO_CACHE: &str = "no-cache";
 const LRU_WRITE_THROUGH: &str = "lru-write-through";
 const WORTH_WRITES_ALL: &str = "worth-writes-all";
 
-/// How large a node is.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Shape {
-    pub(super) dram_blocks: usize,
-    pub(super) nvme_blocks: usize,
-    pub(super) block_bytes: u64,
+/// How large and how fast a node is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Shape {
+    /// At least one.
+    pub dram_blocks: usize,
+    /// 0: there is none.
+    pub nvme_blocks: usize,
+    /// Whether there is a bucket, which has room for all.
+    pub s3: bool,
+    /// Of every block.
+    pub block_bytes: u64,
     /// What writing a GiB to NVMe costs, in microseconds.
-    pub(super) wear_us_per_gib: u32,
+    pub wear_us_per_gib: u32,
+    /// Of its media.
+    pub speeds: Speeds,
+    /// Whether loads and writes wait for each other; without, each finds its medium idle.
+    pub queues: bool,
 }
 
 /// What a node made of a workload.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Outcome {
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Outcome {
+    /// That prompts had.
+    pub asked_blocks: u64,
+    /// What computing all of them takes.
+    pub computed_us: f64,
     /// Blocks loaded, by `Source`.
-    pub(super) hit_blocks: [u64; 3],
+    pub hit_blocks: [u64; 3],
+    /// What computing those would have taken.
+    pub found_us: f64,
     /// Of all requests: loading, and computing the rest.
-    pub(super) waited_us: f64,
-    pub(super) nvme_written_blocks: u64,
+    pub waited_us: f64,
+    /// Written to NVMe.
+    pub nvme_written_blocks: u64,
     /// Evicted from DRAM or from NVMe.
-    pub(super) evicted_blocks: u64,
-    /// Wall time of all decisions, and how many blocks they were about.
-    pub(super) deciding: Duration,
-    pub(super) decided_blocks: u64,
+    pub evicted_blocks: u64,
+    /// Wall time of all decisions.
+    pub deciding: Duration,
+    /// How many blocks those were about.
+    pub decided_blocks: u64,
 }
 
 impl Outcome {
-    pub(super) fn hits(&self, source: Source) -> u64 {
+    /// Blocks loaded from there.
+    pub fn hits(&self, source: Source) -> u64 {
         self.hit_blocks[source as usize]
+    }
+
+    /// Loaded, of all that prompts had; of none, none.
+    pub fn hit_ratio(&self) -> f64 {
+        self.hit_blocks.iter().sum::<u64>() as f64 / self.asked_blocks.max(1) as f64
     }
 }
 
 /// Sends a workload through a node with what has this name: a policy of the daemon's in both tiers, or one of `NAMES`.
-pub(super) fn run(workload: &Workload, name: &str, shape: Shape) -> Result<Outcome, Error> {
-    let by_name = |name: &str| Ok::<_, Error>([eviction::by_name(name)?, eviction::by_name(name)?]);
-    Ok(match name {
-        NO_CACHE => computed(workload),
-        LRU_WRITE_THROUGH => serve(workload, by_name("lru")?, Filling::WriteThrough, shape),
-        WORTH_WRITES_ALL => serve(workload, by_name("worth")?, Filling::Demotion, shape),
-        name => {
-            let wear_us = wear_us(shape.block_bytes, shape.wear_us_per_gib.into());
-            serve(workload, by_name(name)?, Filling::Worth { wear_us }, shape)
-        }
-    })
+pub fn run(workload: &Workload, name: &str, shape: Shape) -> Result<Outcome, Error> {
+    if name == NO_CACHE {
+        return Ok(computed(workload));
+    }
+    let mut node = Node::named(workload.costs, name, shape)?;
+    workload.each(|asked| node.request(asked));
+    Ok(node.outcome)
 }
 
 /// Nothing is ever found.
-pub(super) fn computed(workload: &Workload) -> Outcome {
-    let requests = 0..workload.requests();
-    let waited_us = requests.map(|request| workload.prefix_us(workload.chain(request).len())).sum();
-    Outcome { waited_us, ..Outcome::default() }
+fn computed(workload: &Workload) -> Outcome {
+    let mut outcome = Outcome::default();
+    workload.each(|asked| outcome.asks(asked, &workload.costs));
+    outcome.waited_us = outcome.computed_us;
+    outcome
 }
 
-/// With these policies of DRAM and NVMe.
-fn serve<'a>(
-    workload: &'a Workload,
-    policies: [Box<dyn Eviction + 'a>; 2],
-    filling: Filling,
-    shape: Shape,
-) -> Outcome {
-    let mut node = Node::new(workload, policies, filling, shape);
-    (0..workload.requests()).for_each(|request| node.request(request));
-    node.outcome
+impl Outcome {
+    fn asks(&mut self, asked: &Asked, costs: &Costs) {
+        self.asked_blocks += asked.prompt as u64;
+        self.computed_us += costs.behind_us(asked.first, asked.prompt);
+    }
 }
 
-struct Node<'a> {
-    workload: &'a Workload,
-    shape: Shape,
+/// See the file's head.
+pub(super) struct Node<'a> {
+    costs: Costs,
+    pub(super) shape: Shape,
     filling: Filling,
     media: Media,
     dram: Copies<'a>,
     nvme: Copies<'a>,
     /// Which blocks S3 has.
-    in_s3: Vec<bool>,
-    keys: Vec<u64>,
+    in_s3: KeySet,
     /// Of what is found of a chain.
     sources: Vec<Source>,
-    outcome: Outcome,
+    pub(super) outcome: Outcome,
 }
 
 /// A request, as a tier's policy sees it.
@@ -117,121 +133,150 @@ impl Heard {
 }
 
 impl<'a> Node<'a> {
-    fn new(
-        workload: &'a Workload,
-        [dram, nvme]: [Box<dyn Eviction + 'a>; 2],
-        filling: Filling,
-        shape: Shape,
-    ) -> Self {
-        assert!(shape.dram_blocks > 0 && shape.nvme_blocks > 0, "tiers hold blocks");
+    /// With what has this name, but for `no-cache`.
+    pub(super) fn named(costs: Costs, name: &str, shape: Shape) -> Result<Self, Error> {
+        let (name, filling) = match name {
+            LRU_WRITE_THROUGH => ("lru", Filling::WriteThrough),
+            WORTH_WRITES_ALL => ("worth", Filling::Demotion),
+            name => {
+                let wear_us = wear_us(shape.block_bytes, shape.wear_us_per_gib.into());
+                (name, Filling::Worth { wear_us })
+            }
+        };
+        let choice = Choice::named(name);
+        Ok(Self::new(costs, [choice.policy()?, choice.policy()?], filling, shape))
+    }
+
+    fn new(costs: Costs, [dram, nvme]: [Box<dyn Eviction + 'a>; 2], filling: Filling, shape: Shape) -> Self {
+        assert!(shape.dram_blocks > 0, "a tier holds blocks");
         Self {
-            workload,
+            costs,
             shape,
             filling,
-            media: Media::new(shape.block_bytes),
-            dram: Copies::new(workload, dram),
-            nvme: Copies::new(workload, nvme),
-            in_s3: vec![false; workload.blocks()],
-            keys: Vec::new(),
+            media: Media::new(shape.block_bytes, &shape.speeds, shape.queues),
+            dram: Copies::new(dram),
+            nvme: Copies::new(nvme),
+            in_s3: KeySet::default(),
             sources: Vec::new(),
             outcome: Outcome::default(),
         }
     }
 
-    fn request(&mut self, number: usize) {
-        let (chain, now_us) = (self.workload.chain(number), self.workload.time_us(number));
-        let loaded = self.load(chain, now_us);
-        self.keys.clear();
-        self.keys.extend(chain.iter().map(|&block| self.workload.key(block)));
+    fn has_nvme(&self) -> bool {
+        self.shape.nvme_blocks > 0
+    }
+
+    /// Serves it.
+    pub(super) fn request(&mut self, asked: &Asked) {
+        self.outcome.asks(asked, &self.costs);
+        let loaded = self.load(asked);
         let told_before = [self.dram.told_uses(), self.nvme.told_uses()];
         let evicted_before = self.outcome.evicted_blocks;
         let began = Instant::now();
-        self.use_all(chain, loaded, now_us);
-        self.make_room(now_us);
+        self.use_all(asked, loaded);
+        self.make_room(asked.now_us);
         self.outcome.deciding += began.elapsed();
-        self.outcome.decided_blocks += chain.len() as u64 + self.outcome.evicted_blocks - evicted_before;
-        for (told, before) in [self.dram.told_uses(), self.nvme.told_uses()].into_iter().zip(told_before) {
-            assert_eq!(told - before, chain.len() as u64, "each policy hears of each use once");
-        }
+        let blocks = asked.keys.len() as u64;
+        self.outcome.decided_blocks += blocks + self.outcome.evicted_blocks - evicted_before;
+        let told = [self.dram.told_uses() - told_before[0], self.nvme.told_uses() - told_before[1]];
+        let on_nvme = if self.has_nvme() { blocks } else { 0 };
+        assert_eq!(told, [blocks, on_nvme], "each policy hears of each use once");
         let fits = self.dram.len() <= self.shape.dram_blocks && self.nvme.len() <= self.shape.nvme_blocks;
         assert!(fits, "{} blocks in DRAM, {} on NVMe: {:?}", self.dram.len(), self.nvme.len(), self.shape);
     }
 
     /// Waits for what is worth loading, and for the rest to be computed: how many blocks were loaded.
-    fn load(&mut self, chain: &[Block], now_us: u64) -> usize {
+    fn load(&mut self, asked: &Asked) -> usize {
         let mut sources = std::mem::take(&mut self.sources);
         sources.clear();
-        sources.extend(chain.iter().map_while(|&block| self.source(block)));
-        let plan = self.media.plan(now_us as f64, &sources, |blocks| self.workload.prefix_us(blocks));
-        self.media.load(now_us as f64, &sources[..plan.blocks]);
+        sources.extend(asked.keys[..asked.prompt].iter().map_while(|&key| self.source(key)));
+        let now_us = asked.now_us as f64;
+        let plan = self.media.plan(now_us, &sources, |blocks| self.costs.behind_us(asked.first, blocks));
+        self.media.load(now_us, &sources[..plan.blocks]);
         for &source in &sources[..plan.blocks] {
             self.outcome.hit_blocks[source as usize] += 1;
         }
-        let all_us = self.workload.prefix_us(chain.len());
-        self.outcome.waited_us += plan.load_us + all_us - self.workload.prefix_us(plan.blocks);
+        let rest = asked.prompt - plan.blocks;
+        self.outcome.found_us += self.costs.behind_us(asked.first, plan.blocks);
+        self.outcome.waited_us += plan.load_us + self.costs.behind_us(asked.first + plan.blocks, rest);
         self.sources = sources;
         plan.blocks
     }
 
-    fn source(&self, block: Block) -> Option<Source> {
-        let tiers = [
-            (Source::Dram, self.dram.has(block)),
-            (Source::Nvme, self.nvme.has(block)),
-            (Source::S3, self.in_s3[block as usize]),
-        ];
-        tiers.into_iter().find_map(|(source, has)| has.then_some(source))
+    fn source(&self, key: u64) -> Option<Source> {
+        if self.dram.has(key) {
+            return Some(Source::Dram);
+        }
+        if self.nvme.has(key) {
+            return Some(Source::Nvme);
+        }
+        self.in_s3.contains(&key).then_some(Source::S3)
     }
 
     /// Both policies hear of it all. What is behind `loaded` and was found counts as used; it is computed, and stored if neither tier has it.
-    fn use_all(&mut self, chain: &[Block], loaded: usize, now_us: u64) {
-        let [in_dram, on_nvme] = self.hear(chain.len(), now_us);
-        for (at, &block) in chain.iter().enumerate().rev() {
-            let (key, here) = (self.keys[at], [self.dram.has(block), self.nvme.has(block)]);
+    fn use_all(&mut self, asked: &Asked, loaded: usize) {
+        let [in_dram, on_nvme] = self.hear(asked);
+        for (at, &key) in asked.keys.iter().enumerate().rev() {
+            let here = [self.dram.has(key), self.nvme.has(key)];
             let stored = at >= loaded && here == [false, false];
             let used = in_dram.used(key, at);
             match here {
-                [true, _] => self.dram.touch(block, &used),
-                [false, _] if at < loaded || stored => self.dram.insert(block, &used),
-                _ => self.dram.seen(block, &used),
+                [true, _] => self.dram.touch(&used),
+                [false, _] if at < loaded || stored => self.dram.insert(asked.parent(at), &used),
+                _ => self.dram.seen(&used),
             }
-            let used = on_nvme.used(key, at);
-            if here[1] {
-                self.nvme.touch(block, &used);
-            } else if stored && self.filling.writes(Moment::Stored, false, None) {
-                self.nvme.insert(block, &used);
-                self.write_nvme(now_us);
-            } else {
-                self.nvme.seen(block, &used);
+            if self.has_nvme() {
+                let used = on_nvme.used(key, at);
+                if here[1] {
+                    self.nvme.touch(&used);
+                } else if stored && self.filling.writes(Moment::Stored, false, None) {
+                    self.nvme.insert(asked.parent(at), &used);
+                    self.write_nvme(asked.now_us);
+                } else {
+                    self.nvme.seen(&used);
+                }
             }
-            self.in_s3[block as usize] = true;
+            if self.shape.s3 {
+                self.in_s3.insert(key);
+            }
         }
     }
 
     /// The request, as DRAM's and NVMe's policies see it. What a copy saves is over the next best source: computing, or from DRAM reading it from NVMe.
-    fn hear(&mut self, blocks: usize, now_us: u64) -> [Heard; 2] {
-        let (dram, nvme) = (self.dram.request(&self.keys, now_us), self.nvme.request(&self.keys, now_us));
-        let from_nvme_us = self.media.nvme_block_us();
+    fn hear(&mut self, asked: &Asked) -> [Heard; 2] {
+        let prompt = &asked.keys[..asked.prompt];
+        let dram = self.dram.request(prompt, asked.now_us);
+        let nvme = if self.has_nvme() { self.nvme.request(prompt, asked.now_us) } else { dram };
+        let from_nvme_us = if self.has_nvme() { self.media.nvme_block_us() } else { f64::INFINITY };
         let heard = |request: Request, saves_us: fn(f64, f64) -> f64| {
-            let means_us = self.workload.means_us(blocks, request.known as usize);
+            let means_us = self.costs.means_us(asked.first, asked.prompt, request.known as usize);
             let saved_us = means_us.map(|recompute_us| saves_us(recompute_us, from_nvme_us).max(0.0) as f32);
             Heard { request, saved_us }
         };
         [heard(dram, f64::min), heard(nvme, |recompute_us, from_nvme_us| recompute_us - from_nvme_us)]
     }
 
-    fn make_room(&mut self, now_us: u64) {
+    /// So that both tiers have what fits; before that, whoever has changed the shape.
+    pub(super) fn make_room(&mut self, now_us: u64) {
         while self.dram.len() > self.shape.dram_blocks {
             let block = self.dram.evict(now_us);
             self.outcome.evicted_blocks += 1;
+            if !self.has_nvme() || self.nvme.has(block.key) {
+                continue;
+            }
             let room = self.nvme.len() < self.shape.nvme_blocks;
-            let would_save_us = self.nvme.would_save_us(block, now_us);
-            if !self.nvme.has(block) && self.filling.writes(Moment::LeavesDram, room, would_save_us) {
-                self.make_room_on_nvme(1, now_us);
-                self.nvme.admit(block, now_us);
-                self.write_nvme(now_us);
+            let would_save_us = self.nvme.would_save_us(block.key, now_us);
+            if self.filling.writes(Moment::LeavesDram, room, would_save_us) {
+                self.demote(block, now_us);
             }
         }
         self.make_room_on_nvme(0, now_us);
+    }
+
+    fn demote(&mut self, block: Block, now_us: u64) {
+        self.make_room_on_nvme(1, now_us);
+        self.nvme.admit(block, now_us);
+        self.write_nvme(now_us);
     }
 
     /// For so many more blocks.
@@ -251,13 +296,12 @@ impl<'a> Node<'a> {
 #[cfg(test)]
 mod tests {
     use super::super::copies::tests::{Call, Scribe};
-    use super::super::synthetic;
-    use super::super::workload::tests::{rows, workload};
+    use super::super::costs::tests::MOCKER;
+    use super::super::trace::{Row, mix};
+    use super::super::workload::tests::{of as made_of, rows, workload};
     use super::*;
-    use crate::content::mix;
-    use crate::trace::Row;
+    use crate::eviction::{self, Handle};
     use kvd_proto::cost::WEAR_US_PER_GIB_DEFAULT;
-    use kvd_tiers::eviction::Handle;
     use proptest::prelude::*;
     use std::sync::{Arc, Mutex};
 
@@ -265,7 +309,26 @@ mod tests {
     const BLOCK_BYTES: u64 = 13_000_000;
 
     fn shape(dram_blocks: usize, nvme_blocks: usize, block_bytes: u64) -> Shape {
-        Shape { dram_blocks, nvme_blocks, block_bytes, wear_us_per_gib: WEAR_US_PER_GIB_DEFAULT }
+        Shape {
+            dram_blocks,
+            nvme_blocks,
+            s3: true,
+            block_bytes,
+            wear_us_per_gib: WEAR_US_PER_GIB_DEFAULT,
+            speeds: Speeds::DGX,
+            queues: true,
+        }
+    }
+
+    fn serve<'a>(
+        workload: &Workload,
+        policies: [Box<dyn Eviction + 'a>; 2],
+        filling: Filling,
+        shape: Shape,
+    ) -> Outcome {
+        let mut node = Node::new(workload.costs, policies, filling, shape);
+        workload.each(|asked| node.request(asked));
+        node.outcome
     }
 
     fn by_name(tiny: &Workload, name: &str, shape: Shape) -> Outcome {
@@ -282,7 +345,7 @@ mod tests {
         let small = by_name(&tiny, "lru", shape(1, 10, BLOCK_BYTES));
         // 1 leaves for 2, then 2 for 1; after that both are on NVMe, wherever else they are
         assert_eq!((small.nvme_written_blocks, small.hit_blocks, small.evicted_blocks), (2, [0, 3, 0], 4));
-        assert!(close(small.waited_us, 2.0 * tiny.prefix_us(1) + 3.0 * 1160.0), "{small:?}");
+        assert!(close(small.waited_us, 2.0 * MOCKER.prefix_us(1) + 3.0 * 1160.0), "{small:?}");
         for name in eviction::NAMES {
             let written = by_name(&tiny, name, shape(1, 10, BLOCK_BYTES)).nvme_written_blocks;
             assert!(written <= 2, "{name} writes {written} times");
@@ -302,7 +365,7 @@ mod tests {
         // with room for one in either, each is in S3 only when it is asked for again: computed sooner, and stored anew
         let small = through(1, 1);
         assert_eq!((small.nvme_written_blocks, small.hit_blocks), (5, [0, 0, 0]));
-        assert!(close(small.waited_us, 5.0 * tiny.prefix_us(1)));
+        assert!(close(small.waited_us, 5.0 * MOCKER.prefix_us(1)));
     }
 
     /// Chains of five, with room for one of them in either tier: the first is in S3 only when it comes back.
@@ -313,7 +376,7 @@ mod tests {
         let outcome = by_name(&tiny, "lru", shape(5, 5, 12_500));
         assert_eq!(outcome.hit_blocks, [0, 0, 5]);
         assert_eq!(outcome.nvme_written_blocks, 15, "each chain once, as it left DRAM");
-        assert!(close(outcome.waited_us, 3.0 * tiny.prefix_us(5) + 30_050.0), "{outcome:?}");
+        assert!(close(outcome.waited_us, 3.0 * MOCKER.prefix_us(5) + 30_050.0), "{outcome:?}");
         let short = workload(&[&[1], &[2], &[3], &[1]]);
         let outcome = by_name(&short, "lru", shape(1, 1, 12_500));
         assert_eq!(outcome.hit_blocks, [0, 0, 0], "one block is computed in less than 30 ms");
@@ -325,7 +388,7 @@ mod tests {
         let mut asked = rows(&[&[1], &[2], &[1], &[2], &[1], &[2], &[1]]);
         asked.iter_mut().for_each(|row| row.timestamp = 7);
         let waited_us = |requests: usize| {
-            let tiny = Workload::new("tiny".to_owned(), &asked[..requests], 512).unwrap();
+            let tiny = made_of(&asked[..requests]).unwrap();
             by_name(&tiny, "lru", shape(1, 10, BLOCK_BYTES)).waited_us
         };
         let last_us = |requests: usize| waited_us(requests) - waited_us(requests - 1);
@@ -333,7 +396,7 @@ mod tests {
         assert!(close(last_us(4), 1625.0 + 1000.0 + 1625.0 + 1160.0), "then 1 read, 2 written");
         assert!(close(last_us(5), 5250.0 + 1160.0), "then 2 read");
         assert!(close(last_us(6), 6250.0 + 1160.0), "then 1 read");
-        assert!(close(last_us(7), workload(&[&[1]]).prefix_us(1)), "8410 us to load it, 7884 to compute it");
+        assert!(close(last_us(7), MOCKER.prefix_us(1)), "8410 us to load it, 7884 to compute it");
     }
 
     /// What scribes of DRAM and of NVMe hear; they have the newest copy go first.
@@ -351,7 +414,7 @@ mod tests {
     fn a_load_is_a_new_copy_in_dram_and_a_use_of_the_one_on_nvme() {
         let tiny = workload(&[&[1], &[2], &[2]]);
         let [dram, nvme] = hears(&tiny, shape(1, 5, BLOCK_BYTES));
-        let (over_nvme, over_computing) = (1160.0, tiny.prefix_us(1) - 1160.0);
+        let (over_nvme, over_computing) = (1160.0, MOCKER.prefix_us(1) - 1160.0);
         let brought = ("insert", 2, over_nvme);
         assert_eq!(
             dram,
@@ -366,7 +429,7 @@ mod tests {
     fn what_is_computed_although_it_was_found_counts_as_used_where_it_is() {
         let tiny = workload(&[&[1], &[2], &[2]]);
         let [dram, nvme] = hears(&tiny, shape(1, 5, 100 * BLOCK_BYTES));
-        let computing = tiny.prefix_us(1);
+        let computing = MOCKER.prefix_us(1);
         let (one, two) = (("insert", 1, computing), ("insert", 2, computing));
         assert_eq!(dram, calls(&[one, two, ("remove", 2, 0.0), ("seen", 2, computing)]));
         assert_eq!(
@@ -445,21 +508,20 @@ mod tests {
 
     #[test]
     fn whatever_a_policy_evicts_it_hears_of_the_same_uses() {
-        let mut asked = synthetic::Name::Agents.rows(3);
-        asked.truncate(400);
-        let chat = Workload::new("agents".to_owned(), &asked, 512).unwrap();
+        // conversations that go on by turns, each behind the same two blocks
+        let chains: Vec<_> = (0..400_u64).map(|turn| chain(1 + turn % 16 * 7 % 13, 4 + turn / 8)).collect();
+        let chat = workload(&chains.iter().map(Vec::as_slice).collect::<Vec<_>>());
         let mut expected = Vec::new();
-        for request in 0..chat.requests() {
-            let chain = chat.chain(request).iter().enumerate().rev();
-            expected.extend(chain.map(|(at, &block)| (chat.key(block), at as u32)));
-        }
+        chat.each(|asked| {
+            expected.extend(asked.keys.iter().enumerate().rev().map(|(at, key)| (*key, at as u32)));
+        });
         for name in eviction::NAMES {
             let uses = [(); 2].map(|()| Arc::default());
             let policies = uses.each_ref().map(|uses| {
                 let policy = eviction::by_name(name).unwrap();
                 Box::new(Listener { policy, uses: Arc::clone(uses) }) as Box<dyn Eviction>
             });
-            let outcome = serve(&chat, policies, Filling::Demotion, shape(300, 900, 8 << 20));
+            let outcome = serve(&chat, policies, Filling::Demotion, shape(100, 300, 8 << 20));
             assert!(outcome.evicted_blocks > 100 && outcome.hits(Source::Nvme) > 0, "{name}: {outcome:?}");
             for heard in uses {
                 assert!(*heard.lock().unwrap() == expected, "{name} hears otherwise");
@@ -473,6 +535,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
         /// Capacities, leaves before parents and what is told are asserted on the way.
         #[test]
         fn no_node_is_slower_than_computing_all(
@@ -484,15 +547,15 @@ mod tests {
             let mut timestamp = 0;
             let rows: Vec<Row> = asked.iter().map(|&(branch, blocks, gap_ms)| {
                 timestamp += gap_ms;
-                Row { timestamp, input_length: blocks * 512, output_length: 1, hash_ids: chain(branch, blocks) }
+                Row { timestamp, input_length: blocks * 512, hash_ids: chain(branch, blocks), ..Row::default() }
             }).collect();
-            let tree = Workload::new("tree".to_owned(), &rows, 512).unwrap();
+            let tree = made_of(&rows).unwrap();
             let shape = shape(dram_blocks, nvme_blocks, block_kib << 10);
             let all_us = computed(&tree).waited_us;
             for name in NAMES.into_iter().chain(eviction::NAMES) {
                 let once = by_name(&tree, name, shape);
                 prop_assert!(once.waited_us <= all_us + 1e-3, "{name}: {} > {all_us}", once.waited_us);
-                prop_assert!(once.hit_blocks.iter().sum::<u64>() <= tree.uses() as u64);
+                prop_assert!(once.hit_blocks.iter().sum::<u64>() <= tree.asked_blocks() as u64);
                 let again = by_name(&tree, name, shape);
                 prop_assert_eq!((once.waited_us, once.hit_blocks), (again.waited_us, again.hit_blocks));
             }

@@ -1,51 +1,77 @@
-//! The copies that one tier has, and the policy that orders them.
+//! The copies that one tier would have, and the policy that orders them.
 //!
 //! Owns handles, how many children each block has here, and the rule that a leaf goes before its parent. Invariants: a block has one copy
-//! at most; what is evicted has no child here; a parent is exposed when its last child has gone. Leaves to others: how many copies
-//! fit and what a copy is worth (`tier`, `node`), the order of eviction (`kvd_tiers::eviction`, `bound`).
+//! at most; what is evicted has no child here; a parent is exposed when its last child has gone; memory is bounded by the copies. Leaves to others: how many copies
+//! fit and what a copy is worth (`tier`, `node`), the order of eviction (`eviction`, `bound`).
 
-use super::workload::{Block, Workload};
-use kvd_tiers::eviction::{Eviction, Handle, Request, Use};
+use crate::eviction::{Eviction, Handle, Request, Use};
+use std::collections::{HashMap, HashSet};
+use std::hash::{BuildHasherDefault, Hasher};
 
 /// Copies that a policy looks at in one call.
 const SCAN_MAX: usize = 1024;
 /// How often a policy may look at each copy before it names a victim. At the limit: an assert, for a leaf is always eligible.
 const LOOKS_MAX: usize = 16;
-const NO_HANDLE: Handle = Handle::MAX;
+
+/// Keys are drawn evenly already.
+#[derive(Debug, Default)]
+pub(super) struct KeyHasher(u64);
+
+impl Hasher for KeyHasher {
+    fn write(&mut self, _bytes: &[u8]) {
+        unreachable!("keys are hashed as u64");
+    }
+
+    fn write_u64(&mut self, key: u64) {
+        self.0 = key.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
+type ByKey<T> = HashMap<u64, T, BuildHasherDefault<KeyHasher>>;
+pub(super) type KeySet = HashSet<u64, BuildHasherDefault<KeyHasher>>;
 
 pub(super) struct Copies<'a> {
-    workload: &'a Workload,
     policy: Box<dyn Eviction + 'a>,
-    /// Where each block is.
-    handles: Vec<Handle>,
-    /// How many of each block's children have a copy here, whether it has one itself or not.
-    children: Vec<u32>,
+    /// By key.
+    handles: ByKey<Handle>,
+    /// How many of a block's children have a copy here, whether it has one itself or not; none is not kept.
+    children: ByKey<u32>,
     /// Which block each handle is.
     blocks: Vec<Block>,
     free: Vec<Handle>,
     told_uses: u64,
 }
 
+/// A block, and what it stands behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Block {
+    pub(super) key: u64,
+    pub(super) parent: Option<u64>,
+}
+
 impl<'a> Copies<'a> {
     /// None of them.
-    pub(super) fn new(workload: &'a Workload, policy: Box<dyn Eviction + 'a>) -> Self {
+    pub(super) fn new(policy: Box<dyn Eviction + 'a>) -> Self {
         Self {
-            workload,
             policy,
-            handles: vec![NO_HANDLE; workload.blocks()],
-            children: vec![0; workload.blocks()],
+            handles: ByKey::default(),
+            children: ByKey::default(),
             blocks: Vec::new(),
             free: Vec::new(),
             told_uses: 0,
         }
     }
 
-    pub(super) fn has(&self, block: Block) -> bool {
-        self.handles[block as usize] != NO_HANDLE
+    pub(super) fn has(&self, key: u64) -> bool {
+        self.handles.contains_key(&key)
     }
 
     pub(super) fn len(&self) -> usize {
-        self.blocks.len() - self.free.len()
+        self.handles.len()
     }
 
     /// Uses that the policy was told of, whether there was a copy or not.
@@ -58,21 +84,22 @@ impl<'a> Copies<'a> {
         self.policy.request(keys, now_us)
     }
 
-    pub(super) fn touch(&mut self, block: Block, used: &Use) {
+    pub(super) fn touch(&mut self, used: &Use) {
         self.told_uses += 1;
-        self.policy.touch(self.handles[block as usize], used);
+        let handle = *self.handles.get(&used.key).expect("what is touched is here");
+        self.policy.touch(handle, used);
     }
 
     /// Used, and not here.
-    pub(super) fn seen(&mut self, block: Block, used: &Use) {
-        assert!(!self.has(block), "what is here is touched");
+    pub(super) fn seen(&mut self, used: &Use) {
+        assert!(!self.has(used.key), "what is here is touched");
         self.told_uses += 1;
         self.policy.seen(used);
     }
 
     /// A copy that a request brought.
-    pub(super) fn insert(&mut self, block: Block, used: &Use) {
-        let handle = self.take_handle(block);
+    pub(super) fn insert(&mut self, parent: Option<u64>, used: &Use) {
+        let handle = self.take_handle(Block { key: used.key, parent });
         self.told_uses += 1;
         self.policy.insert(handle, used);
     }
@@ -80,24 +107,24 @@ impl<'a> Copies<'a> {
     /// A copy that no request brought, but room in the tier above.
     pub(super) fn admit(&mut self, block: Block, now_us: u64) {
         let handle = self.take_handle(block);
-        self.policy.admit(handle, self.workload.key(block), now_us);
+        self.policy.admit(handle, block.key, now_us);
     }
 
     /// What the policy expects of a copy that is not here.
-    pub(super) fn would_save_us(&self, block: Block, now_us: u64) -> Option<f32> {
-        self.policy.would_save_us(self.workload.key(block), now_us)
+    pub(super) fn would_save_us(&self, key: u64, now_us: u64) -> Option<f32> {
+        self.policy.would_save_us(key, now_us)
     }
 
     fn take_handle(&mut self, block: Block) -> Handle {
-        assert!(!self.has(block), "a block has one copy in a tier");
         let handle = self.free.pop().unwrap_or(self.blocks.len() as Handle);
         if handle as usize == self.blocks.len() {
             self.blocks.push(block);
         }
         self.blocks[handle as usize] = block;
-        self.handles[block as usize] = handle;
-        if let Some(parent) = self.workload.parent(block) {
-            self.children[parent as usize] += 1;
+        let before = self.handles.insert(block.key, handle);
+        assert!(before.is_none(), "a block has one copy in a tier");
+        if let Some(parent) = block.parent {
+            *self.children.entry(parent).or_insert(0) += 1;
         }
         handle
     }
@@ -106,24 +133,29 @@ impl<'a> Copies<'a> {
     pub(super) fn evict(&mut self, now_us: u64) -> Block {
         let victim = self.victim(now_us);
         let block = self.blocks[victim as usize];
-        assert_eq!(self.handles[block as usize], victim, "a victim is resident");
-        assert_eq!(self.children[block as usize], 0, "a leaf goes before its parent");
+        assert_eq!(self.handles.remove(&block.key), Some(victim), "a victim is resident");
+        assert!(!self.children.contains_key(&block.key), "a leaf goes before its parent");
         self.policy.remove(victim);
-        self.handles[block as usize] = NO_HANDLE;
-        if let Some(parent) = self.workload.parent(block) {
-            self.children[parent as usize] -= 1;
-            if self.children[parent as usize] == 0 && self.has(parent) {
-                self.policy.expose(self.handles[parent as usize]);
-            }
+        if let Some(parent) = block.parent {
+            self.left_by_child(parent);
         }
         self.free.push(victim);
         block
     }
 
+    fn left_by_child(&mut self, parent: u64) {
+        let children = self.children.get_mut(&parent).expect("it was counted when it came");
+        *children -= 1;
+        if *children == 0 {
+            self.children.remove(&parent);
+            self.handles.get(&parent).into_iter().for_each(|parent| self.policy.expose(*parent));
+        }
+    }
+
     fn victim(&mut self, now_us: u64) -> Handle {
         let calls_max = LOOKS_MAX * self.len().div_ceil(SCAN_MAX);
         let (blocks, children) = (&self.blocks, &self.children);
-        let mut eligible = |handle: Handle| children[blocks[handle as usize] as usize] == 0;
+        let mut eligible = |handle: Handle| !children.contains_key(&blocks[handle as usize].key);
         let found = (0..calls_max).find_map(|_| self.policy.victim(now_us, SCAN_MAX, &mut eligible));
         found.unwrap_or_else(|| panic!("{}: no victim in {calls_max} calls", self.policy.name()))
     }
@@ -131,9 +163,7 @@ impl<'a> Copies<'a> {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use super::super::workload::tests::workload;
     use super::*;
-    use crate::content::mix;
     use std::sync::{Arc, Mutex};
 
     /// A call: what it was, the block's key, and what a use said it saves.
@@ -204,29 +234,33 @@ pub(super) mod tests {
         }
     }
 
+    fn block(key: u64, parent: Option<u64>) -> Block {
+        Block { key, parent }
+    }
+
     /// [1 2 3] where 2 has no copy: 1 is a leaf here, and nobody is told of 2 when 3 goes.
     #[test]
     fn parents_without_a_copy_hold_nobody_and_are_not_exposed() {
-        let tiny = workload(&[&[1, 2, 3]]);
         let (scribe, calls) = Scribe::new(0);
-        let mut copies = Copies::new(&tiny, Box::new(scribe));
-        copies.admit(0, 5);
-        copies.admit(2, 5);
-        assert_eq!((copies.has(0), copies.has(1), copies.len()), (true, false, 2));
-        assert_eq!([copies.evict(5), copies.evict(5)], [2, 0]);
+        let mut copies = Copies::new(Box::new(scribe));
+        let (one, three) = (block(1, None), block(3, Some(2)));
+        copies.admit(one, 5);
+        copies.admit(three, 5);
+        assert_eq!((copies.has(1), copies.has(2), copies.len()), (true, false, 2));
+        assert_eq!([copies.evict(5), copies.evict(5)], [three, one]);
         let heard: Vec<_> = calls.lock().unwrap().iter().map(|call| (call.0, call.1)).collect();
-        assert_eq!(heard, [("admit", mix(1)), ("admit", mix(3)), ("remove", mix(3)), ("remove", mix(1))]);
+        assert_eq!(heard, [("admit", 1), ("admit", 3), ("remove", 3), ("remove", 1)]);
     }
 
     /// 2 comes after 1 left it without a parent's copy: it holds 1 all the same once that is back.
     #[test]
     fn a_parent_that_comes_back_is_held_by_its_child() {
-        let tiny = workload(&[&[1, 2]]);
         let (scribe, calls) = Scribe::new(0);
-        let mut copies = Copies::new(&tiny, Box::new(scribe));
-        copies.admit(1, 5);
-        copies.admit(0, 5);
-        assert_eq!([copies.evict(5), copies.evict(5)], [1, 0], "the scribe would have had 1 go first");
-        assert!(calls.lock().unwrap().contains(&("expose", mix(1), 0.0)));
+        let mut copies = Copies::new(Box::new(scribe));
+        let (one, two) = (block(1, None), block(2, Some(1)));
+        copies.admit(two, 5);
+        copies.admit(one, 5);
+        assert_eq!([copies.evict(5), copies.evict(5)], [two, one], "the scribe would have had 1 go first");
+        assert!(calls.lock().unwrap().contains(&("expose", 1, 0.0)));
     }
 }
