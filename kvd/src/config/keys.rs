@@ -306,6 +306,12 @@ static SERVICE: &[Key] = &[
         default: |_, _| fixed(false, "a guess should not keep anybody from what is stored"),
     },
     Key {
+        name: "lab.ring_bytes",
+        kind: Kind::Size,
+        help: "Memory for what was asked for of late: digests of blocks, 8 bytes each, and no prompts. `kvctl policy simulate` and `kvctl trace record` read it, and other policies serve it beside the one that decides (`kvctl policy compare`), which takes some 10 MB more and a low share of a core. 0: nothing is recorded.",
+        default: |_, _| fixed("64MiB", "eight million uses of blocks: an hour at 2,000 a second"),
+    },
+    Key {
         name: "limits.sessions_max",
         kind: Kind::Count,
         help: "Engine instances connected at once. Beyond it opening a session is refused.",

@@ -16,6 +16,7 @@ mod values;
 mod tests;
 
 use kvd_proto::Error;
+use kvd_proto::cost::PrefillProfile;
 use kvd_proto::limits::NODES_MAX;
 use kvd_tiers::eviction;
 use machine::Machine;
@@ -60,6 +61,8 @@ pub struct Config {
     pub cluster: Cluster,
     /// What it costs to compute a block again.
     pub recompute: Recompute,
+    /// What was asked for of late.
+    pub lab: Lab,
     /// How many of each there may be.
     pub limits: Limits,
 }
@@ -175,6 +178,21 @@ pub struct Recompute {
     pub pair_ps: u32,
     /// Whether that is so here, or assumed.
     pub measured: bool,
+}
+
+/// What was asked for, and what others would have made of it.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Lab {
+    /// Of the ring that keeps it; 0: there is none.
+    pub ring_bytes: u64,
+}
+
+impl Recompute {
+    /// Without a base: a block is never the only thing a prefill computes.
+    pub fn profile(&self) -> PrefillProfile {
+        PrefillProfile::causal(0.0, f64::from(self.token_ns) / 1e3, f64::from(self.pair_ps) / 1e6)
+    }
 }
 
 /// How many of each there may be.
@@ -305,6 +323,9 @@ impl Config {
         self.s3.check()?;
         self.leases.check(self.dram.capacity_bytes)?;
         self.cluster.check()?;
+        if self.lab.ring_bytes > 0 {
+            check_range("lab.ring_bytes", self.lab.ring_bytes, 1 << 20, 1 << 40)?;
+        }
         self.limits.check()
     }
 

@@ -400,6 +400,8 @@ pub enum Effect {
         /// Where the next slice begins, if there is one.
         next: Option<Handle>,
     },
+    /// A request did something, for whoever records that.
+    Accessed(Box<super::recording::Access>),
     /// Something worth telling whoever watches.
     Note {
         /// One word: "commit", "evict"...

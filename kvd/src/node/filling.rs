@@ -288,6 +288,9 @@ impl Node {
         let (first, parent) = (wanted.chain[0], wanted.order.place(&wanted.chain, 0).0);
         let last = *wanted.chain.last().expect("a chain has blocks");
         let heard = self.usage.whose(wanted.space, first, parent);
+        if !wanted.order.apart {
+            self.record_stored(wanted.space, parent, wanted.order.depth, &wanted.chain);
+        }
         self.out.push(Effect::Fill { slots: items.iter().map(|item| item.slot).collect(), filler });
         let lease = self.new_lease(NewLease {
             session,

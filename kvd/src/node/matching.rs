@@ -157,6 +157,7 @@ impl Node {
         let leased = items.iter().map(|item| item.block as usize + 1).max().unwrap_or(skip.min(stored));
         let used = self.touch(&found, stored); // what is not loaded is wanted all the same
         self.count_hits(&items, chain.ids().len() - leased, skip.min(stored));
+        self.record_match(space, chain.ids(), &items, skip.min(stored));
         if items.is_empty() {
             self.tell_matched(used, space, chain.ids(), leased, None);
             let hand_off = hand_off_status(request, false);

@@ -25,6 +25,7 @@ mod order;
 mod orphans;
 mod policy_change;
 mod purge;
+pub mod recording;
 mod recovery;
 mod room;
 mod search;
@@ -142,6 +143,8 @@ pub struct Node {
     telling: telling::Telling,
     uploading: uploading::Uploading,
     tier_changes: tier_change::TierChanges,
+    /// Whether somebody records what is asked for.
+    is_recorded: bool,
     counters: Counters,
 }
 
@@ -189,6 +192,7 @@ impl Node {
             telling: telling::Telling::default(),
             uploading: uploading::Uploading::default(),
             tier_changes: tier_change::TierChanges::default(),
+            is_recorded: false,
             counters: Counters::default(),
             config,
         }

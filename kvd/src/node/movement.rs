@@ -164,6 +164,10 @@ impl Movement {
         }
     }
 
+    pub(super) fn write_bytes_per_us(&self) -> f64 {
+        self.nvme_writes.bytes_per_us()
+    }
+
     pub(super) fn write_us(&self, bytes: u64) -> u64 {
         self.nvme_writes.predict_us(bytes, 0) as u64
     }

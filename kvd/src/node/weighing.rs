@@ -45,7 +45,7 @@ impl Node {
         said.copied().unwrap_or(self.config.profile)
     }
 
-    fn knows_profile(&self, space: u16) -> bool {
+    pub(super) fn knows_profile(&self, space: u16) -> bool {
         let fingerprint = &self.spaces[usize::from(space)].fingerprint;
         self.config.profile_is_given || self.weighing.profiles.contains_key(fingerprint)
     }

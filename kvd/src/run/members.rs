@@ -88,3 +88,11 @@ impl Peer {
         }
     }
 }
+
+/// A session token: nobody joins a session by guessing.
+pub(super) fn random() -> [u8; 16] {
+    let mut token = [0; 16];
+    let got = rustix::rand::getrandom(&mut token, rustix::rand::GetRandomFlags::empty());
+    assert_eq!(got, Ok(16), "the kernel has random bytes");
+    token
+}

@@ -12,6 +12,7 @@ mod found;
 mod grpc;
 mod inbox;
 mod keeping;
+mod lab;
 mod ledger;
 mod listeners;
 mod members;
@@ -37,11 +38,11 @@ use dram::DramSegments;
 use found::Heap;
 use inbox::Inbox;
 use keeping::Keeping;
-use kvd_proto::cost::PrefillProfile;
 use kvd_proto::{Code, Error};
 use kvd_tiers::media::Medium;
 use kvd_tiers::media::dram::DramOptions;
 use kvd_tiers::media::nvme::{self, NvmeMedium, NvmeOptions};
+use lab::Lab;
 use ledger::Ledger;
 use listeners::{Listeners, bind};
 use mover::Mover;
@@ -93,6 +94,7 @@ pub fn serve_over(config: &Config, made: impl FnOnce(NvmeMedium) -> Box<dyn Medi
         mio::net::UnixListener::from_std(bind(&config.listen.session_socket, "listen.session_socket")?);
     let timings = Arc::new(metrics::Timings::new());
     let (fetcher, orders) = tokio::sync::mpsc::unbounded_channel();
+    let lab = Lab::start(config, started);
     let shared = Shared {
         config: config.clone(),
         node_epoch: epoch,
@@ -101,6 +103,7 @@ pub fn serve_over(config: &Config, made: impl FnOnce(NvmeMedium) -> Box<dyn Medi
         timings: timings.clone(),
         orders,
         bucket: bucket.clone(),
+        lab: lab.clone(),
         started,
     };
     let (servers, teller) = Servers::start(shared, listeners)?;
@@ -123,6 +126,7 @@ pub fn serve_over(config: &Config, made: impl FnOnce(NvmeMedium) -> Box<dyn Medi
         reattached,
         moving,
         attach,
+        lab,
     };
     let ran = Reactor::new(parts).and_then(Reactor::run);
     servers.stop();
@@ -144,6 +148,7 @@ fn new_node(config: &Config) -> (Node, u64) {
     let epoch = node_config.epoch;
     let mut node = Node::new(node_config);
     node.known_as(vec![config.node_name.clone(), config.cluster.address.clone()]);
+    node.tells_of_requests(config.lab.ring_bytes > 0);
     (node, epoch)
 }
 
@@ -325,11 +330,6 @@ fn node_config(config: &Config) -> NodeConfig {
             _ => 0,
         },
         profile_is_given: config.recompute.measured,
-        // no base: a block is never the only thing a prefill computes
-        profile: PrefillProfile::causal(
-            0.0,
-            config.recompute.token_ns as f64 / 1e3,
-            config.recompute.pair_ps as f64 / 1e6,
-        ),
+        profile: config.recompute.profile(),
     }
 }

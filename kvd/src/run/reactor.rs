@@ -13,7 +13,8 @@ use super::fetcher;
 use super::grpc::Callers;
 use super::inbox::{Inbox, Input};
 use super::keeping::Keeping;
-use super::members::Peer;
+use super::lab::Lab;
+use super::members::{Peer, random};
 use super::metrics::Timings;
 use super::mover::{Mover, Order};
 use super::publisher::{Teller, Told};
@@ -68,6 +69,7 @@ pub(super) struct Parts {
     pub(super) reattached: Reattached,
     pub(super) moving: Option<JoinHandle<()>>,
     pub(super) attach: Attach,
+    pub(super) lab: Lab,
 }
 
 pub(super) struct Reactor {
@@ -82,6 +84,7 @@ pub(super) struct Reactor {
     /// Its thread, or that of the one before, which may be closing it still.
     moving: Option<JoinHandle<()>>,
     attach: Attach,
+    lab: Lab,
     orders: Vec<Order>,
     checksums: Sender<Vec<Reading>>,
     /// Slots to read, as ordered in this round.
@@ -140,6 +143,7 @@ impl Reactor {
             bucket: parts.bucket,
             moving: parts.moving,
             attach: parts.attach,
+            lab: parts.lab,
             orders: Vec::new(),
             members,
             last_member,
@@ -504,6 +508,7 @@ impl Reactor {
             Effect::Slice { ticket, runs, next } => {
                 self.teller.tell(Told::Slice { follower: ticket, runs, next });
             }
+            Effect::Accessed(access) => self.lab.tell(access),
             Effect::Note { kind, text } => {
                 let at_ms = self.started.elapsed().as_millis() as u64;
                 self.watchers.tell(at_ms, kind, text);
@@ -587,12 +592,4 @@ impl Reactor {
             }
         }
     }
-}
-
-/// A session token: nobody joins a session by guessing.
-fn random() -> [u8; 16] {
-    let mut token = [0; 16];
-    let got = rustix::rand::getrandom(&mut token, rustix::rand::GetRandomFlags::empty());
-    assert_eq!(got, Ok(16), "the kernel has random bytes");
-    token
 }

@@ -9,6 +9,7 @@ use super::fetcher::{self, Fetcher};
 use super::follower::Locations;
 use super::grpc;
 use super::inbox::{Inbox, Input};
+use super::lab::Lab;
 use super::listeners::Listeners;
 use super::metrics::{self, Timings};
 use super::publisher::{self, Joining, Publisher, Teller};
@@ -37,6 +38,7 @@ pub(super) struct Shared {
     /// What the node wants of other nodes, and of the bucket.
     pub(super) orders: mpsc::UnboundedReceiver<fetcher::Order>,
     pub(super) bucket: Option<BucketTier>,
+    pub(super) lab: Lab,
     pub(super) started: Instant,
 }
 
@@ -106,6 +108,7 @@ async fn live(
     let _ = settled.send(Ok(()));
     let (inbox, dram, timings) = (shared.inbox.clone(), shared.dram.clone(), shared.timings.clone());
     let (node_epoch, links, bucket) = (shared.node_epoch, Arc::default(), shared.bucket.clone());
+    let lab = shared.lab.clone();
     let locations = membership.as_ref().map(|membership| follow(membership, &shared, speeds));
     fetch(shared, locations.clone(), &links);
     let _served_until_the_end = data.clone(); // metrics may not be
@@ -113,7 +116,8 @@ async fn live(
     let asked = metrics::Asked { inbox: inbox.clone(), timings, locations: found, bucket: told, data };
     let http = serve_http(http, metrics::router(asked), stopped.clone());
     let cluster = grpc::Cluster { joining, locations, links, shelves, data_port, bucket };
-    let served = grpc::serve(inbox.clone(), dram, unix, tcp, node_epoch, cluster, stopped.clone());
+    let shells = grpc::Shells { inbox: inbox.clone(), dram: dram.clone(), lab };
+    let served = grpc::serve(shells, unix, tcp, node_epoch, cluster, stopped.clone());
     tokio::select! {
         (served, ()) = async { tokio::join!(served, http) } => {
             if let Err(error) = served {

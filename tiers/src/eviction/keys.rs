@@ -9,25 +9,30 @@ const WAYS: usize = 8;
 const SPLITS_PER_CALL_MAX: usize = 64;
 
 /// 32 of the key's bits, never 0 (an empty place).
-pub(super) fn fingerprint(key: u64) -> u32 {
+pub(crate) fn fingerprint(key: u64) -> u32 {
     ((key.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32) as u32).max(1)
 }
 
+/// Whether a fingerprint is among the one in `2^shift` that are sampled, by other bits than those that find its bucket.
+pub(crate) fn sampled(fingerprint: u32, shift: u32) -> bool {
+    fingerprint >> (32 - shift.max(1)) == 0 || shift == 0
+}
+
 #[derive(Debug)]
-pub(super) struct Keys<T> {
+pub(crate) struct Keys<T> {
     /// Places for so many times the copies.
     times: usize,
     buckets: Vec<[(u32, T); WAYS]>,
 }
 
 impl<T: Copy + Default> Keys<T> {
-    pub(super) fn new(times: usize) -> Self {
+    pub(crate) fn new(times: usize) -> Self {
         Self { times, buckets: Vec::new() }
     }
 
     /// Room for what the copies need, or as much of that as one call makes: linear hashing (Litwin, VLDB 1980), one bucket is split after the other, so that no
     /// call is long and nothing is forgotten for it.
-    pub(super) fn fit(&mut self, copies: usize) {
+    pub(crate) fn fit(&mut self, copies: usize) {
         let missing = (copies * self.times).div_ceil(WAYS).saturating_sub(self.buckets.len());
         (0..missing.min(SPLITS_PER_CALL_MAX)).for_each(|_| self.split());
     }
@@ -54,13 +59,13 @@ impl<T: Copy + Default> Keys<T> {
         self.buckets.push(moved);
     }
 
-    pub(super) fn get(&self, fingerprint: u32) -> Option<T> {
+    pub(crate) fn get(&self, fingerprint: u32) -> Option<T> {
         let bucket = self.buckets.get(self.at(fingerprint))?;
         bucket.iter().find(|(known, _)| *known == fingerprint).map(|(_, seen)| *seen)
     }
 
     /// As the newest; the oldest that may be forgotten goes for it, and if none may, it is forgotten itself.
-    pub(super) fn put(&mut self, fingerprint: u32, seen: T, may_go: impl Fn(&T) -> bool) {
+    pub(crate) fn put(&mut self, fingerprint: u32, seen: T, may_go: impl Fn(&T) -> bool) {
         let at = self.at(fingerprint);
         let bucket = &mut self.buckets[at];
         let known = bucket.iter().position(|(known, _)| *known == fingerprint);
@@ -70,7 +75,7 @@ impl<T: Copy + Default> Keys<T> {
         bucket[0] = (fingerprint, seen);
     }
 
-    pub(super) fn get_mut(&mut self, fingerprint: u32) -> Option<&mut T> {
+    pub(crate) fn get_mut(&mut self, fingerprint: u32) -> Option<&mut T> {
         let at = self.at(fingerprint);
         let bucket = self.buckets.get_mut(at)?;
         bucket.iter_mut().find(|(known, _)| *known == fingerprint).map(|(_, seen)| seen)

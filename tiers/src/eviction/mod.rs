@@ -9,7 +9,7 @@
 
 mod class;
 pub mod class_ttl;
-mod keys;
+pub(crate) mod keys;
 mod learned;
 mod lens;
 mod lists;

@@ -7,6 +7,7 @@
 //! 15 for S3-FIFO, 96 B a copy of what was seen, 8 of S3-FIFO's ghost; the shadows' few thousand copies. Measured 147 at a million.
 
 use super::class::Class;
+use super::keys::sampled;
 use super::learned::Learned;
 use super::lens::Lens;
 use super::queues::{Head, Queues, now_ms};
@@ -246,11 +247,6 @@ impl Eviction for Worth {
     fn len(&self) -> usize {
         self.queues.len()
     }
-}
-
-/// By other bits than those that find a key's bucket.
-fn sampled(fingerprint: u32, shift: u32) -> bool {
-    fingerprint >> (32 - shift.max(1)) == 0 || shift == 0
 }
 
 #[cfg(test)]

@@ -106,7 +106,7 @@ impl Outcome {
 /// See the file's head.
 pub(super) struct Node<'a> {
     costs: Costs,
-    pub(super) shape: Shape,
+    shape: Shape,
     filling: Filling,
     media: Media,
     dram: Copies<'a>,
@@ -244,20 +244,26 @@ impl<'a> Node<'a> {
 
     /// The request, as DRAM's and NVMe's policies see it. What a copy saves is over the next best source: computing, or from DRAM reading it from NVMe.
     fn hear(&mut self, asked: &Asked) -> [Heard; 2] {
-        let prompt = &asked.keys[..asked.prompt];
-        let dram = self.dram.request(prompt, asked.now_us);
-        let nvme = if self.has_nvme() { self.nvme.request(prompt, asked.now_us) } else { dram };
+        let chain = asked.chain();
+        let dram = self.dram.request(chain, asked.now_us);
+        let nvme = if self.has_nvme() { self.nvme.request(chain, asked.now_us) } else { dram };
         let from_nvme_us = if self.has_nvme() { self.media.nvme_block_us() } else { f64::INFINITY };
         let heard = |request: Request, saves_us: fn(f64, f64) -> f64| {
-            let means_us = self.costs.means_us(asked.first, asked.prompt, request.known as usize);
+            let means_us = self.costs.means_us(asked.first, chain.len(), request.known as usize);
             let saved_us = means_us.map(|recompute_us| saves_us(recompute_us, from_nvme_us).max(0.0) as f32);
             Heard { request, saved_us }
         };
         [heard(dram, f64::min), heard(nvme, |recompute_us, from_nvme_us| recompute_us - from_nvme_us)]
     }
 
-    /// So that both tiers have what fits; before that, whoever has changed the shape.
-    pub(super) fn make_room(&mut self, now_us: u64) {
+    /// Another node, with what fits there of what it has.
+    pub(super) fn becomes(&mut self, costs: Costs, shape: Shape, now_us: u64) {
+        (self.costs, self.shape) = (costs, shape);
+        self.media = Media::new(shape.block_bytes, &shape.speeds, shape.queues);
+        self.make_room(now_us);
+    }
+
+    fn make_room(&mut self, now_us: u64) {
         while self.dram.len() > self.shape.dram_blocks {
             let block = self.dram.evict(now_us);
             self.outcome.evicted_blocks += 1;

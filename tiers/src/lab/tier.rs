@@ -63,8 +63,8 @@ impl<'a> Tier<'a> {
     }
 
     fn use_all(&mut self, asked: &Asked, here: usize) {
-        let request = self.copies.request(&asked.keys[..asked.prompt], asked.now_us);
-        let saved_us = self.costs.means_us(0, asked.prompt, request.known as usize);
+        let request = self.copies.request(asked.chain(), asked.now_us);
+        let saved_us = self.costs.means_us(0, asked.chain().len(), request.known as usize);
         for (at, &key) in asked.keys.iter().enumerate().rev() {
             let saved_us = saved_us[usize::from(at as u32 >= request.known)] as f32;
             let used = Use { key, request, at: at as u32, saved_us };

@@ -47,6 +47,11 @@ pub struct Asked<'a> {
 }
 
 impl Asked<'_> {
+    /// What a policy takes for the prompt: of one that nobody asked for, what is stored.
+    pub(super) fn chain(&self) -> &[u64] {
+        if self.prompt > 0 { &self.keys[..self.prompt] } else { self.keys }
+    }
+
     /// What a block stands behind, of these.
     pub(super) fn parent(&self, at: usize) -> Option<u64> {
         Some(self.keys[at.checked_sub(1)?])

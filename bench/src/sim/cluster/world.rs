@@ -301,6 +301,7 @@ impl World {
                 let slice = publish::Event::Slice { follower: ticket, runs, next: more };
                 self.published(at, slice, None, next);
             }
+            Effect::Accessed(_) => unreachable!("nobody records here"),
             Effect::Verify { slot, .. } => unreachable!("{slot:?} is no earlier daemon's"),
             Effect::Upload { from, .. } => unreachable!("{from:?} is read out for no bucket"),
             Effect::CloseSegment { .. } | Effect::Resize { .. } | Effect::Attach { .. } | Effect::Detach => {

@@ -309,7 +309,7 @@ impl World {
                     .for_each(|slot| assert!(!self.published.contains_key(slot), "{slot:?} holds a block"));
             }
             Effect::Verify { slot, .. } => unreachable!("{slot:?} is no earlier daemon's"),
-            Effect::Note { .. } | Effect::Space { .. } => {}
+            Effect::Note { .. } | Effect::Space { .. } | Effect::Accessed(_) => {}
         }
     }
 

@@ -5,6 +5,7 @@ use crate::node::event::{Answer, Question};
 use crate::run::bucket::BucketTier;
 use crate::run::dram::DramSegments;
 use crate::run::inbox::{Inbox, Input};
+use crate::run::lab::{Lab, simulate};
 use kvd_proto::Error;
 use kvd_proto::wire::{self, admin_server};
 use std::sync::Arc;
@@ -20,13 +21,16 @@ pub(super) struct Admin {
     inbox: Inbox,
     dram: Arc<DramSegments>,
     bucket: Option<BucketTier>,
+    lab: Lab,
 }
 
 impl Admin {
-    pub(super) fn new(inbox: Inbox, dram: Arc<DramSegments>, bucket: Option<BucketTier>) -> Self {
-        Self { inbox, dram, bucket }
+    pub(super) fn new(inbox: Inbox, dram: Arc<DramSegments>, bucket: Option<BucketTier>, lab: Lab) -> Self {
+        Self { inbox, dram, bucket, lab }
     }
 }
+
+type Told<T> = std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<T, Status>> + Send + 'static>>;
 
 macro_rules! answered {
     ($self:ident, $question:expr, $variant:ident) => {
@@ -110,8 +114,34 @@ impl admin_server::Admin for Admin {
         Ok(Response::new(answered!(self, question, Policies)))
     }
 
-    type EventsStream =
-        std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<wire::NodeEvent, Status>> + Send + 'static>>;
+    async fn compare_policies(
+        &self,
+        request: Request<wire::ComparePoliciesRequest>,
+    ) -> Result<Response<wire::ComparePoliciesReply>, Status> {
+        Ok(Response::new(self.lab.compare(&request.into_inner()).await?))
+    }
+
+    type RecordTraceStream = Told<wire::TraceLines>;
+
+    async fn record_trace(
+        &self,
+        request: Request<wire::RecordTraceRequest>,
+    ) -> Result<Response<Self::RecordTraceStream>, Status> {
+        let lines = self.lab.record(request.into_inner()).await?;
+        Ok(Response::new(Box::pin(ReceiverStream::new(lines).map(Ok))))
+    }
+
+    type SimulatePoliciesStream = Told<wire::SimulateReply>;
+
+    async fn simulate_policies(
+        &self,
+        request: Request<tonic::Streaming<wire::SimulateRequest>>,
+    ) -> Result<Response<Self::SimulatePoliciesStream>, Status> {
+        let replies = simulate(&self.lab, request.into_inner()).await?;
+        Ok(Response::new(Box::pin(ReceiverStream::new(replies))))
+    }
+
+    type EventsStream = Told<wire::NodeEvent>;
 
     async fn events(&self, _: Request<wire::EventsRequest>) -> Result<Response<Self::EventsStream>, Status> {
         let (events, told) = mpsc::channel(EVENTS_BEHIND_MAX);

@@ -18,6 +18,7 @@ use super::bucket::BucketTier;
 use super::dram::DramSegments;
 use super::follower::Locations;
 use super::inbox::{Inbox, Input};
+use super::lab::Lab;
 use super::publisher::Joining;
 use crate::links::Links;
 use crate::node::event::{Answer, Question};
@@ -44,20 +45,28 @@ pub(super) struct Cluster {
     pub(super) bucket: Option<BucketTier>,
 }
 
+/// Who is asked, and what may be read.
+#[derive(Clone)]
+pub(super) struct Shells {
+    pub(super) inbox: Inbox,
+    pub(super) dram: Arc<DramSegments>,
+    pub(super) lab: Lab,
+}
+
 /// Serves on both listeners until `stopped` resolves.
 pub(super) async fn serve(
-    inbox: Inbox,
-    dram: Arc<DramSegments>,
+    shells: Shells,
     unix: UnixListener,
     tcp: Option<TcpListener>,
     node_epoch: u64,
     cluster: Cluster,
     stopped: tokio::sync::watch::Receiver<bool>,
 ) -> Result<(), String> {
+    let Shells { inbox, dram, lab } = shells;
     let workers = workers::Service::start(node_epoch, inbox.clone());
     let index = index::Service::new(cluster.joining, cluster.locations, cluster.links);
     let peer = peer::Service::new(inbox.clone(), cluster.shelves, cluster.data_port);
-    let services = Services { inbox, dram, bucket: cluster.bucket, workers, index, peer };
+    let services = Services { inbox, dram, lab, bucket: cluster.bucket, workers, index, peer };
     let stop = |mut stopped: tokio::sync::watch::Receiver<bool>| async move {
         let _ = stopped.wait_for(|stopped| *stopped).await; // the sender gone is a stop too
     };
@@ -77,6 +86,7 @@ pub(super) async fn serve(
 struct Services {
     inbox: Inbox,
     dram: Arc<DramSegments>,
+    lab: Lab,
     bucket: Option<BucketTier>,
     workers: workers::Service,
     index: index::Service,
@@ -92,7 +102,8 @@ impl Services {
             .build_v1()
             .map_err(|e| format!("reflection: {e}"))?;
         let cache = CacheServer::new(cache::Cache::new(self.inbox.clone(), self.dram.clone()));
-        let admin = admin::Admin::new(self.inbox.clone(), self.dram.clone(), self.bucket.clone());
+        let admin =
+            admin::Admin::new(self.inbox.clone(), self.dram.clone(), self.bucket.clone(), self.lab.clone());
         tokio::spawn(async move {
             reporter.set_serving::<CacheServer<cache::Cache>>().await;
             reporter.set_serving::<AdminServer<admin::Admin>>().await;
