@@ -1,18 +1,22 @@
 //! kvctl: how a person looks inside a node and tunes it, over gRPC on its Unix socket.
 //!
 //! Owns the command line. `node` dials, `show` turns replies into tables or JSON, `text` reads and writes single values; `top`
-//! watches a whole cluster, `tier` changes one, `policy` its eviction, `planner` asks the planner, which is no node.
+//! watches a whole cluster, `tier` changes one, `policy` its eviction (with `compare`, `simulate` and its `curve`), `trace` records, `planner` asks the planner, which is no node.
 //! Invariants: nothing hangs (every call has a deadline, `events` apart) and nothing panics on what a node or a person
 //! says; errors go to stderr with exit code 1, answers to stdout.
 
+mod compare;
+mod curve;
 mod node;
 mod planner;
 mod policy;
 mod show;
+mod simulate;
 mod table;
 mod text;
 mod tier;
 mod top;
+mod trace;
 
 use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 use kvd_proto::Error;
@@ -27,6 +31,7 @@ use std::process::ExitCode;
 use text::{Id, Prefix, Ttl};
 use tier::TierArgs;
 use top::TopArgs;
+use trace::TraceArgs;
 
 /// Look inside a kvd node.
 #[derive(Debug, Parser)]
@@ -60,6 +65,8 @@ enum Command {
     Tier(TierArgs),
     /// Which copies go first, and another policy without a restart
     Policy(PolicyArgs),
+    /// What was asked of this node, and is, as a file
+    Trace(TraceArgs),
     /// Engines of this node: role, load, what of their capacity is promised
     Workers,
     /// Nodes of the cluster, and what this one has heard of each
@@ -196,7 +203,8 @@ async fn run(cli: &Cli) -> Result<(), Error> {
         Command::Spaces => Box::new(node.spaces().await?),
         Command::Tiers => Box::new(node.tiers().await?),
         Command::Tier(change) => Box::new(node.change_tier(change.to_wire()?).await?),
-        Command::Policy(policy) => Box::new(node.policy(policy.to_wire()?).await?),
+        Command::Policy(policy) => policy.ask(&mut node).await?,
+        Command::Trace(trace) => Box::new(trace.record(&mut node).await?),
         Command::Nodes => Box::new(node.nodes().await?),
         Command::Locate { ids, group, block_bytes } => {
             Box::new(node.locate(ids, *group, *block_bytes).await?)

@@ -15,6 +15,8 @@ use tonic::transport::{Channel, Endpoint};
 
 /// How long one answer may take. At the limit: an error, the node may still finish.
 const ANSWER_WAIT: Duration = Duration::from_secs(30);
+/// How long a simulation may take to begin, or one of its combinations; a trace is sent meanwhile. At the limit: an error.
+pub(crate) const SIMULATION_WAIT: Duration = Duration::from_mins(10);
 const SYSTEM_SOCKET: &str = "/var/lib/kvd/grpc.sock";
 const USER_SOCKET: &str = ".local/share/kvd/grpc.sock";
 
@@ -136,6 +138,28 @@ impl Node {
 
     pub(crate) async fn policy(&mut self, request: wire::PolicyRequest) -> Result<wire::PolicyReply, Error> {
         within(&self.at, self.wait, self.client.policy(request)).await
+    }
+
+    pub(crate) async fn compare(
+        &mut self,
+        request: wire::ComparePoliciesRequest,
+    ) -> Result<wire::ComparePoliciesReply, Error> {
+        within(&self.at, self.wait, self.client.compare_policies(request)).await
+    }
+
+    pub(crate) async fn record(
+        &mut self,
+        request: wire::RecordTraceRequest,
+    ) -> Result<tonic::Streaming<wire::TraceLines>, Error> {
+        within(&self.at, self.wait, self.client.record_trace(request)).await
+    }
+
+    /// `asked` has the options first.
+    pub(crate) async fn simulate(
+        &mut self,
+        asked: impl tokio_stream::Stream<Item = wire::SimulateRequest> + Send + 'static,
+    ) -> Result<tonic::Streaming<wire::SimulateReply>, Error> {
+        within(&self.at, SIMULATION_WAIT, self.client.simulate_policies(asked)).await
     }
 
     pub(crate) async fn events(&mut self) -> Result<tonic::Streaming<wire::NodeEvent>, Error> {

@@ -1,8 +1,12 @@
 //! `kvctl policy`: which copies go first, what the ways that compete would have saved, and another policy without a restart.
 //!
+//! Owns `show` and `set`; `compare` and `simulate` have files of their own.
 //! Invariant: a change goes on in the node by itself; what ends with the daemon is said to.
 
+use crate::compare::CompareArgs;
+use crate::node::Node;
 use crate::show::{Show, tier};
+use crate::simulate::SimulateArgs;
 use crate::table::columns;
 use crate::text::{count, duration_us, size};
 use clap::{Args, Subcommand, ValueEnum};
@@ -14,22 +18,23 @@ use std::fmt::Write as _;
 #[derive(Debug, Args)]
 pub(crate) struct PolicyArgs {
     #[command(subcommand)]
-    command: PolicyCommand,
-    /// Only this tier
-    #[arg(long, global = true)]
-    tier: Option<Tier>,
+    pub(crate) command: PolicyCommand,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Tier {
+pub(crate) enum Tier {
     Dram,
     Nvme,
 }
 
 #[derive(Debug, Subcommand)]
-enum PolicyCommand {
+pub(crate) enum PolicyCommand {
     /// Which policy each tier has, and where several ways compete, what each would have saved of late
-    Show,
+    Show {
+        /// Only this tier
+        #[arg(long)]
+        tier: Option<Tier>,
+    },
     /// Another policy from now on, until the daemon ends; copies stay where they are
     Set {
         /// lru, s3fifo, class-ttl or worth
@@ -41,7 +46,14 @@ enum PolicyCommand {
         /// What it was before the last change
         #[arg(long)]
         back: bool,
+        /// Only this tier
+        #[arg(long)]
+        tier: Option<Tier>,
     },
+    /// What each policy would have found of what was asked for of late, beside what was found
+    Compare(CompareArgs),
+    /// What nodes of other sizes and policies would have made of what was asked for of late, or of a trace
+    Simulate(SimulateArgs),
 }
 
 fn param(given: &str) -> Result<(String, String), String> {
@@ -51,28 +63,38 @@ fn param(given: &str) -> Result<(String, String), String> {
 }
 
 impl PolicyArgs {
-    pub(crate) fn to_wire(&self) -> Result<wire::PolicyRequest, Error> {
-        let set = match &self.command {
-            PolicyCommand::Show => None,
-            PolicyCommand::Set { back: true, .. } => Some(Set::Back(true)),
-            PolicyCommand::Set { name, params, .. } => {
-                let name = name.clone().unwrap_or_default();
-                let twice = params
-                    .iter()
-                    .enumerate()
-                    .find(|(at, (param, _))| params[..*at].iter().any(|(before, _)| before == param));
-                if let Some((_, (param, _))) = twice {
-                    return Err(Error::invalid("param", format!("{param} is given twice"), "give it once"));
-                }
-                Some(Set::Choice(wire::PolicyChoice { name, params: params.iter().cloned().collect() }))
+    /// What is asked of the node.
+    pub(crate) async fn ask(&self, node: &mut Node) -> Result<Box<dyn Show>, Error> {
+        Ok(match &self.command {
+            PolicyCommand::Show { tier } => Box::new(node.policy(to_wire(*tier, None)).await?),
+            PolicyCommand::Set { name, params, back, tier } => {
+                let set = set(name.as_deref(), params, *back)?;
+                Box::new(node.policy(to_wire(*tier, Some(set))).await?)
             }
-        };
-        let tiers = self.tier.map(|tier| match tier {
-            Tier::Dram => wire::Tier::Dram.into(),
-            Tier::Nvme => wire::Tier::Nvme.into(),
-        });
-        Ok(wire::PolicyRequest { tiers: tiers.into_iter().collect(), set })
+            PolicyCommand::Compare(compare) => Box::new(compare.ask(node).await?),
+            PolicyCommand::Simulate(simulate) => Box::new(simulate.ask(node).await?),
+        })
     }
+}
+
+fn to_wire(tier: Option<Tier>, set: Option<Set>) -> wire::PolicyRequest {
+    let tier = tier.map(|tier| match tier {
+        Tier::Dram => wire::Tier::Dram.into(),
+        Tier::Nvme => wire::Tier::Nvme.into(),
+    });
+    wire::PolicyRequest { tiers: tier.into_iter().collect(), set }
+}
+
+fn set(name: Option<&str>, params: &[(String, String)], back: bool) -> Result<Set, Error> {
+    if back {
+        return Ok(Set::Back(true));
+    }
+    let known = |at: usize, param: &String| params[..at].iter().any(|(before, _)| before == param);
+    if let Some((_, (param, _))) = params.iter().enumerate().find(|(at, (param, _))| known(*at, param)) {
+        return Err(Error::invalid("param", format!("{param} is given twice"), "give it once"));
+    }
+    let name = name.unwrap_or_default().to_owned();
+    Ok(Set::Choice(wire::PolicyChoice { name, params: params.iter().cloned().collect() }))
 }
 
 impl Show for wire::PolicyReply {
@@ -140,7 +162,14 @@ mod tests {
 
     fn asked(line: &str) -> Result<wire::PolicyRequest, String> {
         let parsed = Alone::try_parse_from(std::iter::once("policy").chain(line.split(' ')));
-        parsed.map_err(|error| error.to_string())?.policy.to_wire().map_err(|error| error.to_string())
+        match parsed.map_err(|error| error.to_string())?.policy.command {
+            PolicyCommand::Show { tier } => Ok(to_wire(tier, None)),
+            PolicyCommand::Set { name, params, back, tier } => {
+                let set = set(name.as_deref(), &params, back).map_err(|error| error.to_string())?;
+                Ok(to_wire(tier, Some(set)))
+            }
+            other => panic!("{other:?} is tested where it is"),
+        }
     }
 
     #[test]

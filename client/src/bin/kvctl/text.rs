@@ -71,6 +71,21 @@ impl FromStr for Ttl {
     }
 }
 
+/// A span of time in whole seconds, at least 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Span(pub(crate) u32);
+
+impl FromStr for Span {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match milliseconds(text)? {
+            0..1000 => Err("less than a second".into()),
+            ms => Ok(Self(ms / 1000)),
+        }
+    }
+}
+
 /// The time from one look to the next, in milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Interval(pub(crate) u32);
