@@ -10,7 +10,7 @@ use super::lease::{Item, ItemState, NewLease, RequestKind};
 use super::verifying::unverified;
 use kvd_proto::limits::{REQUEST_KEY_BYTES_MAX, RUNS_MAX};
 use kvd_proto::wire::{self, HandOffState, Tier};
-use kvd_proto::{Chain, Error};
+use kvd_proto::{BlockId, Chain, Error};
 use kvd_tiers::catalog::Handle;
 use kvd_tiers::segment::SlotRef;
 use std::ops::Range;
@@ -156,8 +156,7 @@ impl Node {
         let (items, bytes) = self.fit_frame(space, items, bytes);
         let leased = items.iter().map(|item| item.block as usize + 1).max().unwrap_or(skip.min(stored));
         let used = self.touch(&found, stored); // what is not loaded is wanted all the same
-        self.count_hits(&items, chain.ids().len() - leased, skip.min(stored));
-        self.record_match(space, chain.ids(), &items, skip.min(stored));
+        self.count_match(space, chain.ids(), &items, leased, skip.min(stored));
         if items.is_empty() {
             self.tell_matched(used, space, chain.ids(), leased, None);
             let hand_off = hand_off_status(request, false);
@@ -304,7 +303,8 @@ impl Node {
         used
     }
 
-    fn count_hits(&mut self, items: &[Item], missed: usize, skipped: usize) {
+    /// Answered with these items, up to `leased`; the engine has `skipped` blocks itself.
+    fn count_match(&mut self, space: u16, chain: &[BlockId], items: &[Item], leased: usize, skipped: usize) {
         let first = |remote, source| {
             let of = |item: &&Item| item.group == 0 && item.remote == remote && item.source == source;
             items.iter().filter(of).count() as u64
@@ -313,7 +313,8 @@ impl Node {
         self.counters.hit_blocks_nvme += first(false, Tier::Nvme);
         self.counters.hit_blocks_peer += first(true, Tier::Dram);
         self.counters.hit_blocks_s3 += first(true, Tier::S3);
-        self.counters.miss_blocks += missed as u64;
+        self.counters.miss_blocks += (chain.len() - leased) as u64;
+        self.record_match(space, chain, items, skipped);
     }
 
     fn match_reply(&self, id: u64, request: &wire::MatchRequest) -> wire::MatchReply {

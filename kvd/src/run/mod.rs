@@ -89,9 +89,7 @@ pub fn serve_over(config: &Config, made: impl FnOnce(NvmeMedium) -> Box<dyn Medi
         Mover::start(made(medium), config.nvme.segment_bytes, left, dram.clone(), inbox.clone())
     };
     let (mover, moving) = nvme.map(start).unzip();
-    let listeners = Listeners::bind(config)?;
-    let listener =
-        mio::net::UnixListener::from_std(bind(&config.listen.session_socket, "listen.session_socket")?);
+    let (listener, listeners) = bind_all(config)?;
     let timings = Arc::new(metrics::Timings::new());
     let (fetcher, orders) = tokio::sync::mpsc::unbounded_channel();
     let lab = Lab::start(config, started);
@@ -140,6 +138,12 @@ pub fn serve_over(config: &Config, made: impl FnOnce(NvmeMedium) -> Box<dyn Medi
         let _ = std::fs::remove_file(socket);
     }
     ran.map(|_| ()).map_err(|e| io("the node's thread", e))
+}
+
+fn bind_all(config: &Config) -> Result<(mio::net::UnixListener, Listeners), Error> {
+    let listeners = Listeners::bind(config)?;
+    let sessions = bind(&config.listen.session_socket, "listen.session_socket")?;
+    Ok((mio::net::UnixListener::from_std(sessions), listeners))
 }
 
 /// An empty one, and in which life.

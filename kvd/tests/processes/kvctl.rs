@@ -123,6 +123,62 @@ async fn every_command_works_on_a_live_node() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn what_was_asked_for_is_recorded_compared_and_simulated() {
+    let mut daemon = Daemon::start(&Setup::default()).await;
+    let engine = Engine::open(&daemon.socket()).await;
+    let kvctl = Kvctl::of(&daemon).await;
+    assert!(kvctl.table(&["policy", "compare"]).contains("nothing was asked for yet"));
+    assert!(kvctl.refused(&["policy", "simulate"]).contains("no requests"));
+    engine.put(&[1, 2, 3]).await;
+    assert_eq!(engine.get(&[1, 2, 3, 4]).await, 3);
+    engine.put(&[1, 2, 3, 4]).await;
+    assert_eq!(engine.get(&[1, 2, 3, 4]).await, 4);
+
+    let folder = tempfile::tempdir().unwrap();
+    let [file, drawing] = ["t.jsonl", "c.svg"].map(|name| folder.path().join(name).display().to_string());
+    let recorded = kvctl.json(&["trace", "record", &file, "--last", "1h"]).remove(0);
+    let lines: Vec<Value> = std::fs::read_to_string(&file)
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(recorded["requests"].as_u64(), Some(lines.len() as u64));
+    let hits: u64 = lines.iter().map(|line| line["hit_blocks"].as_u64().unwrap()).sum();
+    assert_eq!(hits, 7, "{lines:?}");
+    assert!(kvctl.refused(&["trace", "record", &file, "--last", "1h"]).contains("does not exist yet"));
+
+    let compared = kvctl.json(&["policy", "compare", "--last", "10m"]).remove(0);
+    assert_eq!(
+        (&compared["asked"]["blocks"], &compared["live"]["blocks"]),
+        (&8.into(), &7.into()),
+        "{compared}"
+    );
+    assert_eq!(compared["policies"]["worth"]["blocks"], 7, "all of it fits: {compared}");
+    assert!(kvctl.table(&["policy", "compare"]).contains("as it was"));
+
+    let sizes = ["--dram", "64KiB,256KiB,16MiB", "--nvme", "0"];
+    let of_file = [&["policy", "simulate", "--trace", &file, "--svg", &drawing][..], &sizes].concat();
+    let now = kvctl.json(&[&["policy", "simulate"][..], &sizes].concat());
+    assert_eq!((now.len(), kvctl.json(&of_file).len()), (12, 12), "four policies, three sizes");
+    let hit =
+        |cell: &Value| (cell["dram_bytes"].as_u64().unwrap(), cell["hit_blocks_dram"].as_u64().unwrap());
+    let lru: Vec<_> = now.iter().filter(|cell| cell["policy"] == "lru").map(hit).collect();
+    assert_eq!(lru, [(65_536, 2), (262_144, 7), (16 << 20, 7)], "one block, the head, fits; then all");
+    assert!(kvctl.table(&of_file).contains("the top: no cache"));
+    assert!(std::fs::read_to_string(&drawing).unwrap().starts_with("<svg"));
+    for (bad, says) in [
+        (&["--dram", "1KiB"][..], "dram_bytes: 1024 bytes"),
+        (&["--policy", "lfu"], "no-cache"),
+        (&["--tenant", "nobody"], "no requests of this tenant"),
+        (&["--trace", "/no/such"], "--trace: /no/such"),
+    ] {
+        let error = kvctl.refused(&[&["policy", "simulate"][..], bad].concat());
+        assert!(error.contains(says), "{error}");
+    }
+    daemon.is_well().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_cluster_can_be_looked_at() {
     let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
     let setup = Setup { grpc_address: address.clone(), nodes: vec![address.clone()], ..Setup::default() };
