@@ -2,8 +2,7 @@
 //! bytes, and the clients' own view of what they were promised.
 //!
 //! Owns: what every slot really contains, which effects wait for their end, what each lease lets its holder touch.
-//! Invariant: `checks` runs after every call.
-//! Leaves to others: what to ask (the tests).
+//! Invariant: `checks` runs after every call. Leaves to others: what to ask (the tests).
 
 use super::super::event::{Effect, Event, MemberId, Question};
 use super::super::{Node, NodeConfig, NvmeConfig};
@@ -87,6 +86,7 @@ pub(super) struct World {
     pub(super) peers: super::transfers::Peers,
     pub(super) uploads: super::uploading::Uploads,
     pub(super) devices: super::tier_change::Devices,
+    pub(super) accesses: Vec<super::super::recording::Access>,
     pub(super) last: u64,
     digest: DefaultHasher,
 }
@@ -202,6 +202,7 @@ impl World {
     pub(super) fn new(config: NodeConfig) -> Self {
         Self {
             devices: super::tier_change::Devices::new(&config),
+            accesses: Vec::new(),
             node: Node::new(config),
             now_us: 0,
             dram: BTreeMap::new(),
@@ -309,7 +310,8 @@ impl World {
                     .for_each(|slot| assert!(!self.published.contains_key(slot), "{slot:?} holds a block"));
             }
             Effect::Verify { slot, .. } => unreachable!("{slot:?} is no earlier daemon's"),
-            Effect::Note { .. } | Effect::Space { .. } | Effect::Accessed(_) => {}
+            Effect::Accessed(access) => self.accesses.push(*access),
+            Effect::Note { .. } | Effect::Space { .. } => {}
         }
     }
 
@@ -504,23 +506,21 @@ impl World {
 
     /// A session of one member that maps memory.
     pub(super) fn open(&mut self, tenant: &str) -> MemberId {
-        let pid = 1000 + self.last as u32;
-        self.try_open(true, pid, open_of(tenant, "main")).expect("a session")
+        self.try_open(true, 1000 + self.last as u32, open_of(tenant, "main")).expect("a session")
     }
 
     /// Another member of a member's session.
     pub(super) fn join(&mut self, first: MemberId, name: &str) -> MemberId {
         let client = &self.clients[&first];
-        let join = client.token.clone().into();
-        let request = wire::OpenSessionRequest { join, ..open_of(&client.tenant, name) };
-        let pid = 1000 + self.last as u32;
-        self.try_open(true, pid, request).expect("joined")
+        let mut request = open_of(&client.tenant, name);
+        request.join = client.token.clone().into();
+        self.try_open(true, 1000 + self.last as u32, request).expect("joined")
     }
 
     /// The answer, or `None` while the question waits.
     pub(super) fn try_ask(&mut self, member: MemberId, body: Ask) -> Option<Result<Reply, Error>> {
-        let request_id = self.begin(member, body);
-        self.answer(member, request_id)
+        let asked = self.begin(member, body);
+        self.answer(member, asked)
     }
 
     /// Asks without looking for the answer.

@@ -16,6 +16,7 @@ mod numa;
 mod order;
 mod policy_change;
 mod purge;
+mod recording;
 mod seeking;
 mod sessions;
 mod simulation;
