@@ -76,9 +76,7 @@ pub fn serve_over(config: &Config, made: impl FnOnce(NvmeMedium) -> Box<dyn Medi
     let io = |what: &str, e: std::io::Error| {
         Error::new(Code::Unavailable, "", format!("{what}: {e}"), "see the system's limits")
     };
-    let poll = mio::Poll::new().map_err(|e| io("epoll", e))?;
-    let waker = mio::Waker::new(poll.registry(), reactor::WAKE).map_err(|e| io("eventfd", e))?;
-    let inbox = Inbox::new(waker);
+    let (poll, inbox) = poll_inbox().map_err(|e| io("epoll, eventfd", e))?;
     let dram = Arc::new(DramSegments::new(dram_options(config)));
     let (mut node, epoch) = new_node(config);
     let (keeper, things) = reattach::find(config);
@@ -138,6 +136,12 @@ pub fn serve_over(config: &Config, made: impl FnOnce(NvmeMedium) -> Box<dyn Medi
         let _ = std::fs::remove_file(socket);
     }
     ran.map(|_| ()).map_err(|e| io("the node's thread", e))
+}
+
+fn poll_inbox() -> std::io::Result<(mio::Poll, Inbox)> {
+    let poll = mio::Poll::new()?;
+    let waker = mio::Waker::new(poll.registry(), reactor::WAKE)?;
+    Ok((poll, Inbox::new(waker)))
 }
 
 fn bind_all(config: &Config) -> Result<(mio::net::UnixListener, Listeners), Error> {
