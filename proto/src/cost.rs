@@ -87,9 +87,19 @@ pub fn fetch_us(queue_us: f64, latency_us: f64, bytes: u64, bytes_per_us: f64) -
 /// that a GiB is $2.6e-5; an H100's hour is $10 on demand. Whose GPUs cost a quarter of that has four times the wear.
 pub const WEAR_US_PER_GIB_DEFAULT: u32 = 9_000;
 
+/// The least share of its time for which a medium is taken to be idle: a price stays finite.
+const IDLE_MIN: f64 = 0.05;
+
 /// What writing `bytes` costs, at so much a GiB, in microseconds.
 pub fn wear_us(bytes: u64, us_per_gib: f64) -> f64 {
     bytes as f64 / (1_u64 << 30) as f64 * us_per_gib.max(0.0)
+}
+
+/// Microseconds that reads wait for one more piece of work that takes a medium `work_us`, all reads together, where it spends these shares of its time with reads and
+/// with writes: who comes while the queue holds that work waits as much longer, and it is held until the queue is empty (Kleinrock, Queueing Systems I, 1975, work in M/G/1).
+pub fn queue_delay_us(work_us: f64, [reading, writing]: [f64; 2]) -> f64 {
+    let idle = (1.0 - reading.clamp(0.0, 1.0) - writing.clamp(0.0, 1.0)).max(IDLE_MIN);
+    work_us.max(0.0) * reading.clamp(0.0, 1.0) / idle
 }
 
 /// How long a load may go without progress before it is given up (law 3): `max(2 x predicted fetch, 5 % of recompute)`.
@@ -118,6 +128,10 @@ mod tests {
         assert!((fetch_us(10.0, 90.0, 2 << 20, 2048.0) - 1124.0).abs() < 1e-9);
         assert!((stall_us(100.0, 8000.0) - 400.0).abs() < 1e-9);
         assert!((wear_us(64 << 20, 37_000.0) - 2312.5).abs() < 1e-9);
+        // a drive that reads for a fifth of its time and writes for two: half of the work's time is waited by somebody
+        assert!((queue_delay_us(1000.0, [0.2, 0.4]) - 500.0).abs() < 1e-9);
+        assert!(queue_delay_us(1000.0, [0.0, 0.9]).abs() < 1e-12, "nobody reads");
+        assert!((queue_delay_us(1000.0, [0.5, 0.9]) - 10_000.0).abs() < 1e-9, "a price stays finite");
         assert!(worth(1.0, 50.0, 80.0, 1).abs() < 1e-12, "a copy slower than the next best is worth nothing");
     }
 

@@ -5,7 +5,8 @@
 //! parallel, and the slowest counts. Modelled as free: writes to DRAM and to S3 (they are behind, and the way there is another than
 //! the way back), the link to the GPU. Leaves to others: what is where (`node`), what a prefix costs (`workload`).
 
-use kvd_proto::cost::fetch_us;
+use crate::measure::Busy;
+use kvd_proto::cost::{fetch_us, queue_delay_us};
 
 /// How fast one medium is read.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -63,11 +64,13 @@ pub(super) struct Plan {
 struct Medium {
     read: Speed,
     busy_until_us: f64,
+    reading: Busy,
+    writing: Busy,
 }
 
 impl Medium {
     fn idle(read: Speed) -> Self {
-        Self { read, busy_until_us: 0.0 }
+        Self { read, busy_until_us: 0.0, reading: Busy::default(), writing: Busy::default() }
     }
 
     /// Until so many bytes, asked for now, are here; nothing of nothing.
@@ -106,6 +109,13 @@ impl Media {
         Medium { busy_until_us: 0.0, ..self.media[Source::Nvme as usize] }.read_us(0.0, self.block_bytes)
     }
 
+    /// Microseconds that reads wait for one more write, all together, as busy as NVMe is of late.
+    pub(super) fn delay_us(&self, now_us: f64) -> f64 {
+        let nvme = &self.media[Source::Nvme as usize];
+        let shares = [nvme.reading, nvme.writing].map(|busy| busy.share(now_us));
+        queue_delay_us(self.block_bytes as f64 / self.write_bytes_per_us, shares)
+    }
+
     /// Fetch or recompute: the prefix for which loading it and computing the rest ends first, the longest of equals. `prefix_us`: what having so many
     /// blocks saves.
     pub(super) fn plan(&self, now_us: f64, sources: &[Source], prefix_us: impl Fn(usize) -> f64) -> Plan {
@@ -126,16 +136,21 @@ impl Media {
 
     /// These come: their media are busy.
     pub(super) fn load(&mut self, now_us: f64, sources: &[Source]) {
-        for &source in sources.iter().filter(|_| self.queues) {
+        for &source in sources {
             let medium = &mut self.media[source as usize];
-            medium.occupy(now_us, self.block_bytes, medium.read.bytes_per_us);
+            medium.reading.add(now_us, self.block_bytes as f64 / medium.read.bytes_per_us);
+            if self.queues {
+                medium.occupy(now_us, self.block_bytes, medium.read.bytes_per_us);
+            }
         }
     }
 
     /// A block is written to NVMe, in the queue that reads stand in too.
     pub(super) fn write_nvme(&mut self, now_us: f64) {
+        let nvme = &mut self.media[Source::Nvme as usize];
+        nvme.writing.add(now_us, self.block_bytes as f64 / self.write_bytes_per_us);
         if self.queues {
-            self.media[Source::Nvme as usize].occupy(now_us, self.block_bytes, self.write_bytes_per_us);
+            nvme.occupy(now_us, self.block_bytes, self.write_bytes_per_us);
         }
     }
 }

@@ -271,7 +271,8 @@ impl<'a> Node<'a> {
                 continue;
             }
             let room = self.nvme.len() < self.shape.nvme_blocks;
-            let would_save_us = self.nvme.would_save_us(block.key, now_us);
+            let delay_us = self.media.delay_us(now_us as f64) as f32;
+            let would_save_us = self.nvme.would_save_us(block.key, now_us).map(|us| us - delay_us);
             if self.filling.writes(Moment::LeavesDram, room, would_save_us) {
                 self.demote(block, now_us);
             }
