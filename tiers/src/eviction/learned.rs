@@ -8,6 +8,7 @@ use super::keys::{Keys, fingerprint};
 use super::queues::{now_ms, saved_at};
 use super::reuse::Reuse;
 use super::{Request, Use};
+use kvd_proto::Hints;
 
 /// Keys that are remembered for each copy: of a copy that went too early that much is known.
 const KEYS_PER_COPY: usize = 6;
@@ -41,7 +42,8 @@ struct Seen {
 }
 
 const HERE: u8 = 1 << 7;
-const TURN_MAX: u8 = HERE - 1;
+/// Turns are counted so far; later ones are this one.
+pub(super) const TURN_MAX: u8 = HERE - 1;
 
 impl Seen {
     fn is_here(&self) -> bool {
@@ -81,6 +83,7 @@ impl Learned {
             turn,
             trunk: trunk as u32,
             branch,
+            hints: Hints::default(),
         }
     }
 
