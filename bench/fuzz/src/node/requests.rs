@@ -195,7 +195,9 @@ fn matching(material: &mut Material, shell: &Shell) -> wire::MatchRequest {
 }
 
 fn hints(material: &mut Material) -> Option<wire::Hints> {
-    let small = |material: &mut Material| if material.one_in(4) { material.number32() } else { material.below(2000) as u32 };
+    let small = |material: &mut Material| {
+        if material.one_in(4) { material.number32() } else { material.below(2000) as u32 }
+    };
     material.one_in(3).then(|| wire::Hints {
         priority: small(material),
         ttl_ms: small(material),
