@@ -12,8 +12,8 @@ pub(super) const AGES: usize = 50;
 /// Blocks of its group, and of all, that a class, and a group, is taken to have had beside its own.
 const GROUP_COUNTS_AS: f64 = 1000.0;
 const ALL_COUNT_AS: f64 = 50.0;
-/// Blocks of which an engine has said what becomes of them, that its word counts for: more, since those that wait for it are counted before they
-/// come back.
+/// Blocks that an engine's word on a group counts as: as many as it takes for those that wait for a tool, which are counted before they come
+/// back, not to look as if they did not. (Agents save the same within 1 % with 50 to 5,000.)
 const WORD_COUNTS_AS: f64 = GROUP_COUNTS_AS;
 /// Counts are halved after so many uses a copy, or after the least.
 const HALVED_AFTER_USES: u64 = 64;
