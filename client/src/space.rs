@@ -7,7 +7,7 @@ use crate::fill::Fill;
 use crate::lease::Match;
 use crate::session::{Session, unexpected};
 use kvd_proto::wire::{self, client_frame::Body as Ask, node_frame::Body as Answer};
-use kvd_proto::{BlockId, Chain, Error, Fingerprint};
+use kvd_proto::{BlockId, Chain, Error, Fingerprint, Hints};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -96,7 +96,7 @@ impl SpaceHandle {
         chain: &Chain,
         skip_blocks: u32,
     ) -> Result<Match, Error> {
-        self.matched(request_key, chain, skip_blocks, None).await
+        self.match_hinted(request_key, chain, skip_blocks, None, Hints::default()).await
     }
 
     /// As `match_prefix`, and first of all what another engine has filled for this request, tail included. See `Match::hand_off`
@@ -108,22 +108,25 @@ impl SpaceHandle {
         skip_blocks: u32,
         claim: &Claim,
     ) -> Result<Match, Error> {
-        let claim = wire::Claim {
-            key: claim.key.clone().into(),
-            node: claim.node.clone(),
-            wait_ms: to_ms(claim.wait),
-            tail_tokens: claim.tail_tokens,
-        };
-        self.matched(request_key, chain, skip_blocks, Some(claim)).await
+        self.match_hinted(request_key, chain, skip_blocks, Some(claim), Hints::default()).await
     }
 
-    async fn matched(
+    /// As `match_prefix`, or `match_claimed`, with what the engine knows of this request and the next: which copies are kept follows from it, and what this
+    /// request then reserves has it, too. It counts with the first question of this key and chain.
+    pub async fn match_hinted(
         &self,
         request_key: &[u8],
         chain: &Chain,
         skip_blocks: u32,
-        claim: Option<wire::Claim>,
+        claim: Option<&Claim>,
+        hints: Hints,
     ) -> Result<Match, Error> {
+        let claim = claim.map(|claim| wire::Claim {
+            key: claim.key.clone().into(),
+            node: claim.node.clone(),
+            wait_ms: to_ms(claim.wait),
+            tail_tokens: claim.tail_tokens,
+        });
         let inner = &self.session.inner;
         let asked = Instant::now();
         let incarnation = inner.incarnation(); // before the number that it gives meaning
@@ -135,6 +138,7 @@ impl SpaceHandle {
             skip_blocks,
             this_node_only: false,
             claim,
+            hints: hints.to_wire(),
         };
         let Answer::Match(reply) = inner.call_of(incarnation, Ask::Match(request)).await? else {
             return Err(unexpected());

@@ -168,6 +168,12 @@ fn frame_inputs() -> Vec<(&'static str, Value)> {
                     "request_key_hex": "7265712d31", "chain_hex": "0a".repeat(16) + &"0b".repeat(16) }),
         ),
         (
+            "match with hints",
+            json!({ "frame": "ClientFrame", "request_id": 301, "fds": 0, "body": "match", "space": 2,
+                    "request_key_hex": "", "chain_hex": "0a".repeat(16),
+                    "hints": { "priority": 200, "ttl_ms": 60_000, "expects": 1, "return_ms": 1500 } }),
+        ),
+        (
             "release without a reply",
             json!({ "frame": "ClientFrame", "request_id": 0, "fds": 0, "body": "release", "lease": 77 }),
         ),
@@ -298,6 +304,12 @@ fn client_body(input: &Value) -> client_frame::Body {
             space: number(input, "space") as u32,
             request_key: bytes(input, "request_key_hex").into(),
             chain: bytes(input, "chain_hex").into(),
+            hints: input.get("hints").map(|hints| wire::Hints {
+                priority: number(hints, "priority") as u32,
+                ttl_ms: number(hints, "ttl_ms") as u32,
+                expects: (number(hints, "expects") as u32).cast_signed(),
+                return_ms: number(hints, "return_ms") as u32,
+            }),
             ..Default::default()
         }),
         "release" => client_frame::Body::Release(wire::ReleaseRequest { lease: number(input, "lease") }),

@@ -42,6 +42,10 @@ pub const RUNS_MAX: usize = 16_384;
 pub const RESERVE_WAIT_MS_MAX: u32 = 10_000;
 /// How long a hand-off lease may wait to be claimed. Longer wishes are cut to this.
 pub const HAND_OFF_TTL_MS_MAX: u32 = 60_000;
+/// Percent of what time is worth to a request that hints at its priority. At the limit: the request is refused.
+pub const HINT_PRIORITY_PERCENT_MAX: u32 = 1000;
+/// How far ahead a hint reaches, in time to live and time to return: a day. At the limit: the request is refused.
+pub const HINT_MS_MAX: u32 = 86_400_000;
 /// Registered spaces of one node. At the limit: the space is refused.
 pub const SPACES_MAX: usize = 4096;
 /// Workers of one node. At the limit: the worker is refused.

@@ -7,6 +7,9 @@
 use serde::Serializer as _;
 use serde_json::{Map, Value, json};
 
+/// What a client may say to kvd itself, in `kv_transfer_params.kvd`: `Hints` of `kvd.v1`, as connectors read them.
+const HINTS: [&str; 4] = ["priority", "ttl_ms", "expects", "return_ms"];
+
 /// Messages of one chat. At the limit: refused.
 pub const MESSAGES_MAX: usize = 16_384;
 
@@ -105,12 +108,15 @@ impl Request {
         bytes
     }
 
-    /// What connectors are told, with kvd's own word beside the client's.
-    pub fn transfer_params_with(&self, kvd: Value) -> Value {
+    /// What connectors are told, with kvd's own word beside the client's; of what the client says to kvd, its hints alone.
+    pub fn transfer_params_with(&self, mut kvd: Value) -> Value {
         let mut params = match &self.kv_transfer_params {
             Some(Value::Object(params)) => params.clone(),
             _ => Map::new(),
         };
+        if let (Some(Value::Object(said)), Value::Object(word)) = (params.remove("kvd"), &mut kvd) {
+            word.extend(said.into_iter().filter(|(name, _)| HINTS.contains(&name.as_str())));
+        }
         params.insert("kvd".to_owned(), kvd);
         Value::Object(params)
     }
@@ -329,6 +335,17 @@ mod tests {
             String::from_utf8(sent).unwrap(),
             r#"{"zeta":{"b":1,"a":2},"model":"m","messages":[{"role":"user","content":"hi"}],"stream":true,"max_tokens":7,"kv_transfer_params":{"other":1,"kvd":{"request_key":"k"}},"max_completion_tokens":1}"#
         );
+    }
+
+    #[test]
+    fn a_clients_hints_pass_and_nothing_else_that_it_says_to_kvd() {
+        let said = json!({"kvd": {"expects": "tool_call", "return_ms": 900, "priority": 200, "ttl_ms": 60_000,
+            "do": "prefill", "request_key": "another's"}});
+        let request = completion(&json!({"model": "m", "prompt": "a", "kv_transfer_params": said})).unwrap();
+        let told = request.transfer_params_with(json!({"request_key": "k"}));
+        let expected = json!({"kvd": {"request_key": "k", "expects": "tool_call", "return_ms": 900, "priority": 200,
+            "ttl_ms": 60_000}});
+        assert_eq!(told, expected);
     }
 
     #[test]

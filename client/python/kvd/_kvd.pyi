@@ -24,6 +24,7 @@ __all__ = [
     "Fill",
     "Group",
     "HandOff",
+    "Hints",
     "LayerMemory",
     "Layout",
     "Loaded",
@@ -64,6 +65,7 @@ _Tier: TypeAlias = Literal["hbm", "dram", "nvme", "s3", "none"]
 _Source: TypeAlias = Literal["hbm", "dram", "nvme", "s3", "none", "remote"]
 _Reserved: TypeAlias = Literal["granted", "present", "busy", "no_space"]
 _HandOffState: TypeAlias = Literal["none", "ready", "not_yet", "gone"]
+_Expects: TypeAlias = Literal["tool_call", "session_end"]
 _Span: TypeAlias = tuple[int, int, int, bytes]
 
 IMAGE: Final[int]
@@ -212,6 +214,24 @@ class HandOff:
     """Keeps what is stored for whoever claims it; `blocks`: of the prompt, in all, tail included."""
 
     def __new__(cls, key: _Key, *, blocks: int, ttl_s: float = 30.0) -> Self: ...
+
+@final
+class Hints:
+    """What follows a request, as far as its engine knows: it steers which copies are kept, and changes no answer. `priority`: percent of what
+    the time saved is worth, 1 to 1000; `ttl_s`: how long its blocks should stay, up to a day and a share of the node;
+    `return_s`: when the tool is expected to have answered."""
+
+    def __new__(
+        cls, *, priority: int = 100, ttl_s: float = 0.0, expects: _Expects | None = None, return_s: float = 0.0
+    ) -> Self: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def ttl_s(self) -> float: ...
+    @property
+    def expects(self) -> _Expects | None: ...
+    @property
+    def return_s(self) -> float: ...
 
 @final
 class Group:
@@ -474,9 +494,18 @@ class Space:
         *,
         skip: int = 0,
         claim: Claim | None = None,
+        hints: Hints | None = None,
         timeout_s: float | None = ...,
     ) -> Match: ...
-    def match_soon(self, key: _Key, chain: Chain, *, skip: int = 0, claim: Claim | None = None) -> Pending[Match]: ...
+    def match_soon(
+        self,
+        key: _Key,
+        chain: Chain,
+        *,
+        skip: int = 0,
+        claim: Claim | None = None,
+        hints: Hints | None = None,
+    ) -> Pending[Match]: ...
     def reserve(
         self,
         key: _Key,

@@ -203,15 +203,17 @@ class KvdCache:
         adapter: bytes = b"",
         salt: bytes = b"",
         key: bytes = b"",
+        hints: kvd.Hints | None = None,
         timeout_s: float = 2.0,
     ) -> DynamicCache:
-        """The longest prefix that can be had, in whole blocks, without the last token. It may be empty."""
+        """The longest prefix that can be had, in whole blocks, without the last token. It may be empty. `hints`: of
+        this prompt, for what is stored of it after this, too."""
         tokens = _tokens(ids)
         chain = self.space.chain(tokens[:-1], adapter=adapter, salt=salt)
         if len(chain) == 0:
             return self._empty()
         try:
-            with self.space.match(key, chain, timeout_s=timeout_s) as match:
+            with self.space.match(key, chain, hints=hints, timeout_s=timeout_s) as match:
                 return self._load(match, timeout_s)
         except kvd.InvalidError:
             raise

@@ -14,6 +14,7 @@ mod buffer;
 mod chain;
 mod client;
 mod error;
+mod hints;
 mod layout;
 mod lease;
 mod pages;
@@ -36,6 +37,8 @@ mod _kvd {
     use super::client::{Claim, Client, HandOff};
     #[pymodule_export]
     use super::error::Miss;
+    #[pymodule_export]
+    use super::hints::Hints;
     #[pymodule_export]
     use super::layout::{Group, Layout};
     #[pymodule_export]

@@ -5,6 +5,7 @@ use crate::buffer::Held;
 use crate::chain::Chain;
 use crate::client::{Claim, HandOff, Text, now};
 use crate::error::{Miss, invalid, raise};
+use crate::hints::Hints;
 use crate::lease::{PyFill, PyMatch, number, tier_name};
 use crate::pages::{Pages, Storing, store_from};
 use crate::pending::{Copies, Pending, seconds};
@@ -168,21 +169,31 @@ impl Space {
     }
 
     /// Leases the prefix worth loading. See `match`.
-    #[pyo3(signature = (key, chain, *, skip=0, claim=None))]
-    fn match_soon(&self, key: Text, chain: &Chain, skip: u32, claim: Option<Claim>) -> PyResult<Pending> {
+    #[pyo3(signature = (key, chain, *, skip=0, claim=None, hints=None))]
+    fn match_soon(
+        &self,
+        key: Text,
+        chain: &Chain,
+        skip: u32,
+        claim: Option<Claim>,
+        hints: Option<Hints>,
+    ) -> PyResult<Pending> {
         let (key, tail_tokens) = (Self::key(key)?, chain.tail());
         let (handle, asked) = (self.handle.clone(), chain.from(0)?);
-        let work = async move {
-            let Some(claim) = claim else { return handle.match_prefix(&key, &asked, skip).await };
-            let claim = kvd_client::Claim { key: claim.key, node: claim.node, wait: claim.wait, tail_tokens };
-            handle.match_claimed(&key, &asked, skip, &claim).await
-        };
+        let claim = claim.map(|claim| kvd_client::Claim {
+            key: claim.key,
+            node: claim.node,
+            wait: claim.wait,
+            tail_tokens,
+        });
+        let said = hints.map(|hints| hints.said).unwrap_or_default();
+        let work = async move { handle.match_hinted(&key, &asked, skip, claim.as_ref(), said).await };
         let layout = self.handle.layout().clone();
         Pending::spawn(work, move |py, found| Ok(Py::new(py, PyMatch::new(found, &layout))?.into_any()))
     }
 
     /// Leases the prefix worth loading, without its first `skip` blocks. The same key and chain: the same lease, until released.
-    #[pyo3(name = "match", signature = (key, chain, *, skip=0, claim=None, timeout_s=Some(2.0)))]
+    #[pyo3(name = "match", signature = (key, chain, *, skip=0, claim=None, hints=None, timeout_s=Some(2.0)))]
     fn match_now(
         &self,
         py: Python<'_>,
@@ -190,9 +201,10 @@ impl Space {
         chain: &Chain,
         skip: u32,
         claim: Option<Claim>,
+        hints: Option<Hints>,
         timeout_s: Option<f64>,
     ) -> PyResult<Py<PyAny>> {
-        now(py, &self.match_soon(key, chain, skip, claim)?, timeout_s)
+        now(py, &self.match_soon(key, chain, skip, claim, hints)?, timeout_s)
     }
 
     /// Slots to fill. See `reserve`.

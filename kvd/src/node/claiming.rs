@@ -10,7 +10,7 @@ use super::hand_off::{Name, REMEMBERED_US, RecordId, State, check_hand_off_key};
 use super::lease::RequestKind;
 use kvd_proto::limits::{RESERVE_WAIT_MS_MAX, WORKER_NAME_BYTES_MAX};
 use kvd_proto::wire::{self, HandOffState, HandOffStatus, MatchRequest, Tier, node_frame::Body as Reply};
-use kvd_proto::{Chain, Error};
+use kvd_proto::{Chain, Error, Hints};
 use kvd_tiers::catalog::{Handle, Key};
 use std::collections::VecDeque;
 
@@ -85,6 +85,7 @@ impl Node {
     ) -> Result<u16, Error> {
         let space = self.space_of(member, request.space)?;
         Chain::from_packed("chain", &request.chain)?;
+        Hints::from_wire(request.hints.as_ref())?;
         check_hand_off_key("claim.key", &claim.key)?;
         self.check_tail(space, "claim.tail_tokens", claim.tail_tokens)?;
         if claim.node.len() > WORKER_NAME_BYTES_MAX {

@@ -14,7 +14,7 @@ use super::usage::Asked;
 use super::verifying::unverified;
 use kvd_proto::limits::RESERVE_WAIT_MS_MAX;
 use kvd_proto::wire::{self, ReserveState, Tier, node_frame::Body as Reply};
-use kvd_proto::{BlockId, Chain, Error};
+use kvd_proto::{BlockId, Chain, Error, Hints};
 use kvd_tiers::catalog::{Key, Mark, NewEntry};
 use kvd_tiers::table::Filler;
 use std::collections::VecDeque;
@@ -45,6 +45,7 @@ pub(super) struct Wanted {
     /// Of the last block, if it is no whole one.
     tail_tokens: u32,
     pub(super) hand_off: Option<Wish>,
+    hints: Hints,
     asked_us: u64,
     until_us: u64,
     tried_us: u64,
@@ -124,6 +125,7 @@ impl Node {
         let space = self.space_of(member, request.space)?;
         let chain = Chain::from_packed("chain", &request.chain)?;
         check_key(&request.request_key)?;
+        let hints = Hints::from_wire(request.hints.as_ref())?;
         let hand_off = self.check_hand_off(space, request)?;
         let order = self.check_order(space, request, chain.ids())?;
         let wait_us = u64::from(request.wait_ms.min(RESERVE_WAIT_MS_MAX)) * 1000;
@@ -136,6 +138,7 @@ impl Node {
             chain: chain.ids().to_vec(),
             tail_tokens: request.tail_tokens,
             hand_off,
+            hints,
             asked_us: self.now_us,
             until_us: self.now_us + wait_us,
             tried_us: self.now_us,
@@ -313,7 +316,14 @@ impl Node {
             }
             None if !wanted.order.apart => {
                 let (chain, first) = (wanted.chain.clone(), wanted.order.depth);
-                let asked = Asked { space: wanted.space, chain, first, lease: Some(lease), goes_on_at: last };
+                let asked = Asked {
+                    space: wanted.space,
+                    chain,
+                    first,
+                    lease: Some(lease),
+                    goes_on_at: last,
+                    hints: wanted.hints,
+                };
                 self.tell_asked(Vec::new(), asked);
             }
             None => {}

@@ -10,7 +10,7 @@ use super::lease::{Item, ItemState, NewLease, RequestKind};
 use super::verifying::unverified;
 use kvd_proto::limits::{REQUEST_KEY_BYTES_MAX, RUNS_MAX};
 use kvd_proto::wire::{self, HandOffState, Tier};
-use kvd_proto::{BlockId, Chain, Error};
+use kvd_proto::{BlockId, Chain, Error, Hints};
 use kvd_tiers::catalog::Handle;
 use kvd_tiers::segment::SlotRef;
 use std::ops::Range;
@@ -119,10 +119,10 @@ impl Node {
         may_seek: bool,
         may_defer: bool,
     ) -> Result<Matched, Error> {
-        let space = self.space_of(member, request.space)?;
-        let session = self.sessions.of(member)?;
+        let (space, session) = (self.space_of(member, request.space)?, self.sessions.of(member)?);
         let chain = Chain::from_packed("chain", &request.chain)?;
         check_key(&request.request_key)?;
+        let hints = Hints::from_wire(request.hints.as_ref())?;
         let skip = (request.skip_blocks as usize).min(chain.ids().len());
         let key = &request.request_key[..];
         let known = self.same_question(session, RequestKind::Match, key, space, chain.ids(), skip as u32);
@@ -158,7 +158,7 @@ impl Node {
         let used = self.touch(&found, stored); // what is not loaded is wanted all the same
         self.count_match(space, chain.ids(), &items, leased, skip.min(stored));
         if items.is_empty() {
-            self.tell_matched(used, space, chain.ids(), leased, None);
+            self.tell_matched(used, space, chain.ids(), leased, None, hints);
             let hand_off = hand_off_status(request, false);
             let none = wire::MatchReply { blocks: leased as u32, hand_off, ..wire::MatchReply::default() };
             return Ok(Matched::Reply(none));
@@ -177,7 +177,7 @@ impl Node {
             bytes,
             predicted_us,
         });
-        self.tell_matched(used, space, chain.ids(), leased, Some(lease));
+        self.tell_matched(used, space, chain.ids(), leased, Some(lease), hints);
         self.wait_for_loads(lease);
         record.into_iter().for_each(|record| self.claimed(record));
         Ok(Matched::Reply(self.match_reply(lease, request)))

@@ -9,8 +9,8 @@
 use super::Node;
 use super::lease::LeaseId;
 use super::memory::at;
-use kvd_proto::BlockId;
 use kvd_proto::wire::Tier;
+use kvd_proto::{BlockId, Hints};
 use kvd_tiers::catalog::{Handle, Key, TIERS};
 use kvd_tiers::eviction::{Eviction as _, Request, Use};
 use std::collections::{HashMap, VecDeque};
@@ -77,6 +77,8 @@ pub(super) struct Asked {
     pub(super) lease: Option<LeaseId>,
     /// What comes behind this block, or with it, is the same request's.
     pub(super) goes_on_at: BlockId,
+    /// What its engine knows of it.
+    pub(super) hints: Hints,
 }
 
 impl Heard {
@@ -139,9 +141,10 @@ impl Node {
         chain: &[BlockId],
         here: usize,
         lease: Option<LeaseId>,
+        hints: Hints,
     ) {
         let Some(goes_on_at) = chain.get(here).or(chain.last()).copied() else { return };
-        self.tell_asked(used, Asked { space, chain: chain.to_vec(), first: 0, lease, goes_on_at });
+        self.tell_asked(used, Asked { space, chain: chain.to_vec(), first: 0, lease, goes_on_at, hints });
     }
 
     /// A request used these, each group's tail first; the policies hear of it with the next `settle`.
@@ -206,6 +209,7 @@ impl Node {
             heard.seen.push(TIERS.map(|tier| {
                 let pool = self.pool_of_group(asked.space, group, tier)?;
                 let mut request = self.memory.pools[pool].policy.request(&names, self.now_us);
+                request.hints = asked.hints;
                 if asked.first > 0 {
                     request.blocks += asked.first;
                     request.known += asked.first; // or there was nothing to reserve behind
@@ -223,7 +227,8 @@ impl Node {
     }
 
     /// What having a copy of one of its blocks saves over the next best source: computing it, or from DRAM reading it from NVMe. Chains are worth
-    /// something by their tails: known blocks have the mean of the whole chain, new ones the mean of all that are new (design.md, section 5).
+    /// something by their tails: known blocks have the mean of the whole chain, new ones the mean of all that are new (design.md, section 5). A request's
+    /// priority is what that is worth.
     fn saved_us(&self, space: u16, group: u8, tier: Tier, request: &Request) -> [f32; 2] {
         let (layout, profile) = (&self.spaces[usize::from(space)].space.layout, self.profile_of(space));
         let bytes = u64::from(layout.slot_bytes(group.into()));
@@ -238,7 +243,7 @@ impl Node {
                 Tier::Dram => recompute_us,
                 _ => recompute_us - from_nvme_us,
             };
-            saved_us.max(0.0) as f32
+            request.hints.weigh_us(saved_us.max(0.0)) as f32
         })
     }
 

@@ -4,6 +4,7 @@
 //! rate to expect is `share that comes back / mean age x e^(-age / mean age)`. What differs: our classes (`class`), and priors for those
 //! with few samples (`reuse`). Invariants: as `queues`. Memory: 26 B a handle, 96 B a copy of what was seen; measured 121 at a million.
 
+use super::held::Held;
 use super::learned::Learned;
 use super::lens::Lens;
 use super::queues::{Queues, now_ms};
@@ -19,6 +20,7 @@ const LEARN_EVERY_USES: u32 = 2048;
 pub struct ClassTtl {
     learned: Learned,
     queues: Queues,
+    held: Held,
     lens: Lens,
     unlearned: u32,
 }
@@ -26,7 +28,13 @@ pub struct ClassTtl {
 impl ClassTtl {
     /// Knows no copies.
     pub fn new() -> Self {
-        Self { learned: Learned::new(), queues: Queues::new(), lens: Lens::ttl(), unlearned: 0 }
+        Self {
+            learned: Learned::new(),
+            queues: Queues::new(),
+            held: Held::default(),
+            lens: Lens::ttl(),
+            unlearned: 0,
+        }
     }
 
     fn used(&mut self, used: &Use, here: bool) -> super::class::Class {
@@ -57,6 +65,7 @@ impl Eviction for ClassTtl {
     fn insert(&mut self, handle: Handle, used: &Use) {
         let class = self.used(used, true);
         self.queues.insert(handle, class, used);
+        self.held.used(handle, used);
     }
 
     fn admit(&mut self, handle: Handle, key: u64, now_us: u64) {
@@ -71,6 +80,7 @@ impl Eviction for ClassTtl {
     fn touch(&mut self, handle: Handle, used: &Use) {
         let class = self.used(used, true);
         self.queues.touch(handle, class, used);
+        self.held.used(handle, used);
     }
 
     fn expose(&mut self, handle: Handle) {
@@ -80,6 +90,7 @@ impl Eviction for ClassTtl {
     fn remove(&mut self, handle: Handle) {
         let fingerprint = self.queues.remove(handle);
         self.learned.gone(fingerprint);
+        self.held.remove(handle);
     }
 
     fn victim(
@@ -88,7 +99,10 @@ impl Eviction for ClassTtl {
         scan_limit: usize,
         eligible: &mut dyn FnMut(Handle) -> bool,
     ) -> Option<Handle> {
-        self.queues.victim(&self.lens, now_ms(now_us), scan_limit, eligible)
+        let Self { queues, lens, .. } = self;
+        self.held.victim(queues.len(), now_us, scan_limit, eligible, |eligible| {
+            queues.victim(lens, now_ms(now_us), scan_limit, eligible)
+        })
     }
 
     fn len(&self) -> usize {

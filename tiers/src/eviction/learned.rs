@@ -8,6 +8,7 @@ use super::keys::{Keys, fingerprint};
 use super::queues::{now_ms, saved_at};
 use super::reuse::Reuse;
 use super::{Request, Use};
+use kvd_proto::Hints;
 
 /// Keys that are remembered for each copy: of a copy that went too early that much is known.
 const KEYS_PER_COPY: usize = 6;
@@ -41,7 +42,8 @@ struct Seen {
 }
 
 const HERE: u8 = 1 << 7;
-const TURN_MAX: u8 = HERE - 1;
+/// Turns are counted so far; later ones are this one.
+pub(super) const TURN_MAX: u8 = HERE - 1;
 
 impl Seen {
     fn is_here(&self) -> bool {
@@ -81,6 +83,7 @@ impl Learned {
             turn,
             trunk: trunk as u32,
             branch,
+            hints: Hints::default(),
         }
     }
 
@@ -140,6 +143,7 @@ impl Learned {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use kvd_proto::Expects;
 
     fn run(learned: &mut Learned, chain: &[u64], now_us: u64) -> Request {
         let request = learned.request(chain, now_us);
@@ -173,6 +177,24 @@ mod tests {
         assert_eq!(used(first), (class, false));
         let (other, new) = used(second);
         assert!(new && other != class, "a second use");
+    }
+
+    /// It was said to end and goes on, and nothing is said any more.
+    #[test]
+    fn the_last_use_says_what_is_expected() {
+        let mut learned = Learned::new();
+        let mut ask = |chain: &[u64], second: u64, expects: Expects| {
+            let mut request = learned.request(chain, second * 1_000_000);
+            request.hints.expects = expects;
+            let used = |at: usize| Use { key: chain[at], request, at: at as u32, saved_us: 1.0 };
+            let classes: Vec<_> =
+                (0..chain.len()).rev().map(|at| learned.used(&used(at), true, 1000).0).collect();
+            classes
+        };
+        let [ended, never] = [&[1, 2, 3], &[11, 12, 13]];
+        assert_ne!(ask(ended, 1, Expects::SessionEnd), ask(never, 1, Expects::Unknown));
+        assert_eq!(ask(ended, 2, Expects::Unknown), ask(never, 2, Expects::Unknown));
+        assert_ne!(ask(ended, 3, Expects::ToolCall { return_ms: 0 }), ask(never, 3, Expects::Unknown));
     }
 
     /// It left the tier above: here nobody has used it, elsewhere two have.

@@ -1,6 +1,7 @@
 //! Least recently used goes first. The `lru` crate's list and map behind the `Eviction` trait.
 //!
 //! Invariant: order of last insert or touch, except that a copy found ineligible counts as just used.
+//! It takes no hints of engines: what is expected, a time to live and what a use saves are nothing to it.
 //! Memory: 52 to 70 B a copy (a list node of 32, and a map that doubles); measured 68 at a million.
 
 use super::{Eviction, Handle, Use};

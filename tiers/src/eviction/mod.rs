@@ -9,6 +9,7 @@
 
 mod class;
 pub mod class_ttl;
+mod held;
 pub(crate) mod keys;
 mod learned;
 mod lens;
@@ -21,7 +22,7 @@ pub mod s3fifo;
 mod shadow;
 pub mod worth;
 
-use kvd_proto::Error;
+use kvd_proto::{Error, Hints};
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -51,12 +52,14 @@ pub struct Request {
     pub trunk: u32,
     /// Stands for the rest of the chain where chains are sampled.
     pub branch: u32,
+    /// What its engine says of it, set by the caller; its priority is in what its uses save already. LRU and S3-FIFO take no hints.
+    pub hints: Hints,
 }
 
 impl Request {
     /// One of which nothing is known.
     pub fn unknown(blocks: u32, now_us: u64) -> Self {
-        Self { number: 0, now_us, blocks, known: 0, turn: 1, trunk: 0, branch: 0 }
+        Self { number: 0, now_us, blocks, known: 0, turn: 1, trunk: 0, branch: 0, hints: Hints::default() }
     }
 }
 
@@ -208,6 +211,7 @@ pub fn by_name(name: &str) -> Result<Box<dyn Eviction>, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use kvd_proto::Expects;
     use proptest::prelude::*;
     use std::collections::{BTreeMap, BTreeSet};
 
@@ -221,7 +225,8 @@ mod tests {
             let now_us = number as u64 * 100_000;
             let chain: Vec<_> = (0..*blocks).map(|at| (branch * u64::from(at > 1), at)).collect();
             let keys: Vec<_> = chain.iter().map(|(branch, at)| branch << 8 | u64::from(*at)).collect();
-            let request = policy.request(&keys, now_us);
+            let mut request = policy.request(&keys, now_us);
+            request.hints = hints_of(number);
             assert_eq!(request.blocks, chain.len() as u32);
             assert!(request.known <= request.blocks && request.turn > 0);
             for (at, block) in chain.iter().enumerate().rev() {
@@ -254,6 +259,14 @@ mod tests {
             assert_eq!(policy.len(), found.len());
         }
         evicted
+    }
+
+    /// None, each kind, and a time to live that outlasts the test: in a cache where all is to be kept there is room all the same.
+    fn hints_of(number: usize) -> Hints {
+        let expects =
+            [Expects::Unknown, Expects::ToolCall { return_ms: 700 }, Expects::SessionEnd][number % 3];
+        let ttl_ms = [0, 300, u32::MAX][number / 3 % 3];
+        Hints { ttl_ms, expects, ..Hints::default() }
     }
 
     fn parent((branch, at): (u64, u8)) -> Option<(u64, u8)> {

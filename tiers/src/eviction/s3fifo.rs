@@ -5,6 +5,7 @@
 //! 10 % (a conversation's next turn comes after a pause); the ghost is a table of fingerprints, not a queue.
 //! Invariants: a handle is in one queue. The ghost remembers copies removed from the small queue, about as many as there are; a
 //! false memory sends a new copy straight to main: no harm.
+//! It takes no hints of engines, as `lru` does not; driving for `worth`, it is kept from copies whose time to live runs (`held`).
 //! Memory: 15 B a handle (dense arrays, by the largest handle) and 8 B a copy of ghost.
 
 use super::keys::{Keys, fingerprint};

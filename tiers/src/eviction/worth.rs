@@ -7,6 +7,7 @@
 //! 15 for S3-FIFO, 96 B a copy of what was seen, 8 of S3-FIFO's ghost; the shadows' few thousand copies. Measured 147 at a million.
 
 use super::class::Class;
+use super::held::Held;
 use super::keys::sampled;
 use super::learned::Learned;
 use super::lens::Lens;
@@ -32,6 +33,7 @@ const BETTER: f64 = 1.05;
 pub struct Worth {
     learned: Learned,
     queues: Queues,
+    held: Held,
     fifo: S3Fifo,
     residence: Residence,
     /// As the driving way sees; `None`: as `fifo` does.
@@ -58,6 +60,7 @@ impl Worth {
         Self {
             learned: Learned::new(),
             queues: Queues::new(),
+            held: Held::default(),
             fifo: S3Fifo::new(SMALL_PERCENT_DEFAULT),
             residence: Residence::new(),
             lens: driver.lens(),
@@ -187,6 +190,7 @@ impl Eviction for Worth {
     fn insert(&mut self, handle: Handle, used: &Use) {
         let class = self.used(used, true);
         self.queues.insert(handle, class, used);
+        self.held.used(handle, used);
         self.fifo.insert(handle, used);
     }
 
@@ -203,6 +207,7 @@ impl Eviction for Worth {
     fn touch(&mut self, handle: Handle, used: &Use) {
         let class = self.used(used, true);
         self.queues.touch(handle, class, used);
+        self.held.used(handle, used);
         self.fifo.touch(handle, used);
     }
 
@@ -213,6 +218,7 @@ impl Eviction for Worth {
     fn remove(&mut self, handle: Handle) {
         let fingerprint = self.queues.remove(handle);
         self.learned.gone(fingerprint);
+        self.held.remove(handle);
         self.fifo.remove(handle);
     }
 
@@ -222,9 +228,15 @@ impl Eviction for Worth {
         scan_limit: usize,
         eligible: &mut dyn FnMut(Handle) -> bool,
     ) -> Option<Handle> {
-        let Some(lens) = &self.lens else { return self.fifo.victim(now_us, scan_limit, eligible) };
-        let victim = self.queues.victim(lens, now_ms(now_us), scan_limit, eligible)?;
-        self.residence.evicted(self.queues.age_ms(victim, now_ms(now_us)));
+        let Self { queues, fifo, lens, .. } = self;
+        let copies = queues.len();
+        let victim = self.held.victim(copies, now_us, scan_limit, eligible, |eligible| match lens {
+            Some(lens) => queues.victim(lens, now_ms(now_us), scan_limit, eligible),
+            None => fifo.victim(now_us, scan_limit, eligible),
+        })?;
+        if self.lens.is_some() {
+            self.residence.evicted(self.queues.age_ms(victim, now_ms(now_us)));
+        }
         Some(victim)
     }
 

@@ -17,7 +17,7 @@ use crate::eviction::keys::{Keys, fingerprint, sampled};
 use std::collections::VecDeque;
 
 /// Copies of one ghost, both tiers; it has half of that at least, if the node has.
-const COPIES_MAX: usize = 8192;
+const COPIES_MAX: usize = 32_768;
 /// Uses that show a block to be everybody's.
 const TRUNK_USES: u8 = 64;
 /// Keys whose uses are counted, for each copy of the node.

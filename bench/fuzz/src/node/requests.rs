@@ -190,7 +190,20 @@ fn matching(material: &mut Material, shell: &Shell) -> wire::MatchRequest {
         skip_blocks: if material.one_in(4) { material.number32() } else { 0 },
         this_node_only: material.one_in(4),
         claim: material.one_in(3).then(|| claim(material)),
+        hints: hints(material),
     }
+}
+
+fn hints(material: &mut Material) -> Option<wire::Hints> {
+    let small = |material: &mut Material| {
+        if material.one_in(4) { material.number32() } else { material.below(2000) as u32 }
+    };
+    material.one_in(3).then(|| wire::Hints {
+        priority: small(material),
+        ttl_ms: small(material),
+        expects: small(material).cast_signed() % 4,
+        return_ms: small(material),
+    })
 }
 
 fn tail_tokens(material: &mut Material) -> u32 {
@@ -221,6 +234,7 @@ fn reserve(material: &mut Material, shell: &Shell) -> wire::ReserveRequest {
         wait_ms: material.number32(),
         hand_off: material.one_in(3).then(|| hand_off(material)),
         apart: material.one_in(6),
+        hints: hints(material),
     }
 }
 

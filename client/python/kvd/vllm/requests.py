@@ -61,7 +61,10 @@ class Tracked:
     handed_off: bool = False
     """Its whole prompt is stored, or being stored, for whoever claims it."""
     told: Told = field(default_factory=Told)
-    """The router's word about it."""
+    """The router's word about it, and its client's."""
+    heard: bool = False
+    """The node has been told what the client knows."""
+    hint_pending: kvd.Pending[kvd.Match] | None = None
 
     def extend(self, tokens: int) -> None:
         """Its chain, to so many tokens."""
@@ -71,8 +74,17 @@ class Tracked:
     def drop_lookup(self) -> None:
         """Whoever asks next asks anew."""
         if self.lookup is not None:
+            self.heard = True
             self.lookup.drop()
             self.lookup = None
+
+    def hint(self, space: kvd.Space, key: bytes) -> None:
+        """What its client knows reaches the node, though the engine has all of the prompt and looks nothing up: once."""
+        blocks = 0 if self.chain is None or self.told.hints is None else len(self.chain)
+        if self.chain is None or blocks == 0 or self.heard or self.lookup is not None:
+            return
+        self.heard = True
+        self.hint_pending = space.match_soon(key, self.chain.prefix(blocks), skip=blocks, hints=self.told.hints)
 
 
 @dataclass

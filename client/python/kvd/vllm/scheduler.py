@@ -91,6 +91,7 @@ class SchedulerSide:
         # what was handed off is claimed however little of it is wanted: until then its node keeps it
         least = 1 if self._claims(tracked) else self.engine.granule_tokens
         if limit - computed < least:
+            tracked.hint(self.space, self._key())
             return 0, False
         lookup = self._lookup(tracked, computed, limit)
         if lookup is None or not self._answered(lookup):
@@ -160,7 +161,7 @@ class SchedulerSide:
                 chain = tracked.chain.with_tail() if limit == tracked.chain.tokens else chain
             key = self._key()
             try:
-                pending = self.space.match_soon(key, chain, skip=skip, claim=claim)
+                pending = self.space.match_soon(key, chain, skip=skip, claim=claim, hints=tracked.told.hints)
             except kvd.KvdError as error:
                 self._leave_out(tracked, error)
                 return None

@@ -51,6 +51,13 @@ def test_a_fresh_process_goes_on_as_the_one_that_computed(daemon: Daemon, kind: 
     assert torch.equal(logits, tiny.go_on(made, cache)), "bit for bit"
 
 
+def test_a_hint_changes_nothing_of_what_is_loaded(daemon: Daemon) -> None:
+    made, _ = stored_prompt(daemon, "full")
+    hints = kvd.Hints(priority=200, ttl_s=60, expects="tool_call", return_s=2)
+    cache = tiny.kvd_cache(str(daemon.socket), made).load(tiny.prompt(), hints=hints)
+    assert cache.get_seq_length() == _WHOLE
+
+
 def test_a_flipped_bit_in_the_daemons_memory_is_computed_again(daemon: Daemon) -> None:
     made, cache = stored_prompt(daemon, "full")
     kept = 2 * tiny.BLOCK_TOKENS

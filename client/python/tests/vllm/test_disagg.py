@@ -172,9 +172,16 @@ def test_the_answer_of_a_prefill_says_what_it_left_and_a_word_of_nonsense_is_non
         {"do": 3},
         {"request_key": "x" * 1000, "do": "prefill"},
         {"request_key": 1, "prefill_node": {}},
+        {"expects": {}, "priority": 1 << 60, "ttl_ms": [], "return_ms": "soon"},
     ):
         status, body = complete(fleet.near.url, prompt, 4, kv_transfer_params={"kvd": nonsense})
         assert status == 200 and text_of(body) == expected, nonsense
+    for hint in (
+        {"expects": "tool_call", "return_ms": 500, "ttl_ms": 60_000, "priority": 200},
+        {"expects": "session_end"},
+    ):
+        status, body = complete(fleet.router.url, prompt, 4, kv_transfer_params={"kvd": hint})
+        assert status == 200 and text_of(body) == expected, hint
     nobody = {"kvd": {"request_key": "nobody filled it", "prefill_node": "node0"}}
     status, body = complete(fleet.near.url, tokens(150, 78), 4, kv_transfer_params=nobody)
     assert status == 200 and text_of(body) == text_of(complete(fleet.alone.url, tokens(150, 78), 4)[1])

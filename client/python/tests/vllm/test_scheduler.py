@@ -6,6 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 import kvd
 
 TOKENS, PAGE = list(range(3, 203)), 32
@@ -43,6 +45,58 @@ def test_a_prompt_that_kvd_refuses_is_left_out_and_ends_no_engine(tmp_path: Path
     assert half.requests["r"].over and half.requests["r"].chain is None
     assert half.finished(refused) == (False, None)
     half.close()
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ({"expects": "tool_call", "return_ms": 700}, (100, 0.0, "tool_call", 0.7)),
+        ({"expects": "session_end", "return_ms": 700}, (100, 0.0, "session_end", 0.0)),
+        ({"priority": 200, "ttl_ms": 60_000}, (200, 60.0, None, 0.0)),
+        ({"priority": 5000, "ttl_ms": 1 << 70, "expects": ["x"]}, (100, 86_400.0, None, 0.0)),
+        ({"priority": True, "ttl_ms": "long", "expects": "more", "return_ms": -1}, None),
+        ({"request_key": "k", "do": "prefill", "priority": 10}, (10, 0.0, None, 0.0)),
+    ],
+)
+def test_what_a_client_says_is_a_hint_or_nothing(word: dict[str, Any], expected: tuple[Any, ...] | None) -> None:
+    from kvd.vllm.told import Told
+
+    hints = Told.of({"kvd": word}).hints
+    read = None if hints is None else (hints.priority, hints.ttl_s, hints.expects, hints.return_s)
+    assert read == expected
+
+
+def test_a_hint_goes_with_the_lookup_or_by_itself_and_once() -> None:
+    from kvd.vllm.requests import Tracked
+    from kvd.vllm.told import Told
+
+    asked: list[tuple[int, int, Any]] = []
+
+    def match_soon(key: bytes, chain: list[int], skip: int, hints: Any) -> Any:
+        asked.append((len(chain), skip, hints.expects))
+        return SimpleNamespace(cancel=lambda: None)
+
+    space: Any = SimpleNamespace(match_soon=match_soon)
+    told = Told.of({"kvd": {"expects": "session_end"}})
+
+    class Chain:
+        def __len__(self) -> int:
+            return 3
+
+        def prefix(self, blocks: int) -> list[int]:
+            return [0] * blocks
+
+    tracked = Tracked(_request(), chain=Chain(), told=told)  # type: ignore[arg-type]
+    tracked.hint(space, b"k")
+    tracked.hint(space, b"k")
+    assert asked == [(3, 3, "session_end")], "all of it is the engine's already"
+    other = Tracked(_request(), chain=Chain(), told=told, lookup=SimpleNamespace(drop=lambda: None))  # type: ignore[arg-type]
+    other.hint(space, b"k")
+    other.drop_lookup()
+    other.hint(space, b"k")
+    silent = Tracked(_request(), chain=Chain())  # type: ignore[arg-type]
+    silent.hint(space, b"k")
+    assert len(asked) == 1
 
 
 def test_events_tell_what_was_stored_and_nothing_else() -> None:

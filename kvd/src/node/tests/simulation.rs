@@ -237,6 +237,7 @@ impl Storm {
         let skip_blocks = if self.random.one_in(4) { self.random.below(4) as u32 } else { 0 };
         let request_key = self.key().into();
         let chain = packed(&chain).into();
+        let hints = self.hints();
         self.begin_or_repeat(
             member,
             Ask::Match(wire::MatchRequest {
@@ -245,9 +246,21 @@ impl Storm {
                 chain,
                 skip_blocks,
                 claim,
+                hints,
                 ..wire::MatchRequest::default()
             }),
         );
+    }
+
+    /// Now and then some; mostly such as a node takes.
+    fn hints(&mut self) -> Option<wire::Hints> {
+        let hints = wire::Hints {
+            priority: self.random.below(1010) as u32,
+            ttl_ms: if self.random.one_in(2) { 0 } else { self.random.below(60_000) as u32 },
+            expects: self.random.below(4) as i32,
+            return_ms: 0,
+        };
+        self.random.one_in(3).then_some(hints)
     }
 
     /// Now and then a tail at its end, and its tokens.

@@ -1,7 +1,8 @@
 //! What the policies hear: whose use it was, at which place of which chain, and what it saves; and that it is bounded.
 
-use super::harness::{World, config, id, ids, reserve_after, reserve_of, with_nvme};
-use kvd_proto::wire::{self, Tier};
+use super::harness::{World, config, id, ids, packed, reserve_after, reserve_of, with_nvme};
+use kvd_proto::wire::{self, Tier, client_frame::Body as Ask, node_frame::Body as Reply};
+use kvd_proto::{BlockId, Expects, Hints};
 use kvd_tiers::eviction::live::Live;
 use kvd_tiers::eviction::{Eviction, Handle, Request, Use};
 use std::sync::{Arc, Mutex};
@@ -13,6 +14,8 @@ type Call = (&'static str, u32, u32, u32);
 #[derive(Default)]
 struct Scribe {
     calls: Arc<Mutex<Vec<Call>>>,
+    /// Of each use what its engine said, and what it saves.
+    said: Arc<Mutex<Vec<(Hints, f32)>>>,
     known: u32,
     requests: u32,
     order: Vec<Handle>,
@@ -22,6 +25,7 @@ impl Scribe {
     fn write(&self, what: &'static str, used: &Use) {
         assert!(used.saved_us > 0.0, "{what}: having a block saves something");
         self.calls.lock().unwrap().push((what, used.request.number, used.at, used.request.known));
+        self.said.lock().unwrap().push((used.request.hints, used.saved_us));
     }
 }
 
@@ -69,16 +73,19 @@ impl Eviction for Scribe {
 struct Heard {
     dram: Arc<Mutex<Vec<Call>>>,
     nvme: Arc<Mutex<Vec<Call>>>,
+    /// Of both.
+    said: Arc<Mutex<Vec<(Hints, f32)>>>,
 }
 
 impl Heard {
     /// Writes down what the pools of the space hear from now on; `known`: of every chain.
     fn from(world: &mut World, known: u32) -> Self {
-        let heard = Self { dram: Arc::default(), nvme: Arc::default() };
+        let heard = Self { dram: Arc::default(), nvme: Arc::default(), said: Arc::default() };
         for pool in &mut world.node.memory.pools {
             let calls = Arc::clone(if pool.tier == Tier::Dram { &heard.dram } else { &heard.nvme });
             assert_eq!(pool.policy.len(), 0, "it must know what is there");
-            pool.policy = Live::new(Box::new(Scribe { calls, known, ..Scribe::default() }));
+            let said = Arc::clone(&heard.said);
+            pool.policy = Live::new(Box::new(Scribe { calls, said, known, ..Scribe::default() }));
         }
         heard
     }
@@ -89,6 +96,10 @@ impl Heard {
 
     fn nvme(&self) -> Vec<Call> {
         std::mem::take(&mut self.nvme.lock().unwrap())
+    }
+
+    fn said(&self) -> Vec<(Hints, f32)> {
+        std::mem::take(&mut self.said.lock().unwrap())
     }
 }
 
@@ -167,6 +178,56 @@ fn what_is_loaded_comes_for_the_request_that_waits_for_it() {
     assert_eq!(again, [("touch", number, 1, 0), ("touch", number, 0, 0)], "in order, tail first");
 }
 
+fn match_with(space: u32, chain: &[BlockId], hints: Option<wire::Hints>) -> Ask {
+    let chain = packed(chain).into();
+    Ask::Match(wire::MatchRequest { space, chain, hints, ..wire::MatchRequest::default() })
+}
+
+#[test]
+fn what_an_engine_says_of_a_request_is_heard_with_each_of_its_uses() {
+    let (mut world, member, space, heard) = world(2);
+    fill(&mut world, member, reserve_of(space, "", &ids(1..3), 0));
+    heard.said();
+    let matched = |world: &mut World, hints: Hints| {
+        let answer = world.ask(member, match_with(space, &ids(1..4), hints.to_wire()));
+        let Ok(Reply::Match(reply)) = answer else { panic!("{answer:?}") };
+        world.release(member, reply.lease);
+        world.pass_ms(1);
+        let said = heard.said();
+        assert!(!said.is_empty() && said.iter().all(|(heard, _)| *heard == hints), "{said:?}");
+        said
+    };
+    let unhinted = matched(&mut world, Hints::default());
+    let expects = Expects::ToolCall { return_ms: 700 };
+    let hints = Hints { priority_percent: 200, ttl_ms: 5000, expects };
+    let hinted = matched(&mut world, hints);
+    for ((_, weighed_us), (_, saved_us)) in hinted.iter().zip(&unhinted) {
+        assert!((weighed_us / saved_us - 2.0).abs() < 1e-6, "{weighed_us} us, {saved_us} us");
+    }
+    // and what it computes then
+    fill(&mut world, member, reserve_after(space, id(2), 2, &ids(3..4)));
+    let said = heard.said();
+    assert!(said.len() == 2 && said.iter().all(|(heard, _)| *heard == hints), "{said:?}");
+    matched(&mut world, Hints::default()); // the last use counts
+}
+
+#[test]
+fn who_reserves_without_having_matched_may_hint_too() {
+    let (mut world, member, space, heard) = world(0);
+    let hints = Hints { expects: Expects::SessionEnd, ..Hints::default() };
+    let request = reserve_of(space, "", &ids(1..3), 0);
+    fill(&mut world, member, wire::ReserveRequest { hints: hints.to_wire(), ..request.clone() });
+    let said = heard.said();
+    assert!(said.len() == 4 && said.iter().all(|(heard, _)| *heard == hints), "{said:?}");
+    let wrong = Some(wire::Hints { priority: 5000, ..wire::Hints::default() });
+    for ask in
+        [match_with(space, &ids(1..3), wrong), Ask::Reserve(wire::ReserveRequest { hints: wrong, ..request })]
+    {
+        let error = world.ask(member, ask).expect_err("a refusal");
+        assert!(error.field == "hints.priority" && error.message.contains("5000"), "{error:?}");
+    }
+}
+
 #[test]
 fn a_groups_copy_is_told_from_anothers() {
     let mut world = World::new(config());
@@ -203,7 +264,7 @@ fn one_call_tells_a_bounded_share_and_says_that_more_is_left() {
 fn short_requests_are_bounded_too() {
     let (mut world, _, _, heard) = world(0);
     for _ in 0..2000 {
-        world.node.tell_matched(Vec::new(), 0, &ids(1..2), 0, None);
+        world.node.tell_matched(Vec::new(), 0, &ids(1..2), 0, None, Hints::default());
     }
     world.pass_ms(0);
     let told = heard.dram().len();
