@@ -95,11 +95,13 @@ pub fn wear_us(bytes: u64, us_per_gib: f64) -> f64 {
     bytes as f64 / (1_u64 << 30) as f64 * us_per_gib.max(0.0)
 }
 
-/// Microseconds that reads wait for one more piece of work that takes a medium `work_us`, all reads together, where it spends these shares of its time with reads and
-/// with writes: who comes while the queue holds that work waits as much longer, and it is held until the queue is empty (Kleinrock, Queueing Systems I, 1975, work in M/G/1).
-pub fn queue_delay_us(work_us: f64, [reading, writing]: [f64; 2]) -> f64 {
-    let idle = (1.0 - reading.clamp(0.0, 1.0) - writing.clamp(0.0, 1.0)).max(IDLE_MIN);
-    work_us.max(0.0) * reading.clamp(0.0, 1.0) / idle
+/// Microseconds that loads wait for one more piece of work that takes a medium `work_us`, all of them together: each that comes before the queue is empty waits as much
+/// longer. It holds `queue_us` of work, `loads_per_us` come, and the medium is busy for that share of its time (the residual busy period of an M/G/1 queue; Kleinrock, Queueing
+/// Systems I, 1975).
+pub fn queue_delay_us(work_us: f64, queue_us: f64, loads_per_us: f64, busy: f64) -> f64 {
+    let idle = (1.0 - busy.clamp(0.0, 1.0)).max(IDLE_MIN);
+    let work_us = work_us.max(0.0);
+    work_us * loads_per_us.max(0.0) * (queue_us.max(0.0) + work_us) / idle
 }
 
 /// How long a load may go without progress before it is given up (law 3): `max(2 x predicted fetch, 5 % of recompute)`.
@@ -128,10 +130,10 @@ mod tests {
         assert!((fetch_us(10.0, 90.0, 2 << 20, 2048.0) - 1124.0).abs() < 1e-9);
         assert!((stall_us(100.0, 8000.0) - 400.0).abs() < 1e-9);
         assert!((wear_us(64 << 20, 37_000.0) - 2312.5).abs() < 1e-9);
-        // a drive that reads for a fifth of its time and writes for two: half of the work's time is waited by somebody
-        assert!((queue_delay_us(1000.0, [0.2, 0.4]) - 500.0).abs() < 1e-9);
-        assert!(queue_delay_us(1000.0, [0.0, 0.9]).abs() < 1e-12, "nobody reads");
-        assert!((queue_delay_us(1000.0, [0.5, 0.9]) - 10_000.0).abs() < 1e-9, "a price stays finite");
+        // 3 ms of work are in the queue and this is the fourth, the drive is half idle, and a load comes every 2 ms: four wait 1 ms longer
+        assert!((queue_delay_us(1000.0, 3000.0, 1.0 / 2000.0, 0.5) - 4000.0).abs() < 1e-9);
+        assert!(queue_delay_us(1000.0, 3000.0, 0.0, 0.9).abs() < 1e-12, "nobody loads");
+        assert!(queue_delay_us(1000.0, 3000.0, 1.0 / 2000.0, 5.0).is_finite(), "a price stays finite");
         assert!(worth(1.0, 50.0, 80.0, 1).abs() < 1e-12, "a copy slower than the next best is worth nothing");
     }
 

@@ -66,30 +66,30 @@ impl Estimate {
     }
 }
 
-/// The share of its time that something is busy of late: half a minute counts half.
+/// How much is done of late, in whatever unit: what was half a minute ago counts half.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Busy {
-    work_us: f64,
+pub struct Lately {
+    sum: f64,
     at_us: f64,
 }
 
 /// What was done so long ago counts 1/e.
-const BUSY_FADES_US: f64 = 43e6;
+const LATELY_FADES_US: f64 = 43e6;
 
-impl Busy {
-    /// Work that begins now.
-    pub fn add(&mut self, now_us: f64, work_us: f64) {
-        self.work_us = self.left_us(now_us) + work_us.max(0.0);
+impl Lately {
+    /// So much was done now.
+    pub fn add(&mut self, now_us: f64, amount: f64) {
+        self.sum = self.left(now_us) + amount.max(0.0);
         self.at_us = self.at_us.max(now_us);
     }
 
-    fn left_us(&self, now_us: f64) -> f64 {
-        self.work_us * (-(now_us - self.at_us).max(0.0) / BUSY_FADES_US).exp()
+    fn left(&self, now_us: f64) -> f64 {
+        self.sum * (-(now_us - self.at_us).max(0.0) / LATELY_FADES_US).exp()
     }
 
-    /// 0 to 1.
-    pub fn share(&self, now_us: f64) -> f64 {
-        (self.left_us(now_us) / BUSY_FADES_US).min(1.0)
+    /// A microsecond: of microseconds of work, the share of the time that they take.
+    pub fn per_us(&self, now_us: f64) -> f64 {
+        self.left(now_us) / LATELY_FADES_US
     }
 }
 
@@ -132,14 +132,12 @@ mod tests {
     }
 
     #[test]
-    fn how_busy_something_is_follows_what_it_does() {
-        let mut busy = Busy::default();
-        assert!(busy.share(0.0).abs() < 1e-12);
-        (0..600).for_each(|second| busy.add(f64::from(second) * 1e6, 250_000.0));
-        assert!((busy.share(600e6) - 0.25).abs() < 0.01, "{}", busy.share(600e6));
-        assert!((busy.share(630e6) - 0.125).abs() < 0.01, "half a minute later half of it");
-        busy.add(0.0, 1e12);
-        assert!((busy.share(630e6) - 1.0).abs() < 1e-12, "it is no more than busy");
+    fn what_is_done_lately_is_followed_and_fades() {
+        let mut lately = Lately::default();
+        assert!(lately.per_us(0.0).abs() < 1e-12);
+        (0..600).for_each(|second| lately.add(f64::from(second) * 1e6, 250_000.0));
+        assert!((lately.per_us(600e6) - 0.25).abs() < 0.01, "{}", lately.per_us(600e6));
+        assert!((lately.per_us(630e6) - 0.125).abs() < 0.01, "half a minute later half of it");
     }
 
     #[test]

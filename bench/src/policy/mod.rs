@@ -17,7 +17,7 @@ use kvd_tiers::lab::media::Speeds;
 use kvd_tiers::lab::node::{self, Shape};
 use kvd_tiers::lab::trace::Row;
 use kvd_tiers::lab::workload::{Foresight, Workload};
-use kvd_tiers::lab::{bound, tier};
+use kvd_tiers::lab::{bound, ghosts, tier};
 use std::path::{Path, PathBuf};
 
 /// Blocks of a tier, some tens of bytes of memory each. At the limit: refused.
@@ -65,6 +65,9 @@ pub(crate) struct Args {
     /// What writing a GiB to NVMe costs worth of three tiers, in microseconds, as nvme.wear_us_per_gib.
     #[arg(long, value_name = "US", requires = "dram_blocks", default_value_t = WEAR_US_PER_GIB_DEFAULT)]
     wear_us_per_gib: u32,
+    /// Of three tiers, what small samples of them find, of so many copies each, as `kvctl policy compare` has them: beside what whole ones do, without queues and bucket.
+    #[arg(long, value_name = "COPIES", requires = "dram_blocks", conflicts_with = "policy", value_parser = clap::value_parser!(u64).range(1..=CAPACITY_BLOCKS_MAX))]
+    ghosts: Option<u64>,
     /// Which copy goes first: names as in the config; of one tier belady, belady-cost, of three no-cache, lru-write-through, worth-writes-all. By default all of them.
     #[arg(long, value_delimiter = ',', value_parser = policy_name)]
     policy: Vec<String>,
@@ -116,7 +119,12 @@ impl Args {
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let policies = args.policies()?;
     if args.output == Output::Table {
-        println!("{}", if args.shape().is_some() { report::node_head() } else { report::head() });
+        let head = match (args.shape(), args.ghosts) {
+            (Some(_), Some(_)) => report::ghost_head(),
+            (Some(_), None) => report::node_head(),
+            _ => report::head(),
+        };
+        println!("{head}");
     }
     for path in &args.trace {
         let rows = trace::read_file(path, args.block_tokens, args.limit as usize)?;
@@ -138,6 +146,18 @@ fn workload(name: String, rows: &[Row], block_tokens: u64) -> Result<Workload, S
 }
 
 fn compare(args: &Args, policies: &[&str], workload: &Workload) -> Result<(), Failure> {
+    if let Some((shape, copies)) = args.shape().zip(args.ghosts) {
+        let shape = Shape { s3: false, queues: false, ..shape };
+        let watched = ghosts::watched(workload, shape, copies as usize);
+        for (policy, found) in &watched.policies {
+            let exact = node::run(workload, policy, shape)?;
+            report::print(
+                &report::GhostReport::new(workload, policy, shape, &watched, *found, &exact),
+                args.output,
+            )?;
+        }
+        return Ok(());
+    }
     if let Some(shape) = args.shape() {
         for policy in policies {
             let outcome = node::run(workload, policy, shape)?;

@@ -4,6 +4,7 @@
 //! Leaves to others: how the numbers come about (`kvd_tiers::lab`).
 
 use crate::report::Output;
+use kvd_tiers::lab::ghosts;
 use kvd_tiers::lab::media::Source;
 use kvd_tiers::lab::node::{self, Shape};
 use kvd_tiers::lab::tier;
@@ -55,6 +56,23 @@ pub(super) struct NodeReport<'a> {
     s3_gb_read: f64,
     /// A block used or evicted.
     decision_ns: f64,
+}
+
+/// One workload and one policy: what a sample of a node finds, and the node.
+#[derive(Debug, serde::Serialize)]
+pub(super) struct GhostReport<'a> {
+    bench: &'static str,
+    trace: &'a str,
+    policy: &'a str,
+    dram_blocks: usize,
+    nvme_blocks: usize,
+    sampled_one_in: u32,
+    block_hit_ratio: f64,
+    ghost_block_hit_ratio: f64,
+    saved_prefill_s: f64,
+    ghost_saved_prefill_s: f64,
+    /// Of what is saved, the ghost's over the node's, less one.
+    error: f64,
 }
 
 /// What is printed of one policy.
@@ -158,6 +176,56 @@ impl<'a> NodeReport<'a> {
             s3_gb_read: gb(s3),
             decision_ns: decision_ns(outcome.deciding, outcome.decided_blocks),
         }
+    }
+}
+
+impl<'a> GhostReport<'a> {
+    pub(super) fn new(
+        workload: &'a Workload,
+        policy: &'a str,
+        shape: Shape,
+        watched: &ghosts::Compared,
+        found: ghosts::Found,
+        exact: &node::Outcome,
+    ) -> Self {
+        Self {
+            bench: "policy_ghosts",
+            trace: &workload.name,
+            policy,
+            dram_blocks: shape.dram_blocks,
+            nvme_blocks: shape.nvme_blocks,
+            sampled_one_in: watched.sampled_one_in,
+            block_hit_ratio: exact.hit_ratio(),
+            ghost_block_hit_ratio: share(found.blocks, workload.asked_blocks()),
+            saved_prefill_s: exact.found_us / 1e6,
+            ghost_saved_prefill_s: found.us / 1e6,
+            error: found.us / exact.found_us.max(f64::MIN_POSITIVE) - 1.0,
+        }
+    }
+}
+
+pub(super) fn ghost_head() -> String {
+    format!(
+        "{:<24}{:>10}{:>10}  {:<12}{:>8}{:>9}{:>9}{:>10}{:>10}{:>8}",
+        "trace", "DRAM", "NVMe", "policy", "one in", "hits", "ghost's", "saved s", "ghost's", "error"
+    )
+}
+
+impl Line for GhostReport<'_> {
+    fn row(&self) -> String {
+        format!(
+            "{:<24}{:>10}{:>10}  {:<12}{:>8}{:>9.4}{:>9.4}{:>10.1}{:>10.1}{:>8.3}",
+            short(self.trace),
+            self.dram_blocks,
+            self.nvme_blocks,
+            self.policy,
+            self.sampled_one_in,
+            self.block_hit_ratio,
+            self.ghost_block_hit_ratio,
+            self.saved_prefill_s,
+            self.ghost_saved_prefill_s,
+            self.error
+        )
     }
 }
 

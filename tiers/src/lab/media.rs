@@ -5,7 +5,7 @@
 //! parallel, and the slowest counts. Modelled as free: writes to DRAM and to S3 (they are behind, and the way there is another than
 //! the way back), the link to the GPU. Leaves to others: what is where (`node`), what a prefix costs (`workload`).
 
-use crate::measure::Busy;
+use crate::measure::Lately;
 use kvd_proto::cost::{fetch_us, queue_delay_us};
 
 /// How fast one medium is read.
@@ -64,13 +64,15 @@ pub(super) struct Plan {
 struct Medium {
     read: Speed,
     busy_until_us: f64,
-    reading: Busy,
-    writing: Busy,
+    /// Microseconds of work.
+    working: Lately,
+    /// Requests that load from it.
+    loads: Lately,
 }
 
 impl Medium {
     fn idle(read: Speed) -> Self {
-        Self { read, busy_until_us: 0.0, reading: Busy::default(), writing: Busy::default() }
+        Self { read, busy_until_us: 0.0, working: Lately::default(), loads: Lately::default() }
     }
 
     /// Until so many bytes, asked for now, are here; nothing of nothing.
@@ -81,9 +83,13 @@ impl Medium {
         fetch_us(self.busy_until_us - now_us, self.read.latency_us, bytes, self.read.bytes_per_us)
     }
 
-    /// Nothing else goes on meanwhile; latency passes while the next is carried.
-    fn occupy(&mut self, now_us: f64, bytes: u64, bytes_per_us: f64) {
-        self.busy_until_us = self.busy_until_us.max(now_us) + bytes as f64 / bytes_per_us;
+    /// Nothing else goes on meanwhile, if there is a queue; latency passes while the next is carried.
+    fn work(&mut self, now_us: f64, bytes: u64, bytes_per_us: f64, queues: bool) {
+        let work_us = bytes as f64 / bytes_per_us;
+        self.working.add(now_us, work_us);
+        if queues {
+            self.busy_until_us = self.busy_until_us.max(now_us) + work_us;
+        }
     }
 }
 
@@ -109,11 +115,12 @@ impl Media {
         Medium { busy_until_us: 0.0, ..self.media[Source::Nvme as usize] }.read_us(0.0, self.block_bytes)
     }
 
-    /// Microseconds that reads wait for one more write, all together, as busy as NVMe is of late.
+    /// Microseconds that loads wait for one more write to NVMe, all together.
     pub(super) fn delay_us(&self, now_us: f64) -> f64 {
         let nvme = &self.media[Source::Nvme as usize];
-        let shares = [nvme.reading, nvme.writing].map(|busy| busy.share(now_us));
-        queue_delay_us(self.block_bytes as f64 / self.write_bytes_per_us, shares)
+        let (work_us, queue_us) =
+            (self.block_bytes as f64 / self.write_bytes_per_us, nvme.busy_until_us - now_us);
+        queue_delay_us(work_us, queue_us, nvme.loads.per_us(now_us), nvme.working.per_us(now_us))
     }
 
     /// Fetch or recompute: the prefix for which loading it and computing the rest ends first, the longest of equals. `prefix_us`: what having so many
@@ -138,20 +145,17 @@ impl Media {
     pub(super) fn load(&mut self, now_us: f64, sources: &[Source]) {
         for &source in sources {
             let medium = &mut self.media[source as usize];
-            medium.reading.add(now_us, self.block_bytes as f64 / medium.read.bytes_per_us);
-            if self.queues {
-                medium.occupy(now_us, self.block_bytes, medium.read.bytes_per_us);
-            }
+            medium.work(now_us, self.block_bytes, medium.read.bytes_per_us, self.queues);
+        }
+        if sources.contains(&Source::Nvme) {
+            self.media[Source::Nvme as usize].loads.add(now_us, 1.0);
         }
     }
 
     /// A block is written to NVMe, in the queue that reads stand in too.
     pub(super) fn write_nvme(&mut self, now_us: f64) {
         let nvme = &mut self.media[Source::Nvme as usize];
-        nvme.writing.add(now_us, self.block_bytes as f64 / self.write_bytes_per_us);
-        if self.queues {
-            nvme.occupy(now_us, self.block_bytes, self.write_bytes_per_us);
-        }
+        nvme.work(now_us, self.block_bytes, self.write_bytes_per_us, self.queues);
     }
 }
 

@@ -12,7 +12,7 @@ use crate::node::recording::{Access, Did};
 use kvd_proto::cost::PrefillProfile;
 use kvd_proto::wire::{self, FoundBlocks};
 use kvd_proto::{Code, Error};
-use kvd_tiers::lab::ghosts::{Compared, Found, Ghosts};
+use kvd_tiers::lab::ghosts::{self, Compared, Found, Ghosts};
 use kvd_tiers::lab::media::Speeds;
 use kvd_tiers::lab::node::Shape;
 use kvd_tiers::lab::recorder::{Kind, Recorded, Recorder};
@@ -312,7 +312,7 @@ impl State {
         let number = usize::from(request.kind);
         let (costs, shape) = (self.recorder.kinds()[number].costs, self.shapes[number]);
         if number == self.ghosts.len() && number < GHOST_KINDS_MAX {
-            self.ghosts.push(Ghosts::new(costs, shape));
+            self.ghosts.push(Ghosts::new(costs, shape, ghosts::COPIES_MAX));
         }
         if let Some(ghosts) = self.ghosts.get_mut(number) {
             ghosts.asked(request, costs, shape);
