@@ -25,6 +25,8 @@ pub(crate) struct Served {
     pub(crate) hits_dram: u64,
     /// Blocks read whole that had to come from NVMe.
     pub(crate) hits_nvme: u64,
+    /// Blocks read whole that had to come from another node.
+    pub(crate) hits_peer: u64,
     /// Blocks read whole that had to come from S3.
     pub(crate) hits_s3: u64,
     /// Blocks that were not there, or not in time.
@@ -40,7 +42,7 @@ pub(crate) struct Served {
 impl Served {
     /// Blocks read whole.
     pub(crate) fn hits(&self) -> u64 {
-        self.hits_dram + self.hits_nvme + self.hits_s3
+        self.hits_dram + self.hits_nvme + self.hits_peer + self.hits_s3
     }
 }
 
@@ -101,7 +103,8 @@ impl Cache {
                 break;
             }
             let right = content::is(name, &self.block);
-            count(served, matched.source(block), self.block.len() as u64, right);
+            let source = (matched.source(block), matched.is_remote(block));
+            count(served, source, self.block.len() as u64, right);
         }
         matched.release().await?;
         served.fetched.real_us = real.as_micros() as u64;
@@ -135,12 +138,14 @@ impl Cache {
     }
 }
 
-fn count(served: &mut Served, source: Tier, bytes: u64, right: bool) {
+/// `source`: the tier, and whether it is elsewhere.
+fn count(served: &mut Served, source: (Tier, bool), bytes: u64, right: bool) {
     served.wrong_blocks += u64::from(!right);
-    let Served { hits_dram, hits_nvme, hits_s3, fetched, .. } = served;
+    let Served { hits_dram, hits_nvme, hits_peer, hits_s3, fetched, .. } = served;
     let (hits, sum) = match source {
-        Tier::Nvme => (hits_nvme, &mut fetched.nvme_bytes),
-        Tier::S3 => (hits_s3, &mut fetched.s3_bytes),
+        (Tier::S3, _) => (hits_s3, &mut fetched.s3_bytes),
+        (_, true) => (hits_peer, &mut fetched.peer_bytes),
+        (Tier::Nvme, _) => (hits_nvme, &mut fetched.nvme_bytes),
         _ => (hits_dram, &mut fetched.dram_bytes),
     };
     *hits += 1;
