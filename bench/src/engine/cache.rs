@@ -35,6 +35,8 @@ pub(crate) struct Served {
     pub(crate) wrong_blocks: u64,
     /// Blocks stored.
     pub(crate) stored: u64,
+    /// From asking for room to having it: an engine's store waits so long, not its first token.
+    pub(crate) room_us: u64,
     /// Bytes and time of the reads.
     pub(crate) fetched: Fetched,
 }
@@ -85,7 +87,7 @@ impl Cache {
         let hits = served.hits() as usize;
         served.misses = (ids.len() - hits) as u64;
         if hits < ids.len() {
-            served.stored = self.store(row, &ids, hits).await?;
+            (served.stored, served.room_us) = self.store(row, &ids, hits).await?;
         }
         Ok(served)
     }
@@ -115,14 +117,17 @@ impl Cache {
         matched.wait_ready(block).await && matches!(matched.read(block, 0, &mut self.block), Read::Whole)
     }
 
-    async fn store(&mut self, row: &Row, ids: &[BlockId], from: usize) -> Result<u64, Failure> {
+    /// Blocks stored, and microseconds until there was room for them.
+    async fn store(&mut self, row: &Row, ids: &[BlockId], from: usize) -> Result<(u64, u64), Failure> {
         let root = block_id::root(&self.space.fingerprint(), b"", b"")?;
         let parent = from.checked_sub(1).map_or(root, |at| ids[at]);
         let chain = Chain::from_ids("chain", ids[from..].to_vec())?;
         let key = self.request_key(*b"put");
+        let start = Instant::now();
         let fill = self.space.reserve(&key, parent, from as u32, &chain, RESERVE_WAIT).await?;
+        let room_us = start.elapsed().as_micros() as u64;
         self.compute(&fill, &row.hash_ids[from..]);
-        Ok(u64::from(fill.commit().await?))
+        Ok((u64::from(fill.commit().await?), room_us))
     }
 
     /// Stands for the prefill: writes the blocks that were granted.
