@@ -253,37 +253,57 @@ impl Shared {
         }
     }
 
-    /// What is not here at the owner at once is left.
     async fn try_measure(&self, wanted: &Wanted, probe: &Choice) -> Result<(), Error> {
         let peer = self.peer(&probe.address, probe.node_epoch)?;
-        let leased = timeout(LEASE, peer.lease(wanted, probe.blocks, None)).await;
-        let (replies, first) = leased.map_err(|_| peer.away("it said nothing"))??;
+        let silent = |_| peer.away("it said nothing");
+        let leased = timeout(PATIENCE, peer.lease(wanted, probe.blocks, None)).await;
+        let (mut replies, first) = leased.map_err(silent)??;
         if first.lease == 0 {
             return Ok(());
         }
-        let pool = peer.pool(first.data_port).await?;
-        for block in &first.ready {
-            let group = block.group as usize;
-            if group >= wanted.space.layout.groups().len() {
-                return Err(peer.away("it told of a group that the layout has not"));
+        let (lease, pool) = (first.lease, peer.pool(first.data_port).await?);
+        let most = (probe.blocks - wanted.stored) as usize * wanted.space.layout.groups().len();
+        let mut reply = Some(first);
+        while let Some(news) = reply {
+            for block in news.ready.iter().take(most) {
+                let group = block.group as usize;
+                if group >= wanted.space.layout.groups().len() {
+                    return Err(peer.away("it told of a group that the layout has not"));
+                }
+                let bytes = wanted.space.layout.slot_bytes(group) as usize;
+                if !self.time(&peer, &pool, (lease, block), bytes).await {
+                    return Ok(());
+                }
             }
-            let destination = Destination::private(wanted.space.layout.slot_bytes(group) as usize);
-            let _permit = peer.batches.clone().acquire_owned().await.expect("it is never closed");
-            let bytes = destination.len() as u64;
-            let trip = lock(&self.fetcher.links).began(&peer.address, bytes, self.now_us());
-            let pieces = vec![(piece(block, destination.len()), destination)];
-            let batch = Batch { lease: first.lease, pieces, deadline: Instant::now() + PATIENCE };
-            let (tell, told) = oneshot::channel();
-            pool.read(batch, Box::new(move |outcome| _ = tell.send(outcome.miss.is_some())));
-            let missed = told.await.unwrap_or(true);
-            let failed = missed.then_some(peer.node_epoch);
-            lock(&self.fetcher.links).ended(&peer.address, trip, failed, self.now_us());
-            if missed {
-                break;
-            }
+            let last = news.failed_from.is_some() || !news.ready.is_empty();
+            let next = async { if last { Ok(None) } else { replies.message().await } };
+            reply = timeout(PATIENCE, next)
+                .await
+                .map_err(silent)?
+                .map_err(|status| peer.away(status.message()))?;
         }
         drop(replies); // the owner's lease lasts until the last read has ended
         Ok(())
+    }
+
+    /// Reads one block, and says whether it came.
+    async fn time(
+        &self,
+        peer: &Peer,
+        pool: &PeerPool,
+        (lease, block): (u64, &PeerBlock),
+        bytes: usize,
+    ) -> bool {
+        let _permit = peer.batches.clone().acquire_owned().await.expect("it is never closed");
+        let trip = lock(&self.fetcher.links).began(&peer.address, bytes as u64, self.now_us());
+        let pieces = vec![(piece(block, bytes), Destination::private(bytes))];
+        let batch = Batch { lease, pieces, deadline: Instant::now() + PATIENCE };
+        let (tell, told) = oneshot::channel();
+        pool.read(batch, Box::new(move |outcome| _ = tell.send(outcome.whole() == 1)));
+        let came = told.await.unwrap_or(false);
+        let failed = (!came).then_some(peer.node_epoch);
+        lock(&self.fetcher.links).ended(&peer.address, trip, failed, self.now_us());
+        came
     }
 
     /// The other node that saves the most.

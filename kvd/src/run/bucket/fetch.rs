@@ -173,9 +173,21 @@ impl Shared {
         let key = object.object.key(&self.config.s3.prefix, &object.tenant);
         let trip = lock(&self.way).began(bytes, self.now_us());
         let read = self.bucket.get_bytes(&key, 0..bytes, wait.into()).await;
-        let failed = read.err().filter(of_way);
-        lock(&self.way).ended(trip, failed.as_ref().map(|_| 0), self.now_us());
-        failed.into_iter().for_each(|error| self.read_failed(&error.to_string()));
+        match read {
+            Ok(_) => lock(&self.way).ended(trip, None, self.now_us()),
+            Err(error) if of_way(&error) => {
+                lock(&self.way).ended(trip, Some(0), self.now_us());
+                self.read_failed(&error.to_string());
+            }
+            Err(_) => self.answered_only(trip),
+        }
+    }
+
+    /// The bucket said that it has not what was asked for: that the way works, and nothing of how fast it is.
+    fn answered_only(&self, trip: Trip) {
+        let mut way = lock(&self.way);
+        way.ended(trip, Some(0), self.now_us());
+        way.worked();
     }
 
     /// What a read says of the way and of the object.
@@ -186,7 +198,7 @@ impl Shared {
             Err(error) => {
                 tracing::warn!(%error, object = %object.object, "an object is forgotten");
                 lock(&self.index).remove_object(&object.tenant, object.object);
-                lock(&self.way).ended(trip, None, self.now_us());
+                self.answered_only(trip);
                 return;
             }
         };
