@@ -57,6 +57,7 @@ pub(crate) struct Summary {
     hit_ratio: f64,
     hits_dram: u64,
     hits_nvme: u64,
+    hits_peer: u64,
     hits_s3: u64,
     misses: u64,
     wrong_blocks: u64,
@@ -75,18 +76,25 @@ pub(crate) struct Summary {
     fetches_charged_modelled: u64,
     read_dram_gb: f64,
     read_nvme_gb: f64,
+    read_peer_gb: f64,
     read_s3_gb: f64,
     stored_gb: f64,
     elapsed_s: f64,
     requests_per_s: f64,
 }
 
+/// Microseconds to the first token of each request, in the order they were added.
+pub(crate) struct FirstTokens {
+    pub(crate) with_us: Vec<u64>,
+    pub(crate) without_us: Vec<u64>,
+}
+
 /// Mean, median and 99th percentile in milliseconds.
 #[derive(Debug, Clone, Copy)]
-struct Ttft {
-    mean: f64,
-    p50: f64,
-    p99: f64,
+pub(crate) struct Ttft {
+    pub(crate) mean: f64,
+    pub(crate) p50: f64,
+    pub(crate) p99: f64,
 }
 
 impl Account {
@@ -131,27 +139,31 @@ impl Account {
         let total = &mut self.total;
         total.hits_dram += served.hits_dram;
         total.hits_nvme += served.hits_nvme;
+        total.hits_peer += served.hits_peer;
         total.hits_s3 += served.hits_s3;
         total.misses += served.misses;
         total.wrong_blocks += served.wrong_blocks;
         total.stored += served.stored;
         total.fetched.dram_bytes += served.fetched.dram_bytes;
         total.fetched.nvme_bytes += served.fetched.nvme_bytes;
+        total.fetched.peer_bytes += served.fetched.peer_bytes;
         total.fetched.s3_bytes += served.fetched.s3_bytes;
     }
 
-    /// The end object, after at least one request.
-    pub(crate) fn finish(self, bench: &'static str, elapsed: Duration) -> Summary {
-        let (with, without) = (ttft(self.with), ttft(self.without));
+    /// The end object, after at least one request, and what it is made of.
+    pub(crate) fn finish(self, bench: &'static str, elapsed: Duration) -> (Summary, FirstTokens) {
+        let each = FirstTokens { with_us: in_order(self.with), without_us: in_order(self.without) };
+        let (with, without) = (Ttft::of(&each.with_us), Ttft::of(&each.without_us));
         let (model, total) = (self.model, self.total);
         let block_refs = total.hits() + total.misses;
-        Summary {
+        let summary = Summary {
             bench,
             requests: self.requests,
             block_refs,
             hit_ratio: total.hits() as f64 / block_refs as f64,
             hits_dram: total.hits_dram,
             hits_nvme: total.hits_nvme,
+            hits_peer: total.hits_peer,
             hits_s3: total.hits_s3,
             misses: total.misses,
             wrong_blocks: total.wrong_blocks,
@@ -170,11 +182,13 @@ impl Account {
             fetches_charged_modelled: self.charges.modelled,
             read_dram_gb: total.fetched.dram_bytes as f64 / 1e9,
             read_nvme_gb: total.fetched.nvme_bytes as f64 / 1e9,
+            read_peer_gb: total.fetched.peer_bytes as f64 / 1e9,
             read_s3_gb: total.fetched.s3_bytes as f64 / 1e9,
             stored_gb: (total.stored * model.block_bytes) as f64 / 1e9,
             elapsed_s: elapsed.as_secs_f64(),
             requests_per_s: self.requests as f64 / elapsed.as_secs_f64(),
-        }
+        };
+        (summary, each)
     }
 }
 
@@ -202,6 +216,7 @@ impl Summary {
             ("hits", format!("{:.1} %", 100.0 * self.hit_ratio)),
             ("  from DRAM", share(self.hits_dram)),
             ("  from NVMe", share(self.hits_nvme)),
+            ("  from another node", share(self.hits_peer)),
             ("  from S3", share(self.hits_s3)),
             ("misses", share(self.misses)),
             ("wrong blocks", self.wrong_blocks.to_string()),
@@ -211,8 +226,8 @@ impl Summary {
             (
                 "read",
                 format!(
-                    "{:.2} GB from DRAM, {:.2} GB from NVMe, {:.2} GB from S3",
-                    self.read_dram_gb, self.read_nvme_gb, self.read_s3_gb
+                    "{:.2} GB from DRAM, {:.2} GB from NVMe, {:.2} GB from another node, {:.2} GB from S3",
+                    self.read_dram_gb, self.read_nvme_gb, self.read_peer_gb, self.read_s3_gb
                 ),
             ),
             ("stored", format!("{:.2} GB", self.stored_gb)),
@@ -232,14 +247,23 @@ impl Summary {
     }
 }
 
-fn ttft(engines: Vec<Engine>) -> Ttft {
-    let outcomes = engines.into_iter().flat_map(Engine::finish);
-    let ms: Vec<f64> = outcomes.map(|ttft_us| ttft_us as f64 / 1000.0).collect();
-    Ttft {
-        mean: ms.iter().sum::<f64>() / ms.len() as f64,
-        p50: percentile(ms.clone(), 0.5),
-        p99: percentile(ms, 0.99),
+impl Ttft {
+    /// Of one request at least.
+    pub(crate) fn of(each_us: &[u64]) -> Self {
+        let ms: Vec<f64> = each_us.iter().map(|ttft_us| *ttft_us as f64 / 1000.0).collect();
+        Self {
+            mean: ms.iter().sum::<f64>() / ms.len() as f64,
+            p50: percentile(ms.clone(), 0.5),
+            p99: percentile(ms, 0.99),
+        }
     }
+}
+
+/// Requests went to engines in turn.
+fn in_order(engines: Vec<Engine>) -> Vec<u64> {
+    let each: Vec<Vec<u64>> = engines.into_iter().map(Engine::finish).collect();
+    let requests = each.iter().map(Vec::len).sum();
+    (0..requests).map(|request| each[request % each.len()][request / each.len()]).collect()
 }
 
 #[cfg(test)]
@@ -268,7 +292,8 @@ mod tests {
         account.add(&row(0), &miss);
         account.add(&row(0), &miss);
         (1..100).for_each(|second| account.add(&row(second * 1000), &hit));
-        let summary = account.finish("replay", Duration::from_secs(2));
+        let (summary, each) = account.finish("replay", Duration::from_secs(2));
+        assert!(each.with_us[2] * 2 < each.without_us[2] && each.with_us[1] == each.without_us[1]);
         assert_eq!((summary.block_refs, summary.hits_dram, summary.misses), (808, 693, 115));
         assert!(summary.ttft_p50_ms * 2.0 < summary.ttft_p50_ms_no_cache);
         assert!(
@@ -283,7 +308,7 @@ mod tests {
     fn the_end_object_has_the_promised_fields() {
         let mut account = Account::new(MODEL);
         account.add(&row(0), &Served { misses: 8, ..Served::default() });
-        let json = serde_json::to_value(account.finish("replay", Duration::from_secs(1))).unwrap();
+        let json = serde_json::to_value(account.finish("replay", Duration::from_secs(1)).0).unwrap();
         for field in [
             "requests",
             "block_refs",

@@ -36,6 +36,9 @@ pub(crate) struct Args {
     /// gRPC on TCP.
     #[arg(long)]
     grpc_address: Option<SocketAddr>,
+    /// Where other nodes read blocks; else some free port beside gRPC.
+    #[arg(long, requires = "grpc_address")]
+    data_address: Option<SocketAddr>,
     /// gRPC addresses of its cluster's nodes.
     #[arg(long, value_delimiter = ',')]
     nodes: Vec<String>,
@@ -121,7 +124,8 @@ pub(crate) fn serve(args: &Args) -> Result<(), Failure> {
     let mut config = kvd::config::Config::embedded(&args.data_dir, args.dram_bytes, args.nvme_bytes)?;
     config.dram.keep_ms = args.keep_ms;
     config.listen.grpc_address = args.grpc_address;
-    config.listen.data_address = args.grpc_address.map(|address| SocketAddr::new(address.ip(), 0));
+    let any_port = args.grpc_address.map(|address| SocketAddr::new(address.ip(), 0));
+    config.listen.data_address = args.data_address.or(any_port);
     config.cluster.nodes.clone_from(&args.nodes);
     config.cluster.etcd = args.etcd.iter().cloned().collect();
     config.cluster.ttl_ms = args.ttl_ms.unwrap_or(config.cluster.ttl_ms);

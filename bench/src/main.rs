@@ -17,6 +17,7 @@ mod failure;
 mod fleet;
 mod folder;
 mod front;
+mod link;
 mod local;
 mod million;
 mod nvme;

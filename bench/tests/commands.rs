@@ -55,12 +55,13 @@ fn what_a_killed_daemon_had_is_served_by_the_next() {
 fn a_mistake_is_told_in_a_sentence() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("bad.jsonl"), "{\"timestamp\": 1}\n").unwrap();
-    let mistakes: [(&[&str], &str); 6] = [
+    let mistakes: [(&[&str], &str); 7] = [
         (&["replay", "--trace", "none.jsonl"], "none.jsonl"),
         (&["replay", "--trace", "bad.jsonl"], "line 1: missing field `input_length`"),
         (&["replay", "--trace", "bad.jsonl", "--dram", "5 parsecs"], "parsecs"),
         (&["replay", "--trace", "bad.jsonl", "--eviction", "lfu"], "lru, s3fifo, class-ttl, worth"),
         (&["replay", "--trace", "bad.jsonl", "--disk", "wet"], "full, slow, gone, throttled"),
+        (&["replay", "--trace", "bad.jsonl", "--peer", "--peer-slow", "0.5"], "1 or more"),
         (&["local", "--dram", "1MiB"], "--dram"),
     ];
     for (arguments, says) in mistakes {
@@ -97,6 +98,35 @@ fn a_small_trace_goes_through_a_real_daemon() {
     assert_eq!(end["misses"].as_u64(), Some(81), "{end}");
     assert!(end["ttft_mean_ms"].as_f64() < end["ttft_mean_ms_no_cache"].as_f64(), "{end}");
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "the daemon's files are gone");
+}
+
+/// What one daemon stored the other fetches, over a link that becomes slow; nothing is wrong, and the law's object says of which requests it speaks.
+#[test]
+fn two_daemons_share_a_trace_over_a_link_that_becomes_slow() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut trace = String::new();
+    for number in 0..120_u64 {
+        // nine requests of nine blocks: each is asked of the other daemon the next time
+        let ids: Vec<u64> = (0..9).map(|depth| number % 9 * 100 + depth).collect();
+        let timestamp = number * 500;
+        writeln!(
+            trace,
+            r#"{{"timestamp":{timestamp},"input_length":4500,"output_length":5,"hash_ids":{ids:?}}}"#
+        )
+        .unwrap();
+    }
+    std::fs::write(folder.path().join("t.jsonl"), trace).unwrap();
+    let words = ["replay", "--trace", "t.jsonl", "--dram", "64MiB", "--nvme", "64MiB", "--output", "json"];
+    let slow = ["--peer", "--peer-slow", "20", "--peer-slow-s", "1"];
+    let said = objects(&bench(&[&words[..], &slow[..]].concat(), folder.path()));
+    let of = |name: &str| said.iter().find(|object| object["bench"] == name).unwrap().clone();
+    let (replay, law) = (of("replay"), of("replay_law"));
+    assert_eq!((replay["requests"].as_u64(), replay["wrong_blocks"].as_u64()), (Some(120), Some(0)));
+    assert!(replay["hits_peer"].as_u64() > Some(0), "{replay}");
+    assert_eq!((&law["source"], &law["began_at_request"]), (&"peer".into(), &60.into()));
+    assert_eq!(law["whole"]["requests"].as_u64(), Some(120));
+    assert!(law["whole"]["mean_of_no_cache"].as_f64() < Some(1.0), "{law}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "the daemons' files are gone");
 }
 
 #[test]

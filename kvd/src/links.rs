@@ -2,7 +2,8 @@
 //!
 //! Owns what was measured of the way to each node, and of any other way (`Way`: to the bucket too): its speed, what is under way on it, when it last failed. Invariants: a pure
 //! choice, in predicted microseconds (law 7); nothing is fetched that is predicted to take longer than recomputing it; a way that failed
-//! is left alone for a while, for everybody (law 3). Time is an argument.
+//! is left alone for a while, and one on which something is late until that has ended, for everybody (law 3); one that is too slow to be of use is
+//! measured now and then all the same, by a read that nobody waits for, or it would stay so for ever. Time is an argument.
 //! Leaves to others: who has what (`index`), the bytes (`run/fetcher`).
 
 use crate::node::event::Wanted;
@@ -15,6 +16,15 @@ use std::collections::HashMap;
 const PRIOR: (f64, f64) = (300.0, 12_500.0);
 /// How long a way that failed is left alone, unless its node has begun another life.
 const SICK_US: u64 = 5_000_000;
+/// What takes over twice its prediction by so much was predicted for another way than this one is now: a busy machine's threads stand still for less.
+const LATE_US: u64 = 200_000;
+/// What comes alone, and so many times faster than predicted, shows what the way can do: nothing comes faster than it can. And what failed late is
+/// taken for so many times slower than it was: of it is known only that it takes longer.
+const FAR: u64 = 4;
+/// A way that is too slow to be of use is measured once in so long.
+const PROBE_EVERY_US: u64 = 1_000_000;
+/// By so many blocks: an estimate follows a change within some ten samples.
+const PROBED_BLOCKS: u32 = 8;
 
 /// The ways to all nodes, by their addresses.
 #[derive(Debug, Default)]
@@ -28,6 +38,10 @@ pub struct Way {
     speed: Estimate,
     batches: usize,
     reading_bytes: u64,
+    /// When a batch last ended, or began where nothing was under way.
+    progress_us: u64,
+    /// When it was last measured for nobody.
+    probed_us: Option<u64>,
     /// In which life of the other end it failed, and until when it rests.
     sick: Option<(u64, u64)>,
 }
@@ -36,6 +50,16 @@ impl Default for Way {
     fn default() -> Self {
         Self::new(PRIOR.0, PRIOR.1)
     }
+}
+
+/// A batch on its way.
+#[derive(Debug, Clone, Copy)]
+pub struct Trip {
+    bytes: u64,
+    /// What was under way before it.
+    queued_bytes: u64,
+    began_us: u64,
+    predicted_us: f64,
 }
 
 /// From where, and how much.
@@ -83,6 +107,36 @@ impl Links {
         best
     }
 
+    /// A node that would be asked if its way were as any is thought to be at first, and is not for how it was measured: some blocks of it, to be
+    /// read for nobody. Each way once in a while.
+    pub fn probe(
+        &mut self,
+        wanted: &Wanted,
+        locations: &[NodeLocation],
+        own_epoch: u64,
+        now_us: u64,
+    ) -> Option<Choice> {
+        let fresh = Way::default();
+        let of_use = |way: &Way, node: &NodeLocation| {
+            let saves = |(blocks, owner_us): &(u32, f64)| {
+                way.saves(*blocks, wanted).is_some_and(|(_, saved)| saved > *owner_us)
+            };
+            depths(node, wanted).iter().any(saves)
+        };
+        let others = locations.iter().filter(|node| node.node_epoch != own_epoch);
+        for node in others {
+            let Some(way) = self.ways.get_mut(&node.address) else { continue };
+            let slow = !way.rests(node.node_epoch, now_us) && !of_use(way, node) && of_use(&fresh, node);
+            if slow && way.probe_is_due(now_us) {
+                let most = node.blocks.min(wanted.chain.len() as u32);
+                let blocks = most.min(wanted.stored.saturating_add(PROBED_BLOCKS));
+                let (address, node_epoch) = (node.address.clone(), node.node_epoch);
+                return Some(Choice { address, node_epoch, blocks, predicted_us: 0, saved_us: 0.0 });
+            }
+        }
+        None
+    }
+
     /// Whether the way to a node has not failed lately.
     pub fn is_well(&self, address: &str, node_epoch: u64, now_us: u64) -> bool {
         self.ways.get(address).is_none_or(|link| !link.rests(node_epoch, now_us))
@@ -104,15 +158,15 @@ impl Links {
     }
 
     /// A batch is on its way.
-    pub fn began(&mut self, address: &str, bytes: u64) {
-        self.ways.entry(address.to_owned()).or_default().began(bytes);
+    pub fn began(&mut self, address: &str, bytes: u64, now_us: u64) -> Trip {
+        self.ways.entry(address.to_owned()).or_default().began(bytes, now_us)
     }
 
     /// It has come in full, or `failed` in that life of its node.
-    pub fn ended(&mut self, address: &str, bytes: u64, elapsed_us: u64, failed: Option<u64>, now_us: u64) {
+    pub fn ended(&mut self, address: &str, trip: Trip, failed: Option<u64>, now_us: u64) {
         // without a batch it left meanwhile
         if let Some(way) = self.ways.get_mut(address).filter(|way| way.batches > 0) {
-            way.ended(bytes, elapsed_us, failed, now_us);
+            way.ended(trip, failed, now_us);
         }
     }
 
@@ -130,12 +184,34 @@ impl Links {
 impl Way {
     /// Before anything was measured.
     pub fn new(latency_us: f64, bytes_per_us: f64) -> Self {
-        Self { speed: Estimate::new(latency_us, bytes_per_us), batches: 0, reading_bytes: 0, sick: None }
+        Self {
+            speed: Estimate::new(latency_us, bytes_per_us),
+            batches: 0,
+            reading_bytes: 0,
+            progress_us: 0,
+            probed_us: None,
+            sick: None,
+        }
     }
 
     /// Whether it is left alone, in this life of the other end.
     pub fn rests(&self, epoch: u64, now_us: u64) -> bool {
-        self.sick.is_some_and(|(sick, until_us)| sick == epoch && now_us < until_us)
+        self.sick.is_some_and(|(sick, until_us)| sick == epoch && now_us < until_us) || self.is_late(now_us)
+    }
+
+    /// Nothing has ended for longer than all that is under way should take: who comes later does not wait for it (law 3).
+    fn is_late(&self, now_us: u64) -> bool {
+        let still_us = now_us.saturating_sub(self.progress_us);
+        self.batches > 0 && is_late(still_us, self.speed.predict_us(self.reading_bytes, 0))
+    }
+
+    /// Too slow to be of use, it is to be measured now, for nobody. Says so once in a while.
+    pub fn probe_is_due(&mut self, now_us: u64) -> bool {
+        let due = self.probed_us.is_none_or(|probed_us| now_us >= probed_us + PROBE_EVERY_US);
+        if due {
+            self.probed_us = Some(now_us);
+        }
+        due
     }
 
     /// It could not be gone.
@@ -149,22 +225,45 @@ impl Way {
     }
 
     /// A batch is on its way.
-    pub fn began(&mut self, bytes: u64) {
+    pub fn began(&mut self, bytes: u64, now_us: u64) -> Trip {
+        let queued_bytes = self.reading_bytes;
+        if self.batches == 0 {
+            self.progress_us = now_us;
+        }
         self.batches += 1;
         self.reading_bytes += bytes;
+        Trip {
+            bytes,
+            queued_bytes,
+            began_us: now_us,
+            predicted_us: self.speed.predict_us(bytes, queued_bytes),
+        }
     }
 
     /// It has come, or `failed` in that life of the other end.
-    pub fn ended(&mut self, bytes: u64, elapsed_us: u64, failed: Option<u64>, now_us: u64) {
+    pub fn ended(&mut self, trip: Trip, failed: Option<u64>, now_us: u64) {
+        let elapsed_us = now_us.saturating_sub(trip.began_us).max(1);
+        let fast = trip.queued_bytes == 0 && (elapsed_us * FAR) as f64 <= trip.predicted_us;
+        if is_late(elapsed_us, trip.predicted_us) || (fast && failed.is_none()) {
+            let takes_us = elapsed_us * if failed.is_some() { FAR } else { 1 };
+            self.begin_anew(&trip, takes_us as f64);
+        } else if failed.is_none() {
+            self.speed.observe(trip.bytes, elapsed_us, self.batches);
+        }
         match failed {
             Some(epoch) => self.failed(epoch, now_us),
-            None => {
-                self.speed.observe(bytes, elapsed_us, self.batches);
-                self.worked();
-            }
+            None => self.worked(),
         }
         self.batches -= 1;
-        self.reading_bytes = self.reading_bytes.saturating_sub(bytes);
+        self.reading_bytes = self.reading_bytes.saturating_sub(trip.bytes);
+        self.progress_us = now_us;
+    }
+
+    /// What was measured before was another way: a mean would let the next dozen requests find that out, one after the other.
+    fn begin_anew(&mut self, trip: &Trip, takes_us: f64) {
+        let latency_us = self.speed.latency_us().min(takes_us / 2.0);
+        let came_bytes = (trip.bytes + trip.queued_bytes) as f64;
+        self.speed = Estimate::new(latency_us, (came_bytes / (takes_us - latency_us)).max(f64::MIN_POSITIVE));
     }
 
     /// How long the rest of a chain takes to come, up to and without block `blocks`; and how much longer computing it takes, if it does.
@@ -182,6 +281,10 @@ impl Way {
     fn predict_us(&self, blocks: u64, wanted: &Wanted) -> f64 {
         self.speed.predict_us(blocks * block_bytes(wanted), self.reading_bytes)
     }
+}
+
+fn is_late(elapsed_us: u64, predicted_us: f64) -> bool {
+    elapsed_us as f64 > 2.0 * predicted_us + LATE_US as f64
 }
 
 fn block_bytes(wanted: &Wanted) -> u64 {
@@ -298,8 +401,8 @@ mod tests {
         // 768 us a block to compute; 1049 to fetch, after 10 ms
         assert_eq!(way.saves(10, &wanted(10, 2)), None);
         for _ in 0..50 {
-            way.began(1 << 20);
-            way.ended(1 << 20, 200, None, 0);
+            let trip = way.began(1 << 20, 0);
+            way.ended(trip, None, 200);
         }
         let (predicted_us, saved_us) = way.saves(10, &wanted(10, 2)).unwrap();
         assert!((predicted_us + saved_us - 8.0 * 768.0).abs() < 1.0, "{predicted_us} {saved_us}");
@@ -331,17 +434,67 @@ mod tests {
         assert_eq!(chosen(&links, &wanted(10, 0), &nodes), Some(("b".into(), 4)));
         assert_eq!(links.choose(&wanted(10, 0), &nodes, OWN, SICK_US).unwrap().address, "a");
         for _ in 0..50 {
-            links.began("a", 1 << 20);
-            links.ended("a", 1 << 20, 50_000, None, 0);
+            let trip = links.began("a", 1 << 20, 0);
+            links.ended("a", trip, None, 50_000);
         }
         assert_eq!(chosen(&links, &wanted(10, 0), &nodes), Some(("b".into(), 4)), "50 ms a block");
-        links.began("b", 1);
-        links.ended("b", 1, 1, Some(3), 0);
+        let trip = links.began("b", 1, 0);
+        links.ended("b", trip, Some(3), 0);
         assert_eq!(chosen(&links, &wanted(10, 0), &nodes), None);
-        links.began("a", 1);
+        let trip = links.began("a", 1, 0);
         links.forget("a");
-        links.ended("a", 1, 1, Some(2), 0);
+        links.ended("a", trip, Some(2), 0);
         assert_eq!(chosen(&links, &wanted(10, 0), &nodes), Some(("a".into(), 8)), "as if never heard of");
+    }
+
+    /// A link that was throttled to a two-thousandth cost each of the next requests a second, until a mean over some eighty of them had followed.
+    #[test]
+    fn one_late_batch_closes_a_way_at_once_and_one_quick_probe_opens_it() {
+        let mut links = Links::default();
+        let (wanted, nodes) = (wanted(10, 2), [node("a", 2, &[(Tier::Dram, 10, 0.0)])]);
+        let mut now_us = 0;
+        for _ in 0..50 {
+            let trip = links.began("a", 8 << 20, now_us);
+            now_us += 1000;
+            links.ended("a", trip, None, now_us);
+        }
+        assert!(links.choose(&wanted, &nodes, OWN, now_us).is_some());
+        assert_eq!(links.probe(&wanted, &nodes, OWN, now_us), None, "it is of use");
+        let trip = links.began("a", 8 << 20, now_us);
+        assert!(links.choose(&wanted, &nodes, OWN, now_us + LATE_US).is_some(), "not late yet");
+        assert_eq!(
+            links.choose(&wanted, &nodes, OWN, now_us + LATE_US + 5000),
+            None,
+            "nobody else waits for it"
+        );
+        assert_eq!(
+            links.probe(&wanted, &nodes, OWN, now_us + LATE_US + 5000),
+            None,
+            "something is under way"
+        );
+        now_us += 2_000_000;
+        links.ended("a", trip, None, now_us);
+        assert_eq!(links.choose(&wanted, &nodes, OWN, now_us), None, "4 bytes a microsecond");
+        let probe = links.probe(&wanted, &nodes, OWN, now_us).unwrap();
+        assert_eq!((&probe.address[..], probe.blocks), ("a", 10));
+        assert_eq!(links.probe(&wanted, &nodes, OWN, now_us + PROBE_EVERY_US - 1), None, "once a second");
+        assert!(links.probe(&wanted, &nodes, OWN, now_us + PROBE_EVERY_US).is_some());
+        let trip = links.began("a", 1 << 20, now_us);
+        links.ended("a", trip, None, now_us + 1000);
+        assert!(links.choose(&wanted, &nodes, OWN, now_us).is_some());
+        let cheap = Wanted { profile: PrefillProfile::causal(0.0, 0.01, 0.0), ..wanted };
+        assert_eq!(links.probe(&cheap, &nodes, OWN, 2 * now_us), None, "of no use to anybody");
+    }
+
+    #[test]
+    fn what_waits_behind_others_is_not_late_for_that() {
+        let mut way = Way::new(300.0, 100.0);
+        let trips: Vec<_> = (0..16).map(|_| way.began(8 << 20, 0)).collect();
+        for (at, trip) in (1..).zip(trips) {
+            way.ended(trip, None, at * (8 << 20) / 100);
+        }
+        assert!((way.speed().bytes_per_us() / 100.0).ln().abs() < 3.0_f64.ln(), "{:?}", way.speed());
+        assert!(!way.rests(0, 0));
     }
 
     #[test]

@@ -25,6 +25,8 @@ pub(crate) struct Served {
     pub(crate) hits_dram: u64,
     /// Blocks read whole that had to come from NVMe.
     pub(crate) hits_nvme: u64,
+    /// Blocks read whole that had to come from another node.
+    pub(crate) hits_peer: u64,
     /// Blocks read whole that had to come from S3.
     pub(crate) hits_s3: u64,
     /// Blocks that were not there, or not in time.
@@ -33,6 +35,8 @@ pub(crate) struct Served {
     pub(crate) wrong_blocks: u64,
     /// Blocks stored.
     pub(crate) stored: u64,
+    /// From asking for room to having it: an engine's store waits so long, not its first token.
+    pub(crate) room_us: u64,
     /// Bytes and time of the reads.
     pub(crate) fetched: Fetched,
 }
@@ -40,7 +44,7 @@ pub(crate) struct Served {
 impl Served {
     /// Blocks read whole.
     pub(crate) fn hits(&self) -> u64 {
-        self.hits_dram + self.hits_nvme + self.hits_s3
+        self.hits_dram + self.hits_nvme + self.hits_peer + self.hits_s3
     }
 }
 
@@ -83,7 +87,7 @@ impl Cache {
         let hits = served.hits() as usize;
         served.misses = (ids.len() - hits) as u64;
         if hits < ids.len() {
-            served.stored = self.store(row, &ids, hits).await?;
+            (served.stored, served.room_us) = self.store(row, &ids, hits).await?;
         }
         Ok(served)
     }
@@ -101,7 +105,8 @@ impl Cache {
                 break;
             }
             let right = content::is(name, &self.block);
-            count(served, matched.source(block), self.block.len() as u64, right);
+            let source = (matched.source(block), matched.is_remote(block));
+            count(served, source, self.block.len() as u64, right);
         }
         matched.release().await?;
         served.fetched.real_us = real.as_micros() as u64;
@@ -112,14 +117,17 @@ impl Cache {
         matched.wait_ready(block).await && matches!(matched.read(block, 0, &mut self.block), Read::Whole)
     }
 
-    async fn store(&mut self, row: &Row, ids: &[BlockId], from: usize) -> Result<u64, Failure> {
+    /// Blocks stored, and microseconds until there was room for them.
+    async fn store(&mut self, row: &Row, ids: &[BlockId], from: usize) -> Result<(u64, u64), Failure> {
         let root = block_id::root(&self.space.fingerprint(), b"", b"")?;
         let parent = from.checked_sub(1).map_or(root, |at| ids[at]);
         let chain = Chain::from_ids("chain", ids[from..].to_vec())?;
         let key = self.request_key(*b"put");
+        let start = Instant::now();
         let fill = self.space.reserve(&key, parent, from as u32, &chain, RESERVE_WAIT).await?;
+        let room_us = start.elapsed().as_micros() as u64;
         self.compute(&fill, &row.hash_ids[from..]);
-        Ok(u64::from(fill.commit().await?))
+        Ok((u64::from(fill.commit().await?), room_us))
     }
 
     /// Stands for the prefill: writes the blocks that were granted.
@@ -135,12 +143,14 @@ impl Cache {
     }
 }
 
-fn count(served: &mut Served, source: Tier, bytes: u64, right: bool) {
+/// `source`: the tier, and whether it is elsewhere.
+fn count(served: &mut Served, source: (Tier, bool), bytes: u64, right: bool) {
     served.wrong_blocks += u64::from(!right);
-    let Served { hits_dram, hits_nvme, hits_s3, fetched, .. } = served;
+    let Served { hits_dram, hits_nvme, hits_peer, hits_s3, fetched, .. } = served;
     let (hits, sum) = match source {
-        Tier::Nvme => (hits_nvme, &mut fetched.nvme_bytes),
-        Tier::S3 => (hits_s3, &mut fetched.s3_bytes),
+        (Tier::S3, _) => (hits_s3, &mut fetched.s3_bytes),
+        (_, true) => (hits_peer, &mut fetched.peer_bytes),
+        (Tier::Nvme, _) => (hits_nvme, &mut fetched.nvme_bytes),
         _ => (hits_dram, &mut fetched.dram_bytes),
     };
     *hits += 1;

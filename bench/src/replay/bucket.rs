@@ -1,11 +1,16 @@
-//! The bucket of a replay: an S3 server beside it, a proxy with bad days before that, and what came of both.
+//! The bucket of a replay: an S3 server beside it, a proxy with bad days and a link with slow ones before that, and what came of it.
 //!
-//! Invariants: requests and bytes are the daemon's own counts, and the useful bytes those that the engine read; errors last the whole run, a hang
-//! begins when half of the requests have been served.
+//! Invariants: requests and bytes are the daemon's own counts, and the useful bytes those that the engine read; errors last the whole run; a hang, or a
+//! slow link, begins when half of the requests have been served.
 
+use super::fault::{Fault as Trouble, Turn};
+use super::law::{Source, Suffered};
+use crate::daemon::free_address;
 use crate::demo::load::{get, http};
 use crate::engine::cache::Served;
+use crate::engine::fetch::S3_BYTES_PER_US;
 use crate::failure::Failure;
+use crate::link::Link;
 use crate::report::{Output, Reporter};
 use crate::s3::proxy::{Fault, Proxy, Weather};
 use crate::s3::server::{BUCKET, Server};
@@ -41,6 +46,12 @@ pub(super) struct BucketArgs {
     /// After half of the trace the bucket does not answer for so many seconds.
     #[arg(long, default_value_t = 0, requires = "s3")]
     s3_hang_s: u64,
+    /// After half of the trace the link to the bucket is slower by so much than what is charged for S3, both ways.
+    #[arg(long, requires = "s3", conflicts_with = "s3_hang_s", value_parser = super::slower)]
+    s3_slow: Option<f64>,
+    /// For so many seconds.
+    #[arg(long, default_value_t = 15, requires = "s3_slow", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    s3_slow_s: u64,
 }
 
 impl BucketArgs {
@@ -48,14 +59,19 @@ impl BucketArgs {
     pub(super) fn given(&self) -> bool {
         self.s3
     }
+
+    fn trouble(&self) -> Option<Trouble> {
+        let seconds = if self.s3_slow.is_some() { self.s3_slow_s } else { self.s3_hang_s };
+        (seconds > 0).then(|| Trouble::of(Duration::from_secs(seconds)))
+    }
 }
 
 /// The bucket, if there is one.
 pub(super) struct Bucket {
     args: BucketArgs,
     there: Option<There>,
-    hangs: Option<Instant>,
-    hung: bool,
+    trouble: Option<Trouble>,
+    scale: f64,
     block_bytes: u64,
     useful_bytes: u64,
     stored: u64,
@@ -64,6 +80,7 @@ pub(super) struct Bucket {
 struct There {
     _server: Option<Server>,
     proxy: Proxy,
+    link: Link,
     bucket: String,
     keys_file: Option<PathBuf>,
 }
@@ -75,6 +92,7 @@ struct Summary {
     server: String,
     errors_per_mille: u32,
     hang_s: u64,
+    slow: Option<f64>,
     stored_blocks: u64,
     uploaded_blocks: f64,
     skipped_blocks: f64,
@@ -90,14 +108,14 @@ struct Summary {
 }
 
 impl Bucket {
-    /// In good weather, or with errors; `block_bytes`: of every block.
-    pub(super) async fn start(args: &BucketArgs, block_bytes: u64) -> Result<Self, Failure> {
+    /// In good weather, or with errors; `block_bytes`: of every block; `scale`: real bytes for one here.
+    pub(super) async fn start(args: &BucketArgs, block_bytes: u64, scale: f64) -> Result<Self, Failure> {
         let there = if args.s3 { Some(There::start(args).await?) } else { None };
         let this = Self {
             args: args.clone(),
             there,
-            hangs: None,
-            hung: false,
+            trouble: args.trouble(),
+            scale,
             block_bytes,
             useful_bytes: 0,
             stored: 0,
@@ -106,13 +124,19 @@ impl Bucket {
         Ok(this)
     }
 
-    fn weather(&self, hangs: bool) {
+    fn slow_bytes_per_us(&self) -> Option<f64> {
+        self.args.s3_slow.map(|slower| S3_BYTES_PER_US / self.scale / slower)
+    }
+
+    fn weather(&self, ill: bool) {
         let Some(there) = &self.there else { return };
         let each = self.args.s3_errors / FAULTS.len() as u32;
         let first = self.args.s3_errors - each * (FAULTS.len() as u32 - 1);
         let errors =
             FAULTS.iter().enumerate().map(|(at, fault)| (*fault, if at == 0 { first } else { each }));
-        let per_mille = if hangs { vec![(Fault::Hang, 1000)] } else { errors.collect() };
+        let slow = self.slow_bytes_per_us();
+        there.link.set(slow.filter(|_| ill));
+        let per_mille = if ill && slow.is_none() { vec![(Fault::Hang, 1000)] } else { errors.collect() };
         there.proxy.set(Weather {
             per_mille,
             hang: Duration::from_secs(self.args.s3_hang_s),
@@ -123,7 +147,7 @@ impl Bucket {
     /// What the daemon must be told.
     pub(super) fn tell(&self, command: &mut Command) {
         let Some(there) = &self.there else { return };
-        command.arg(format!("--s3-endpoint={}", there.proxy.endpoint()));
+        command.arg(format!("--s3-endpoint=http://{}", there.link.address()));
         command.arg(format!("--s3-bucket={}", there.bucket));
         if let Some(keys) = &there.keys_file {
             command.arg("--s3-keys-file").arg(keys);
@@ -132,17 +156,21 @@ impl Bucket {
 
     /// Before each request.
     pub(super) fn passes(&mut self, number: usize, requests: usize) {
-        if self.args.s3_hang_s == 0 {
-            return;
+        let Some(trouble) = &mut self.trouble else { return };
+        match trouble.passes(number, requests) {
+            Turn::Begins => self.weather(true),
+            Turn::Ends => self.weather(false),
+            Turn::Nothing => {}
         }
-        if !self.hung && number >= requests / 2 {
-            (self.hung, self.hangs) = (true, Some(Instant::now()));
-            self.weather(true);
-        }
-        if self.hangs.is_some_and(|since| since.elapsed().as_secs() >= self.args.s3_hang_s) {
-            self.hangs = None;
-            self.weather(false);
-        }
+    }
+
+    /// What it suffered in the middle of the run, if anything.
+    pub(super) fn suffered(&self) -> Option<Suffered> {
+        let what = match self.slow_bytes_per_us() {
+            Some(rate) => format!("bucket throttled to {rate:.3} bytes/us"),
+            None => "bucket hangs".to_owned(),
+        };
+        Some(Suffered { fault: self.trouble?, source: Source::S3, what })
     }
 
     /// After each request.
@@ -184,6 +212,7 @@ impl Bucket {
             server: self.args.s3_endpoint.clone().unwrap_or_else(|| "s3s-fs in this process".to_owned()),
             errors_per_mille: self.args.s3_errors,
             hang_s: self.args.s3_hang_s,
+            slow: self.args.s3_slow,
             stored_blocks: self.stored,
             uploaded_blocks,
             skipped_blocks: count("kvd_s3_skipped_blocks_total"),
@@ -212,13 +241,20 @@ impl There {
             let address =
                 tokio::net::lookup_host(address).await?.next().ok_or("--s3-endpoint has no address")?;
             let proxy = Proxy::start(address, 1).await?;
-            return Ok(Self { _server: None, proxy, bucket: bucket.clone(), keys_file: None });
+            let link = link_to(&proxy)?;
+            return Ok(Self { _server: None, proxy, link, bucket: bucket.clone(), keys_file: None });
         }
         let server = Server::start()?;
         let proxy = Proxy::start(server.address(), 1).await?;
         let (bucket, keys_file) = (BUCKET.to_owned(), Some(server.keys_file()?));
-        Ok(Self { _server: Some(server), proxy, bucket, keys_file })
+        let link = link_to(&proxy)?;
+        Ok(Self { _server: Some(server), proxy, link, bucket, keys_file })
     }
+}
+
+fn link_to(proxy: &Proxy) -> Result<Link, Failure> {
+    let to = proxy.endpoint();
+    Link::start(free_address()?, to.trim_start_matches("http://").parse()?)
 }
 
 impl Summary {

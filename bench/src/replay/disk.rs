@@ -2,6 +2,8 @@
 //!
 //! Invariants: the trouble begins when half of the requests have been served; what the node says of its tier is read from the node, between two requests.
 
+use super::fault::{Fault, Turn};
+use super::law::{Source, Suffered};
 use crate::daemon::Daemon;
 use crate::disk::{Ailment, HEAL_WAIT_MAX, Node, say};
 use crate::engine::cache::Served;
@@ -52,16 +54,13 @@ pub(super) struct Disk {
 
 struct Case {
     ailment: Ailment,
-    lasts: Duration,
     said: PathBuf,
     node: Option<Node>,
-    began: Option<Instant>,
-    ended: Option<Instant>,
+    fault: Fault,
     looked: Option<Instant>,
     healed: Option<Duration>,
     trouble: String,
     in_metrics: bool,
-    began_at: usize,
     during: Hits,
     outside: Hits,
 }
@@ -103,16 +102,13 @@ impl Disk {
         say(&said, Ailment::Nothing)?;
         let case = Case {
             ailment,
-            lasts: Duration::from_secs(args.disk_s),
             said,
             node: None,
-            began: None,
-            ended: None,
+            fault: Fault::of(Duration::from_secs(args.disk_s)),
             looked: None,
             healed: None,
             trouble: String::new(),
             in_metrics: false,
-            began_at: 0,
             during: Hits::default(),
             outside: Hits::default(),
         };
@@ -137,31 +133,34 @@ impl Disk {
     /// Before each request.
     pub(super) async fn passes(&mut self, number: usize, requests: usize) -> Result<(), Failure> {
         let Some(case) = &mut self.case else { return Ok(()) };
-        match (case.began, case.ended) {
-            (None, _) if number >= requests / 2 => {
-                (case.began, case.began_at) = (Some(Instant::now()), number);
-                say(&case.said, case.ailment)
-            }
-            (Some(began), None) if began.elapsed() >= case.lasts => case.end(),
-            (Some(_), _) if case.healed.is_none() => case.look().await,
-            _ => Ok(()),
+        match case.fault.passes(number, requests) {
+            Turn::Begins => say(&case.said, case.ailment),
+            Turn::Ends => say(&case.said, Ailment::Nothing),
+            Turn::Nothing if case.fault.began().is_some() && case.healed.is_none() => case.look().await,
+            Turn::Nothing => Ok(()),
         }
     }
 
     /// After each request.
     pub(super) fn saw(&mut self, served: &Served) {
         let Some(case) = &mut self.case else { return };
-        let ill = case.began.is_some() && case.ended.is_none();
-        let hits = if ill { &mut case.during } else { &mut case.outside };
+        let hits = if case.fault.is_on() { &mut case.during } else { &mut case.outside };
         hits.requests += 1;
         hits.hits += served.hits();
         hits.blocks += served.hits() + served.misses;
     }
 
+    /// What it suffered, if anything.
+    pub(super) fn suffered(&self) -> Option<Suffered> {
+        let case = self.case.as_ref()?;
+        let what = format!("disk {}", case.ailment);
+        Some(Suffered { fault: case.fault, source: Source::Nvme, what })
+    }
+
     /// After the last request; waits until the node says that all is well.
     pub(super) async fn report(mut self, output: Output) -> Result<(), Failure> {
         let Some(case) = &mut self.case else { return Ok(()) };
-        if case.ended.is_none() {
+        if case.fault.ended().is_none() {
             return Err(format!("the trace ended before the disk was {} for --disk-s", case.ailment).into());
         }
         while case.healed.is_none() {
@@ -174,11 +173,6 @@ impl Disk {
 }
 
 impl Case {
-    fn end(&mut self) -> Result<(), Failure> {
-        self.ended = Some(Instant::now());
-        say(&self.said, Ailment::Nothing)
-    }
-
     /// Asks the node, unless it was asked just now.
     async fn look(&mut self) -> Result<(), Failure> {
         if self.looked.is_some_and(|at| at.elapsed() < LOOK_EVERY) {
@@ -191,10 +185,10 @@ impl Case {
             (self.trouble, self.in_metrics) = (now, node.degraded().await?);
             return Ok(());
         }
-        let Some(ended) = self.ended else { return Ok(()) };
+        let Some(ended) = self.fault.ended() else { return Ok(()) };
         if now.is_empty() {
-            self.healed = Some(ended.elapsed());
-        } else if ended.elapsed() > HEAL_WAIT_MAX {
+            self.healed = Some(ended.at.elapsed());
+        } else if ended.at.elapsed() > HEAL_WAIT_MAX {
             return Err(format!("the disk is well again for {HEAL_WAIT_MAX:?}, the node says: {now}").into());
         }
         Ok(())
@@ -209,8 +203,8 @@ impl Case {
         Ok(Summary {
             bench: "replay_disk",
             disk: self.ailment.to_string(),
-            seconds: self.lasts.as_secs(),
-            began_at_request: self.began_at,
+            seconds: self.fault.lasts().as_secs(),
+            began_at_request: self.fault.began().map_or(0, |began| began.request),
             requests_during: self.during.requests,
             hit_ratio_during: ratio(self.during),
             hit_ratio_outside: ratio(self.outside),

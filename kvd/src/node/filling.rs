@@ -2,7 +2,7 @@
 //!
 //! Invariants: one filler a block at a time, whoever asks second hears BUSY; a block is visible only when every part of
 //! every group is filled and committed under a lease that still stood; a reservation waits for space only as long as it
-//! was asked to, and then takes what may be dropped.
+//! was asked to, or not at all where writes cannot make that space in time, and then takes what may be dropped.
 
 use super::Node;
 use super::event::{Effect, MemberId};
@@ -162,7 +162,8 @@ impl Node {
             }
             let pools = self.dram_pools(wanted.space);
             let opening = self.any_opening(wanted.space) && self.now_us < wanted.asked_us + FIRST_SEGMENT_US;
-            let last = self.now_us >= wanted.until_us && !opening;
+            let over = self.now_us >= wanted.until_us || self.waits_in_vain(wanted, &pools);
+            let last = over && !opening;
             let behind = pools.iter().any(|pool| taken.contains(pool));
             if !last && (behind || !self.worth_trying(wanted, &pools)) {
                 taken.extend(pools);
@@ -186,10 +187,24 @@ impl Node {
         }
     }
 
+    /// Whether what it is short of cannot be written before its wait is over: it hears now what it would hear then. What waits for no write,
+    /// but for readers, may end at any time.
+    fn waits_in_vain(&self, wanted: &Wanted, pools: &[usize]) -> bool {
+        let missing = wanted.needs.saturating_sub(self.free_of(pools));
+        if missing == 0 || !self.movement.demotes() {
+            return false;
+        }
+        let slot_bytes = self.block_bytes(wanted.space) / pools.len() as u64;
+        self.now_us + self.movement.write_us(missing * slot_bytes) > wanted.until_us
+    }
+
+    fn free_of(&self, pools: &[usize]) -> u64 {
+        pools.iter().map(|pool| self.memory.pools[*pool].slots.free_slots()).sum()
+    }
+
     /// A try looks at the whole chain: not each time one slot of many becomes free.
     fn worth_trying(&self, wanted: &Wanted, pools: &[usize]) -> bool {
-        let free: u64 = pools.iter().map(|pool| self.memory.pools[*pool].slots.free_slots()).sum();
-        free >= wanted.needs || self.now_us >= wanted.tried_us + RETRY_US
+        self.free_of(pools) >= wanted.needs || self.now_us >= wanted.tried_us + RETRY_US
     }
 
     /// `last`: answers with what can be had now, dropping copies that exist nowhere else; otherwise all or nothing.

@@ -24,6 +24,8 @@ const DEMOTIONS_PER_DEPTH: usize = 2;
 /// Errors in a row after which nothing is read, or written, for `SICK_US`; so long nothing is read after a load has stalled.
 const ERRORS_MAX: u32 = 8;
 const SICK_US: u64 = 10_000_000;
+/// A write that takes over twice its prediction by so much is of another device than the one that was measured: its estimate begins anew.
+const LATE_US: u64 = 500_000;
 
 /// Before anything was measured: a middling NVMe, and memory at a tenth of what servers have.
 const NVME_PRIOR: (f64, f64) = (100.0, 2000.0);
@@ -170,6 +172,18 @@ impl Movement {
 
     pub(super) fn write_us(&self, bytes: u64) -> u64 {
         self.nvme_writes.predict_us(bytes, 0) as u64
+    }
+
+    /// A mean would let a dozen reservations find out, one after the other, that they wait for nothing.
+    fn observe_write(&mut self, bytes: u64, elapsed_us: u64) {
+        let all_bytes = bytes * self.demotions as u64;
+        let predicted_us = self.nvme_writes.predict_us(all_bytes, 0) as u64;
+        if elapsed_us > 2 * predicted_us + LATE_US {
+            let bytes_per_us = all_bytes as f64 / elapsed_us as f64;
+            self.nvme_writes = Estimate::new(self.nvme_writes.latency_us(), bytes_per_us);
+        } else {
+            self.nvme_writes.observe(bytes, elapsed_us, self.demotions);
+        }
     }
 
     pub(super) fn observe_dram(&mut self, bytes: u64, elapsed_us: u64) {
@@ -399,7 +413,7 @@ impl Node {
             self.movement.stalled_until_us = 0; // it answers
         } else {
             self.movement.writes.worked();
-            self.movement.nvme_writes.observe(bytes, elapsed_us, self.movement.demotions);
+            self.movement.observe_write(bytes, elapsed_us);
             self.counters.nvme_write_bytes += bytes;
         }
     }

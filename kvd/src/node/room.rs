@@ -55,6 +55,7 @@ impl Node {
                 continue;
             }
             self.memory.pools[pool].hunting = false;
+            let mut dropped = false;
             let demanded = self.demanded_slots(pool);
             for _ in 0..most {
                 let state = &self.memory.pools[pool];
@@ -73,13 +74,17 @@ impl Node {
                 self.memory.pools[pool].looked = 0;
                 if drains || !self.is_last_copy(victim, Tier::Dram) {
                     self.evict(victim, pool);
+                    dropped = true;
                 } else if !self.worth_writing(victim) {
                     self.counters.unwritten_blocks += 1;
                     self.evict(victim, pool);
+                    dropped = true;
                 } else if !self.demote(victim) {
                     break;
                 }
             }
+            // a write tells when it has ended, a drop tells nobody: the next would come with a tick, and who waits would wait for that
+            self.memory.pools[pool].hunting |= dropped;
         }
     }
 }

@@ -11,10 +11,10 @@ use super::dram::DramSegments;
 use super::follower::Locations;
 use super::inbox::{Inbox, Input};
 use crate::cluster::{Member, Members};
-use crate::links::{Choice, Links, common};
+use crate::links::{Choice, Links, Trip, common};
 use crate::node::event::{Event, FetchOrder, MoveError, Offer, Wanted};
 use kvd_client::transport::tcp::{PeerOptions, PeerPool};
-use kvd_client::transport::{Batch, Fate, Outcome, Piece, Transport as _};
+use kvd_client::transport::{Batch, Destination, Fate, Outcome, Piece, Transport as _};
 use kvd_proto::data::told_checksum;
 use kvd_proto::limits::RESERVE_WAIT_MS_MAX;
 use kvd_proto::wire::peer_client::PeerClient;
@@ -23,7 +23,7 @@ use kvd_proto::{BlockId, Chain, Code, Error};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::time::timeout;
 use tonic::transport::{Channel, Endpoint};
 
@@ -227,7 +227,7 @@ impl Shared {
     }
 
     /// The bucket's, or another node's, whichever saves more; the bucket's too if that node has it no longer.
-    async fn offer(&self, ticket: u64, wanted: &Wanted) -> Result<Option<Offer>, Error> {
+    async fn offer(self: &Arc<Self>, ticket: u64, wanted: &Wanted) -> Result<Option<Offer>, Error> {
         let found = self.fetcher.bucket.as_ref().and_then(|bucket| bucket.find(wanted));
         let choice = self.choose(wanted).await?;
         let bucket_saves = found.as_ref().map_or(0.0, |found| found.saved_us);
@@ -245,8 +245,69 @@ impl Shared {
         }))
     }
 
+    /// Reads these blocks for nobody, one after the other, and keeps no byte: what counts is how long that takes.
+    async fn measure(self: Arc<Self>, wanted: Box<Wanted>, probe: Choice) {
+        if let Err(error) = self.try_measure(&wanted, &probe).await {
+            tracing::debug!(%error, "a way is not measured");
+            lock(&self.fetcher.links).failed(&probe.address, probe.node_epoch, self.now_us());
+        }
+    }
+
+    async fn try_measure(&self, wanted: &Wanted, probe: &Choice) -> Result<(), Error> {
+        let peer = self.peer(&probe.address, probe.node_epoch)?;
+        let silent = |_| peer.away("it said nothing");
+        let leased = timeout(PATIENCE, peer.lease(wanted, probe.blocks, None)).await;
+        let (mut replies, first) = leased.map_err(silent)??;
+        if first.lease == 0 {
+            return Ok(());
+        }
+        let (lease, pool) = (first.lease, peer.pool(first.data_port).await?);
+        let most = (probe.blocks - wanted.stored) as usize * wanted.space.layout.groups().len();
+        let mut reply = Some(first);
+        while let Some(news) = reply {
+            for block in news.ready.iter().take(most) {
+                let group = block.group as usize;
+                if group >= wanted.space.layout.groups().len() {
+                    return Err(peer.away("it told of a group that the layout has not"));
+                }
+                let bytes = wanted.space.layout.slot_bytes(group) as usize;
+                if !self.time(&peer, &pool, (lease, block), bytes).await {
+                    return Ok(());
+                }
+            }
+            let last = news.failed_from.is_some() || !news.ready.is_empty();
+            let next = async { if last { Ok(None) } else { replies.message().await } };
+            reply = timeout(PATIENCE, next)
+                .await
+                .map_err(silent)?
+                .map_err(|status| peer.away(status.message()))?;
+        }
+        drop(replies); // the owner's lease lasts until the last read has ended
+        Ok(())
+    }
+
+    /// Reads one block, and says whether it came.
+    async fn time(
+        &self,
+        peer: &Peer,
+        pool: &PeerPool,
+        (lease, block): (u64, &PeerBlock),
+        bytes: usize,
+    ) -> bool {
+        let _permit = peer.batches.clone().acquire_owned().await.expect("it is never closed");
+        let trip = lock(&self.fetcher.links).began(&peer.address, bytes as u64, self.now_us());
+        let pieces = vec![(piece(block, bytes), Destination::private(bytes))];
+        let batch = Batch { lease, pieces, deadline: Instant::now() + PATIENCE };
+        let (tell, told) = oneshot::channel();
+        pool.read(batch, Box::new(move |outcome| _ = tell.send(outcome.whole() == 1)));
+        let came = told.await.unwrap_or(false);
+        let failed = (!came).then_some(peer.node_epoch);
+        lock(&self.fetcher.links).ended(&peer.address, trip, failed, self.now_us());
+        came
+    }
+
     /// The other node that saves the most.
-    async fn choose(&self, wanted: &Wanted) -> Result<Option<Choice>, Error> {
+    async fn choose(self: &Arc<Self>, wanted: &Wanted) -> Result<Option<Choice>, Error> {
         let Some(known) = &self.fetcher.locations else { return Ok(None) };
         let mut by_group = Vec::new();
         for group in 0..wanted.space.layout.groups().len() as u8 {
@@ -255,7 +316,11 @@ impl Shared {
             by_group.push(known.locate(chain, group, bytes).await?.nodes);
         }
         let (locations, epoch) = (common(by_group), self.fetcher.node_epoch);
-        Ok(lock(&self.fetcher.links).choose(wanted, &locations, epoch, self.now_us()))
+        let (mut links, now_us) = (lock(&self.fetcher.links), self.now_us());
+        if let Some(probe) = links.probe(wanted, &locations, epoch, now_us) {
+            tokio::spawn(self.clone().measure(Box::new(wanted.clone()), probe));
+        }
+        Ok(links.choose(wanted, &locations, epoch, now_us))
     }
 
     /// A lease there; `None`: the hint was stale, or it said nothing in time.
@@ -391,10 +456,10 @@ impl Shared {
                 blocks.push((order, block));
             }
             let permit = peer.batches.clone().acquire_owned().await.expect("it is never closed");
-            lock(&self.fetcher.links).began(&peer.address, bytes);
+            let trip = lock(&self.fetcher.links).began(&peer.address, bytes, self.now_us());
             let batch = Batch { lease, pieces, deadline: Instant::now() + patience };
             let places = (permit, under_way.clone());
-            let reading = Reading { blocks, bytes, begun: Instant::now(), places };
+            let reading = Reading { blocks, trip, begun: Instant::now(), places };
             let (shared, peer) = (self.clone(), peer.clone());
             pool.read(batch, Box::new(move |outcome| shared.ended(&peer, reading, outcome)));
         }
@@ -405,7 +470,7 @@ impl Shared {
     fn ended(&self, peer: &Peer, reading: Reading, outcome: Outcome) {
         let elapsed_us = reading.begun.elapsed().as_micros() as u64;
         let failed = outcome.miss.is_some().then_some(peer.node_epoch);
-        lock(&self.fetcher.links).ended(&peer.address, reading.bytes, elapsed_us, failed, self.now_us());
+        lock(&self.fetcher.links).ended(&peer.address, reading.trip, failed, self.now_us());
         let why = outcome
             .miss
             .as_ref()
@@ -440,7 +505,7 @@ impl Shared {
 /// A batch under way.
 struct Reading {
     blocks: Vec<(FetchOrder, PeerBlock)>,
-    bytes: u64,
+    trip: Trip,
     begun: Instant,
     /// Among the peer's batches, and among those of its lease.
     places: (OwnedSemaphorePermit, mpsc::Sender<()>),

@@ -8,7 +8,7 @@
 use super::network::Network;
 use super::requests::{KINDS, PEERS, SERVE, blocks, packed, release, request, slots};
 use super::world::{Event, World, number};
-use kvd::links::Choice;
+use kvd::links::{Choice, Trip};
 use kvd::node::event::{Event as Told, FetchOrder, MoveError, Offer, Wanted};
 use kvd_proto::wire::{self, client_frame::Body as Ask};
 use kvd_proto::{BlockId, Chain};
@@ -41,8 +41,8 @@ struct Fetch {
     /// By block of the chain, at the owner: where, and whether it may be read.
     slots: BTreeMap<u32, (SlotRef, bool)>,
     orders: Vec<FetchOrder>,
-    bytes: u64,
-    begun_us: u64,
+    /// While its blocks are carried.
+    trip: Option<Trip>,
     looks: u32,
 }
 
@@ -105,8 +105,7 @@ impl World {
             lease: 0,
             slots: BTreeMap::new(),
             orders: Vec::new(),
-            bytes: 0,
-            begun_us: 0,
+            trip: None,
             looks: 0,
         };
         self.fetches.running.insert(of, fetch);
@@ -215,14 +214,15 @@ impl World {
         let now_us = self.clock.now_us();
         let fetch = self.fetches.running.get_mut(&of).expect("what is fetched was offered");
         fetch.step = Step::Carrying;
-        fetch.begun_us = now_us;
-        fetch.bytes = orders.len() as u64 * super::machine::BLOCK_BYTES;
+        let bytes = orders.len() as u64 * super::machine::BLOCK_BYTES;
         let slow = self.chance.happens(SLOW_SHARE);
         let slow_us = if slow { self.chance.between(SLOW_US.0, SLOW_US.1) } else { 0 };
         let us = BLOCK_US * orders.len() as u64 + slow_us;
         fetch.orders = orders;
-        let (bytes, address) = (fetch.bytes, fetch.choice.address.clone());
-        self.living(at).links.began(&address, bytes);
+        let address = fetch.choice.address.clone();
+        let machine = self.living(at);
+        let trip = machine.links.began(&address, bytes, now_us - machine.started_us);
+        self.fetches.running.get_mut(&of).expect("it was just there").trip = Some(trip);
         self.clock.after(us + Network::latency_us(&mut self.chance), Event::Carried { fetch: of });
     }
 
@@ -245,10 +245,10 @@ impl World {
         let (machine, over, came) = (fetch.machine, left.is_empty(), owner.is_some());
         fetch.orders = left;
         if over {
-            let (address, bytes, us) = (fetch.choice.address.clone(), fetch.bytes, now_us - fetch.begun_us);
+            let (address, trip) = (fetch.choice.address.clone(), fetch.trip.take().expect("it carries"));
             let failed = (!came).then_some(fetch.choice.node_epoch);
             let machine = self.living(machine);
-            machine.links.ended(&address, bytes, us, failed, now_us - machine.started_us);
+            machine.links.ended(&address, trip, failed, now_us - machine.started_us);
             self.fetches.failed += u64::from(!came);
             self.end_fetch(of);
         } else {

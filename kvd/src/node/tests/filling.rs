@@ -246,6 +246,34 @@ fn waiting_costs_nothing() {
     assert!(effects.is_empty(), "{effects:?}");
 }
 
+/// With a disk throttled to a twentieth, reservations waited their two seconds each, and then heard what they could have heard at once.
+#[test]
+fn who_would_wait_in_vain_for_writes_is_answered_at_once() {
+    let mut world = World::new(with_nvme(6));
+    let member = world.open("a");
+    let space = world.space(member);
+    world.put_at_once(member, reserve_of(space, "", &ids(1..9), 0));
+    world.put_at_once(member, reserve_after(space, id(8), 8, &ids(9..17)));
+    while world.checksum_next() {}
+    let write = *world.moves.first_key_value().expect("room is made ahead").0;
+    world.end_move_after(write, None, 4_000_000);
+    let patient = world.begin(member, Ask::Reserve(reserve_of(space, "", &ids(100..102), 9000)));
+    assert!(answered(&mut world, member, patient).is_none(), "one more write, of a few seconds");
+    let dropped = world.counters().dropped_blocks;
+    let in_vain = world.begin(member, Ask::Reserve(reserve_of(space, "", &ids(200..208), 9000)));
+    world.pass_ms(50);
+    assert!(answered(&mut world, member, in_vain).is_none(), "not before who came first");
+    while let Some((&write, _)) = world.moves.first_key_value()
+        && answered(&mut world, member, patient).is_none()
+    {
+        world.end_move_after(write, None, 4_000_000);
+    }
+    world.pass_ms(50);
+    assert_eq!(answered(&mut world, member, in_vain).expect("an answer").states, [GRANTED; 8][..]);
+    assert!(world.counters().dropped_blocks > dropped, "nothing was written for it");
+    assert!(world.now_us < 1_000_000, "nor waited for");
+}
+
 #[test]
 fn two_members_that_wait_with_one_key_share_the_lease() {
     let (mut world, one, space) = world();

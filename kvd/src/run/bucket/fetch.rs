@@ -6,6 +6,7 @@
 
 use super::super::inbox::Input;
 use super::{BucketTier, Shared, lock};
+use crate::links::Trip;
 use crate::node::event::{FetchOrder, MoveError, Offer, Wanted};
 use kvd_client::transport::Destination;
 use kvd_tiers::s3::bucket::{BucketError, Sink};
@@ -23,6 +24,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const PATIENCE_MAX: Duration = Duration::from_secs(30);
 /// Over twice what was predicted by so much, a read is taken for a sign that the way is closed.
 const SLOW: Duration = Duration::from_millis(200);
+/// Bytes that measure the way: of one block, or the beginning of it.
+const MEASURED_BYTES_MAX: u64 = 1 << 20;
 
 /// What the bucket has of the rest of a chain.
 pub(in super::super) struct Found {
@@ -64,9 +67,22 @@ impl BucketTier {
             return None;
         }
         let (places, blocks, parent) = shared.places(wanted)?;
-        let (predicted_us, saved_us) = lock(&shared.way).saves(blocks, wanted)?;
+        let (predicted_us, saved_us) = match self.saves(blocks, wanted) {
+            Ok(saves) => saves,
+            Err(is_due) => {
+                let some = places.into_values().next().filter(|_| is_due);
+                some.map(|(object, _)| self.runtime.spawn(shared.clone().measure(object)));
+                return None;
+            }
+        };
         let offer = Offer { blocks, parent, predicted_us: predicted_us as u64, from_bucket: true };
         Some(Found { offer, saved_us, places })
+    }
+
+    /// What fetching takes and saves; an error: nothing, and whether the way is to be measured for nobody now.
+    fn saves(&self, blocks: u32, wanted: &Wanted) -> Result<(f64, f64), bool> {
+        let mut way = lock(&self.shared.way);
+        way.saves(blocks, wanted).ok_or_else(|| way.probe_is_due(self.shared.now_us()))
     }
 
     /// Carries out what is wanted of an offer.
@@ -125,7 +141,7 @@ impl Shared {
             sink: Slot(self.dram.get(order.to.segment).destination(order.to.slot)),
         };
         let mut wishes: Vec<_> = orders.iter().map(wish).collect();
-        lock(&self.way).began(bytes);
+        let trip = lock(&self.way).began(bytes, self.now_us());
         let begun = Instant::now();
         let deadline = (predicted * 4).clamp(PATIENCE, PATIENCE_MAX);
         let result = {
@@ -141,7 +157,7 @@ impl Shared {
         };
         drop(wishes); // before anybody hears that the slots are free to be read, or used otherwise
         let elapsed_us = begun.elapsed().as_micros() as u64;
-        self.judge(&object, bytes, elapsed_us, &result);
+        self.judge(&object, trip, &result);
         if result.is_ok() {
             let mut reads = lock(&self.reads);
             orders.iter().for_each(|(slot, _)| reads.read(object.object, *slot));
@@ -150,31 +166,53 @@ impl Shared {
         self.inbox.push_all(&mut orders.into_iter().map(told).collect());
     }
 
+    /// Reads a little of an object for nobody: a way that is too slow to be of use is not known to be better otherwise.
+    async fn measure(self: Arc<Self>, object: Arc<ObjectRef>) {
+        let bytes = u64::from(object.slot_bytes).min(MEASURED_BYTES_MAX);
+        let wait = Instant::now() + Duration::from_millis(self.config.s3.timeout_ms.into());
+        let key = object.object.key(&self.config.s3.prefix, &object.tenant);
+        let trip = lock(&self.way).began(bytes, self.now_us());
+        let read = self.bucket.get_bytes(&key, 0..bytes, wait.into()).await;
+        match read {
+            Ok(_) => lock(&self.way).ended(trip, None, self.now_us()),
+            Err(error) if of_way(&error) => {
+                lock(&self.way).ended(trip, Some(0), self.now_us());
+                self.read_failed(&error.to_string());
+            }
+            Err(_) => self.answered_only(trip),
+        }
+    }
+
+    /// The bucket said that it has not what was asked for: that the way works, and nothing of how fast it is.
+    fn answered_only(&self, trip: Trip) {
+        let mut way = lock(&self.way);
+        way.ended(trip, Some(0), self.now_us());
+        way.worked();
+    }
+
     /// What a read says of the way and of the object.
-    fn judge(
-        &self,
-        object: &ObjectRef,
-        bytes: u64,
-        elapsed_us: u64,
-        result: &Result<Arc<Footer>, ReadError>,
-    ) {
-        let of_way = |error: &BucketError| !matches!(error, BucketError::Gone | BucketError::Truncated);
+    fn judge(&self, object: &ObjectRef, trip: Trip, result: &Result<Arc<Footer>, ReadError>) {
         let failed = match result {
             Ok(_) => None,
             Err(ReadError::Bucket(error)) if of_way(error) => Some(error.to_string()),
             Err(error) => {
                 tracing::warn!(%error, object = %object.object, "an object is forgotten");
                 lock(&self.index).remove_object(&object.tenant, object.object);
-                lock(&self.way).ended(bytes, elapsed_us, None, self.now_us());
+                self.answered_only(trip);
                 return;
             }
         };
-        lock(&self.way).ended(bytes, elapsed_us, failed.is_some().then_some(0), self.now_us());
+        lock(&self.way).ended(trip, failed.is_some().then_some(0), self.now_us());
         match failed {
             Some(why) => self.read_failed(&why),
             None => self.read_worked(),
         }
     }
+}
+
+/// Not of the object.
+fn of_way(error: &BucketError) -> bool {
+    !matches!(error, BucketError::Gone | BucketError::Truncated)
 }
 
 fn moved(result: &Result<Arc<Footer>, ReadError>, slot: u32, order: &FetchOrder, elapsed_us: u64) -> Input {
