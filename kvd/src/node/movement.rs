@@ -8,10 +8,11 @@ use super::Node;
 use super::event::{Effect, MoveError};
 use super::lease::{ItemState, LeaseId};
 use super::memory::at;
+use kvd_proto::cost;
 use kvd_proto::slot_header::FLAG_CHECKSUMMED;
 use kvd_proto::wire::Tier;
 use kvd_tiers::catalog::{Handle, Mark};
-use kvd_tiers::measure::Estimate;
+use kvd_tiers::measure::{Estimate, Lately};
 use kvd_tiers::segment::SlotRef;
 use std::collections::HashMap;
 
@@ -41,6 +42,11 @@ pub(super) struct Movement {
     fetches: usize,
     pub(super) verifications: usize,
     reading_bytes: u64,
+    writing_bytes: u64,
+    /// Microseconds of work for NVMe.
+    working: Lately,
+    /// Matches that load from it.
+    loading: Lately,
     nvme_reads: Estimate,
     nvme_writes: Estimate,
     dram_reads: Estimate,
@@ -127,6 +133,9 @@ impl Default for Movement {
             fetches: 0,
             verifications: 0,
             reading_bytes: 0,
+            writing_bytes: 0,
+            working: Lately::default(),
+            loading: Lately::default(),
             nvme_reads: Estimate::new(NVME_PRIOR.0, NVME_PRIOR.1),
             nvme_writes: Estimate::new(NVME_PRIOR.0, NVME_PRIOR.1),
             dram_reads: Estimate::new(DRAM_PRIOR.0, DRAM_PRIOR.1),
@@ -149,6 +158,15 @@ impl Movement {
     /// Microseconds until so many more bytes have come from NVMe.
     pub(super) fn load_us(&self, bytes: u64) -> f64 {
         self.nvme_reads.predict_us(bytes, self.reading_bytes)
+    }
+
+    /// Microseconds that loads wait for one more write to NVMe, all together.
+    pub(super) fn delay_us(&self, bytes: u64, now_us: u64) -> f64 {
+        let write_us = |bytes: u64| bytes as f64 / self.nvme_writes.bytes_per_us();
+        let queue_us =
+            write_us(self.writing_bytes) + self.reading_bytes as f64 / self.nvme_reads.bytes_per_us();
+        let [loads, busy] = [self.loading, self.working].map(|lately| lately.per_us(now_us as f64));
+        cost::queue_delay_us(write_us(bytes), queue_us, loads, busy)
     }
 
     pub(super) fn fetch_us(&self, tier: Tier, bytes: u64) -> u64 {
@@ -271,8 +289,13 @@ impl Movement {
             MoveKind::Promotion => {
                 self.promotions += 1;
                 self.reading_bytes += bytes;
+                self.working.add(began_us as f64, bytes as f64 / self.nvme_reads.bytes_per_us());
             }
-            MoveKind::Demotion => self.demotions += 1,
+            MoveKind::Demotion => {
+                self.demotions += 1;
+                self.writing_bytes += bytes;
+                self.working.add(began_us as f64, bytes as f64 / self.nvme_writes.bytes_per_us());
+            }
             MoveKind::Fetch { .. } => self.fetches += 1,
             MoveKind::Verification => self.verifications += 1,
             MoveKind::Upload { .. } => {}
@@ -346,6 +369,9 @@ impl Node {
     /// After a match was given its lease: its loading items are told when their bytes are there.
     pub(super) fn wait_for_loads(&mut self, id: LeaseId) {
         let lease = self.leases.get(id).expect("a lease just made");
+        if lease.items.iter().any(|item| item.source == Tier::Nvme && !item.remote) {
+            self.movement.loading.add(self.now_us as f64, 1.0);
+        }
         for (at, item) in lease.items.iter().enumerate() {
             if item.state == ItemState::Loading {
                 self.movement.wait(item.handle, id, at as u32);
@@ -365,6 +391,7 @@ impl Node {
             MoveKind::Verification => self.movement.verifications -= 1,
             MoveKind::Demotion => {
                 self.movement.demotions -= 1;
+                self.movement.writing_bytes -= ended.bytes;
                 return self.demoted(ended.handle, result);
             }
             MoveKind::Upload { attempt } => return self.read_out(ended.handle, attempt, &result),

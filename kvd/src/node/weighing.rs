@@ -84,15 +84,17 @@ impl Node {
     }
 
     /// Whether a block that leaves DRAM, and is nowhere else, is written to NVMe: while there is room, all are, which costs the drive one write of itself; from then on
-    /// those that are expected to save more than writing them wears it.
+    /// those that are expected to save more than writing them wears it and keeps loads waiting.
     pub(super) fn worth_writing(&self, handle: Handle) -> bool {
         let key = self.catalog.get(handle).key();
         let Some(pool) = self.pool_of_group(key.space, key.group, Tier::Nvme) else { return true };
         if !self.knows_profile(key.space) || self.has_room(pool) {
             return true;
         }
-        let wear_us = cost::wear_us(self.slot_bytes_of(handle), self.config.wear_us_per_gib.into());
-        self.would_save_us(handle, pool).is_none_or(|saved_us| f64::from(saved_us) >= wear_us)
+        let bytes = self.slot_bytes_of(handle);
+        let wear_us = cost::wear_us(bytes, self.config.wear_us_per_gib.into());
+        let price_us = wear_us + self.movement.delay_us(bytes, self.now_us);
+        self.would_save_us(handle, pool).is_none_or(|saved_us| f64::from(saved_us) >= price_us)
     }
 
     fn is_on_nvme_only(&self, handle: Handle) -> bool {

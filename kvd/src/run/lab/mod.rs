@@ -24,6 +24,10 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 
+/// Its name; should it end, nothing is recorded any more, and nothing else is different.
+pub(super) const THREAD: &str = "kvd-lab";
+/// The thread of one simulation.
+pub(super) const SIMULATION: &str = "kvd-simulate";
 /// Requests that wait to be heard of. At the limit: they are lost.
 const WAITING_MAX: usize = 8192;
 /// Kinds of blocks that have ghosts. At the limit: the others are recorded, and not compared.
@@ -75,7 +79,7 @@ impl Lab {
         let inputs = (ring_bytes > 0).then(|| {
             let (inputs, heard) = sync_channel(WAITING_MAX);
             let state = State::new(ring_bytes as usize, started);
-            spawn("kvd-lab", move || {
+            spawn(THREAD, move || {
                 last_in_line();
                 state.run(&heard);
             });
@@ -113,8 +117,14 @@ impl Lab {
         let input = input(reply);
         // the queue is full of accesses now and then: those are worked off in milliseconds
         let sent = tokio::task::spawn_blocking(move || inputs.send(input).is_ok()).await;
-        let away =
-            || Error::new(Code::Unavailable, "", "the node is stopping", "try again when it has started");
+        let away = || {
+            Error::new(
+                Code::Unavailable,
+                "",
+                "nothing is recorded any more",
+                "see the daemon's log, or try again when it has started",
+            )
+        };
         if !sent.unwrap_or(false) {
             return Err(away());
         }

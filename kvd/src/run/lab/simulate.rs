@@ -3,7 +3,7 @@
 //! Owns the request's check, and the thread that simulates. Invariants: one simulation at a time, at the lowest priority, which ends with its reader; a trace is bounded in
 //! bytes, the combinations in number. Leaves to others: what a simulated node does (`kvd_tiers::lab::node`).
 
-use super::{Lab, Past, last_in_line};
+use super::{Lab, Past, SIMULATION, last_in_line};
 use crate::run::workers::spawn;
 use kvd_proto::cost::PrefillProfile;
 use kvd_proto::wire::{self, simulate_reply, simulate_request};
@@ -51,7 +51,7 @@ pub(in super::super) async fn simulate(
     let plan = Plan::new(options, rows, &kinds, lab.assumed)?;
     let busy = Busy::take(&lab.simulating)?;
     let (replies, told) = mpsc::channel(REPLIES_MAX);
-    spawn("kvd-simulate", move || {
+    spawn(SIMULATION, move || {
         last_in_line();
         let result = plan.run(&replies);
         drop(busy);
