@@ -95,13 +95,16 @@ pub fn wear_us(bytes: u64, us_per_gib: f64) -> f64 {
     bytes as f64 / (1_u64 << 30) as f64 * us_per_gib.max(0.0)
 }
 
-/// Microseconds that loads wait for one more piece of work that takes a medium `work_us`, all of them together: each that comes before the queue is empty waits as much
-/// longer. It holds `queue_us` of work, `loads_per_us` come, and the medium is busy for that share of its time (the residual busy period of an M/G/1 queue; Kleinrock, Queueing
-/// Systems I, 1975).
-pub fn queue_delay_us(work_us: f64, queue_us: f64, loads_per_us: f64, busy: f64) -> f64 {
-    let idle = (1.0 - busy.clamp(0.0, 1.0)).max(IDLE_MIN);
-    let work_us = work_us.max(0.0);
-    work_us * loads_per_us.max(0.0) * (queue_us.max(0.0) + work_us) / idle
+/// Microseconds that loads wait for one more piece of work that takes a medium `work_us`, all of them together. Of late loads have waited `waited_per_us` a microsecond for
+/// work that came before them, while the medium worked for the share `busy` of its time: each microsecond of work has its part in that, and what comes to a busy medium
+/// makes the queue of others longer by 1 / idle (M/G/1; Kleinrock, Queueing Systems I, 1975). Smooth on purpose: a price that followed the queue from moment to moment would
+/// take a chain's tail and leave its head.
+pub fn queue_delay_us(work_us: f64, waited_per_us: f64, busy: f64) -> f64 {
+    let busy = busy.clamp(0.0, 1.0);
+    if busy <= 0.0 {
+        return 0.0;
+    }
+    work_us.max(0.0) * waited_per_us.max(0.0) / busy / (1.0 - busy).max(IDLE_MIN)
 }
 
 /// How long a load may go without progress before it is given up (law 3): `max(2 x predicted fetch, 5 % of recompute)`.
@@ -130,10 +133,12 @@ mod tests {
         assert!((fetch_us(10.0, 90.0, 2 << 20, 2048.0) - 1124.0).abs() < 1e-9);
         assert!((stall_us(100.0, 8000.0) - 400.0).abs() < 1e-9);
         assert!((wear_us(64 << 20, 37_000.0) - 2312.5).abs() < 1e-9);
-        // 3 ms of work are in the queue and this is the fourth, the drive is half idle, and a load comes every 2 ms: four wait 1 ms longer
-        assert!((queue_delay_us(1000.0, 3000.0, 1.0 / 2000.0, 0.5) - 4000.0).abs() < 1e-9);
-        assert!(queue_delay_us(1000.0, 3000.0, 0.0, 0.9).abs() < 1e-12, "nobody loads");
-        assert!(queue_delay_us(1000.0, 3000.0, 1.0 / 2000.0, 5.0).is_finite(), "a price stays finite");
+        // a drive that works for half of its time, and loads that waited for a quarter of all of it: a millisecond of work costs half of one, twice
+        assert!((queue_delay_us(1000.0, 0.25, 0.5) - 1000.0).abs() < 1e-9);
+        assert!(queue_delay_us(1000.0, 0.0, 0.9).abs() < 1e-12, "nobody waits");
+        assert!(
+            queue_delay_us(1000.0, 3.0, 0.0).abs() < 1e-12 && queue_delay_us(1000.0, 3.0, 5.0).is_finite()
+        );
         assert!(worth(1.0, 50.0, 80.0, 1).abs() < 1e-12, "a copy slower than the next best is worth nothing");
     }
 

@@ -82,6 +82,14 @@ pub(super) static KEYS: &[Key] = &[
         default: |_, _| fixed(true, "what a node alone has is gone with it"),
     },
     Key {
+        name: "s3.price_us_per_gib",
+        kind: Kind::Count,
+        help: "What keeping a GiB in the bucket costs, in microseconds of GPU time, for as long as s3.ttl_ms or the bucket's rule keeps it. A block that is expected to save less on this node is not uploaded, where it is known what computing costs and the policy is worth; 0: all are, for other nodes too. A day of S3 Standard at $0.023 a GB and month, and a GPU at $10 an hour: 296000.",
+        default: |_, _| {
+            fixed(0, "what a block saves other nodes, and after a restart, this node does not know")
+        },
+    },
+    Key {
         name: "s3.object_bytes",
         kind: Kind::Size,
         help: "Blocks are packed into objects of about this, 1MiB to 64MiB. 16 to 64MiB pay: smaller ones cost more requests a byte, larger ones wait longer to be full.",
@@ -170,6 +178,8 @@ pub struct S3 {
     pub keys_file: Option<PathBuf>,
     /// Whether this node writes to the bucket.
     pub upload: bool,
+    /// What keeping a GiB there costs, in microseconds.
+    pub price_us_per_gib: u32,
     /// Bytes of an object, about.
     pub object_bytes: u64,
     /// How long a block waits for others, in milliseconds.

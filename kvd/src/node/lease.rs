@@ -452,8 +452,11 @@ impl Node {
         });
         if lease.loading == 0 {
             let (predicted_us, began_us) = (lease.predicted_us, lease.began_us);
+            let from_nvme = lease.items.iter().filter(|item| item.source == Tier::Nvme && !item.remote);
+            let layout = &self.spaces[usize::from(lease.space)].space.layout;
+            let nvme_bytes = from_nvme.map(|item| u64::from(layout.slot_bytes(item.group.into()))).sum();
             self.leases.loading.remove(&id);
-            self.loaded_after(predicted_us, began_us);
+            self.loaded_after(predicted_us, began_us, nvme_bytes);
         }
         if !ready {
             self.catalog.get_mut(handle).release();

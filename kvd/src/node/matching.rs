@@ -152,7 +152,7 @@ impl Node {
         self.counters.match_blocks += chain.ids().len() as u64;
         let near = self.sessions.memory_node(member);
         let (items, bytes, predicted_us) = self.lease_items(space, &found, skip..loaded, budget, near);
-        self.not_loaded(&found, loaded..stored, near);
+        self.not_loaded(space, &found, loaded..stored, near);
         let (items, bytes) = self.fit_frame(space, items, bytes);
         let leased = items.iter().map(|item| item.block as usize + 1).max().unwrap_or(skip.min(stored));
         let used = self.touch(&found, stored); // what is not loaded is wanted all the same

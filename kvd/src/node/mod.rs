@@ -91,6 +91,8 @@ pub struct NodeConfig {
     pub has_bucket: bool,
     /// Bytes on their way to the bucket at one time; 0: nothing is uploaded.
     pub upload_bytes_max: u64,
+    /// What keeping a GiB there costs, in microseconds; 0: whatever it saves.
+    pub bucket_us_per_gib: u32,
 }
 
 /// The NVMe tier.

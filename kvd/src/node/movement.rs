@@ -42,11 +42,10 @@ pub(super) struct Movement {
     fetches: usize,
     pub(super) verifications: usize,
     reading_bytes: u64,
-    writing_bytes: u64,
     /// Microseconds of work for NVMe.
     working: Lately,
-    /// Matches that load from it.
-    loading: Lately,
+    /// Microseconds by which requests end later for others' work there.
+    waiting: Lately,
     nvme_reads: Estimate,
     nvme_writes: Estimate,
     dram_reads: Estimate,
@@ -133,9 +132,8 @@ impl Default for Movement {
             fetches: 0,
             verifications: 0,
             reading_bytes: 0,
-            writing_bytes: 0,
             working: Lately::default(),
-            loading: Lately::default(),
+            waiting: Lately::default(),
             nvme_reads: Estimate::new(NVME_PRIOR.0, NVME_PRIOR.1),
             nvme_writes: Estimate::new(NVME_PRIOR.0, NVME_PRIOR.1),
             dram_reads: Estimate::new(DRAM_PRIOR.0, DRAM_PRIOR.1),
@@ -162,11 +160,24 @@ impl Movement {
 
     /// Microseconds that loads wait for one more write to NVMe, all together.
     pub(super) fn delay_us(&self, bytes: u64, now_us: u64) -> f64 {
-        let write_us = |bytes: u64| bytes as f64 / self.nvme_writes.bytes_per_us();
-        let queue_us =
-            write_us(self.writing_bytes) + self.reading_bytes as f64 / self.nvme_reads.bytes_per_us();
-        let [loads, busy] = [self.loading, self.working].map(|lately| lately.per_us(now_us as f64));
-        cost::queue_delay_us(write_us(bytes), queue_us, loads, busy)
+        let work_us = bytes as f64 / self.nvme_writes.bytes_per_us();
+        let [waited, busy] = [self.waiting, self.working].map(|lately| lately.per_us(now_us as f64));
+        cost::queue_delay_us(work_us, waited, busy)
+    }
+
+    /// A match had so many bytes of NVMe after so long.
+    pub(super) fn loaded(&mut self, bytes: u64, took_us: u64, now_us: u64) {
+        if bytes > 0 {
+            let alone_us = self.nvme_reads.predict_us(bytes, 0);
+            self.waiting.add(now_us as f64, took_us as f64 - alone_us);
+        }
+    }
+
+    /// A match left so many bytes there, which having would have saved it so much.
+    pub(super) fn left(&mut self, bytes: u64, saved_us: f64, now_us: u64) {
+        if bytes > 0 {
+            self.waiting.add(now_us as f64, saved_us - self.nvme_reads.predict_us(bytes, 0));
+        }
     }
 
     pub(super) fn fetch_us(&self, tier: Tier, bytes: u64) -> u64 {
@@ -293,7 +304,6 @@ impl Movement {
             }
             MoveKind::Demotion => {
                 self.demotions += 1;
-                self.writing_bytes += bytes;
                 self.working.add(began_us as f64, bytes as f64 / self.nvme_writes.bytes_per_us());
             }
             MoveKind::Fetch { .. } => self.fetches += 1,
@@ -369,9 +379,6 @@ impl Node {
     /// After a match was given its lease: its loading items are told when their bytes are there.
     pub(super) fn wait_for_loads(&mut self, id: LeaseId) {
         let lease = self.leases.get(id).expect("a lease just made");
-        if lease.items.iter().any(|item| item.source == Tier::Nvme && !item.remote) {
-            self.movement.loading.add(self.now_us as f64, 1.0);
-        }
         for (at, item) in lease.items.iter().enumerate() {
             if item.state == ItemState::Loading {
                 self.movement.wait(item.handle, id, at as u32);
@@ -391,7 +398,6 @@ impl Node {
             MoveKind::Verification => self.movement.verifications -= 1,
             MoveKind::Demotion => {
                 self.movement.demotions -= 1;
-                self.movement.writing_bytes -= ended.bytes;
                 return self.demoted(ended.handle, result);
             }
             MoveKind::Upload { attempt } => return self.read_out(ended.handle, attempt, &result),

@@ -9,6 +9,7 @@ use super::lease::Item;
 use super::memory::at;
 use kvd_proto::BlockId;
 use kvd_proto::wire::Tier;
+use kvd_tiers::eviction::NAMES;
 use kvd_tiers::lab::costs::Costs;
 use kvd_tiers::lab::media::{Speed, Speeds};
 use kvd_tiers::lab::node::Shape;
@@ -23,6 +24,8 @@ pub struct Access {
     pub kind: Kind,
     /// The node that such blocks have: as large and fast as it is now.
     pub shape: Shape,
+    /// Which policy decides there; `None`: another does on NVMe.
+    pub policy: Option<&'static str>,
     /// What it did.
     pub what: Did,
 }
@@ -86,8 +89,15 @@ impl Node {
             speeds: self.speeds(),
             queues: true,
         };
-        let kind = Kind { tenant, block_bytes, costs };
-        self.out.push(Effect::Accessed(Box::new(Access { at_us: self.now_us, kind, shape, what })));
+        let (kind, policy) = (Kind { tenant, block_bytes, costs }, self.one_policy(nvme.is_some()));
+        self.out.push(Effect::Accessed(Box::new(Access { at_us: self.now_us, kind, shape, policy, what })));
+    }
+
+    /// As it is by itself, in both tiers.
+    fn one_policy(&self, both: bool) -> Option<&'static str> {
+        let [dram, nvme] = [Tier::Dram, Tier::Nvme].map(|tier| &self.memory.tiers[at(tier)].eviction);
+        let same = !both || dram == nvme;
+        NAMES.into_iter().find(|name| same && dram.params.is_empty() && dram.name == *name)
     }
 
     /// Slots that a pool has, or that nobody else has taken.

@@ -173,6 +173,7 @@ mod tests {
             has_peers: false,
             has_bucket: false,
             upload_bytes_max: 0,
+            bucket_us_per_gib: 0,
         })
     }
 

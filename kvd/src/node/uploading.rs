@@ -66,6 +66,10 @@ impl Node {
             if !ready || self.is_tail(handle) || entry.is(Tier::Dram, Mark::Moving) {
                 continue; // another block's handle by now, or on its way to NVMe, from where a use brings it back
             }
+            if !self.worth_uploading(handle) {
+                self.counters.s3_unworthy_blocks += 1;
+                continue;
+            }
             let bytes = self.slot_bytes_of(handle);
             let after = self.uploading.buffered_bytes + bytes;
             if after > self.config.upload_bytes_max && after > bytes {

@@ -97,14 +97,33 @@ impl Node {
         self.would_save_us(handle, pool).is_none_or(|saved_us| f64::from(saved_us) >= price_us)
     }
 
+    /// Whether a block is uploaded: all are, or those that are expected to save this node more than keeping them costs.
+    pub(super) fn worth_uploading(&self, handle: Handle) -> bool {
+        let (key, us_per_gib) = (self.catalog.get(handle).key(), self.config.bucket_us_per_gib);
+        if us_per_gib == 0 || !self.knows_profile(key.space) {
+            return true;
+        }
+        let pool = [Tier::Nvme, Tier::Dram].map(|tier| self.pool_of_group(key.space, key.group, tier));
+        let price_us = cost::wear_us(self.slot_bytes_of(handle), us_per_gib.into());
+        let saved_us = pool.into_iter().flatten().next().and_then(|pool| self.would_save_us(handle, pool));
+        saved_us.is_none_or(|saved_us| f64::from(saved_us) >= price_us)
+    }
+
     fn is_on_nvme_only(&self, handle: Handle) -> bool {
         let entry = self.catalog.get(handle);
         entry.copy(Tier::Dram).is_none() && entry.copy(Tier::Nvme).is_some()
     }
 
     /// These are left to be computed; now and then some are read all the same.
-    pub(super) fn not_loaded(&mut self, found: &[Vec<Handle>], blocks: Range<usize>, near: usize) {
+    pub(super) fn not_loaded(
+        &mut self,
+        space: u16,
+        found: &[Vec<Handle>],
+        blocks: Range<usize>,
+        near: usize,
+    ) {
         self.counters.recomputed_blocks += blocks.len() as u64;
+        self.lost_to_the_queue(space, found, blocks.clone());
         if blocks.is_empty() || self.now_us < self.weighing.probed_us + PROBE_EVERY_US {
             return;
         }
@@ -116,9 +135,19 @@ impl Node {
         }
     }
 
-    /// All loads of a lease have ended, as predicted or not.
-    pub(super) fn loaded_after(&mut self, predicted_us: u64, began_us: u64) {
+    /// What an idle device would have saved of these is what others' work there has cost.
+    fn lost_to_the_queue(&mut self, space: u16, found: &[Vec<Handle>], blocks: Range<usize>) {
+        let handles = found.iter().flat_map(|handles| &handles[blocks.clone()]);
+        let below = handles.filter(|handle| self.is_on_nvme_only(**handle));
+        let bytes = below.map(|handle| self.slot_bytes_of(*handle)).sum();
+        let saved_us = self.recompute_us(space, blocks);
+        self.movement.left(bytes, saved_us, self.now_us);
+    }
+
+    /// All loads of a lease have ended, as predicted or not; so many bytes of it came from NVMe.
+    pub(super) fn loaded_after(&mut self, predicted_us: u64, began_us: u64, nvme_bytes: u64) {
         let took_us = self.now_us - began_us;
+        self.movement.loaded(nvme_bytes, took_us, self.now_us);
         self.counters.loads += 1;
         self.counters.load_us += took_us;
         self.counters.load_predicted_us += predicted_us;

@@ -116,7 +116,7 @@ fn render(
 /// Name, explanation, value.
 type Count = (&'static str, &'static str, u64);
 
-fn counters(all: &Counters) -> [Count; 35] {
+fn counters(all: &Counters) -> [Count; 36] {
     [
         ("kvd_match_requests_total", "Match requests", all.match_requests),
         ("kvd_match_blocks_total", "Blocks asked for by match", all.match_blocks),
@@ -151,11 +151,8 @@ fn counters(all: &Counters) -> [Count; 35] {
             "Microseconds by which the predictions were wrong, either way",
             all.load_error_us,
         ),
-        (
-            "kvd_unwritten_blocks_total",
-            "Blocks that left DRAM and were not worth writing to NVMe",
-            all.unwritten_blocks,
-        ),
+        ("kvd_unwritten_blocks_total", "Blocks not worth writing to NVMe from DRAM", all.unwritten_blocks),
+        ("kvd_s3_unworthy_blocks_total", "Blocks not worth the bucket's price", all.s3_unworthy_blocks),
         ("kvd_stalled_loads_total", "Matches whose bytes did not come in time", all.stalled_loads),
         ("kvd_miss_blocks_total", "Blocks asked for and not matched", all.miss_blocks),
         ("kvd_reserve_requests_total", "Reserve requests", all.reserve_requests),

@@ -334,6 +334,7 @@ fn node_config(config: &Config) -> NodeConfig {
         members_max: config.limits.members_max as usize,
         has_peers: config.cluster.is_one(),
         has_bucket: config.s3.bucket.is_some(),
+        bucket_us_per_gib: config.s3.price_us_per_gib,
         upload_bytes_max: match &config.s3.bucket {
             Some(_) if config.s3.upload => config.s3.buffer_bytes,
             _ => 0,

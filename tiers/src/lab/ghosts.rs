@@ -24,6 +24,10 @@ const TRUNK_USES: u8 = 64;
 const KEYS_PER_COPY: usize = 2;
 /// Keys whose uses are counted at most, some bytes each. At the limit: the oldest is forgotten, and begins anew.
 const COUNTED_MAX: usize = 1 << 20;
+/// Blocks found, by the node and by its ghost, from which on they are compared.
+const CORRECTED_FROM: u64 = 100;
+/// Beyond this they are not of the same node.
+const CORRECTION_MAX: f64 = 2.0;
 /// What is counted together.
 const BUCKET_US: u64 = 10_000_000;
 /// An hour of them.
@@ -42,6 +46,12 @@ impl Found {
     fn add(&mut self, other: Self) {
         self.blocks += other.blocks;
         self.us += other.us;
+    }
+
+    /// So many times as much, of so much.
+    fn times(self, factor: f64, of: Self) -> Self {
+        let blocks = ((self.blocks as f64 * factor) as u64).min(of.blocks);
+        Self { blocks, us: (self.us * factor).min(of.us) }
     }
 
     /// So much of `whole`, from a sample of which `of` is the whole.
@@ -65,6 +75,17 @@ struct Bucket {
     sample: Found,
     /// In the sample, by policy.
     ghosts: [Found; NAMES.len()],
+    /// Of requests for which one of these policies decided: what the node found, what there was to find, and what that policy's ghost made of the sample.
+    known: Known,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Known {
+    live: Found,
+    asked: Found,
+    trunk: Found,
+    sample: Found,
+    ghost: Found,
 }
 
 impl Bucket {
@@ -75,10 +96,26 @@ impl Bucket {
             (&mut self.live, other.live),
             (&mut self.trunk, other.trunk),
             (&mut self.sample, other.sample),
+            (&mut self.known.live, other.known.live),
+            (&mut self.known.asked, other.known.asked),
+            (&mut self.known.trunk, other.known.trunk),
+            (&mut self.known.sample, other.known.sample),
+            (&mut self.known.ghost, other.known.ghost),
         ] {
             mine.add(others);
         }
         self.ghosts.iter_mut().zip(other.ghosts).for_each(|(mine, others)| mine.add(others));
+    }
+}
+
+impl Known {
+    /// What the node found over what its own ghost makes of it.
+    fn correction(&self) -> f64 {
+        let ghost = self.ghost.of(self.sample, self.asked, self.trunk);
+        if ghost.blocks < CORRECTED_FROM || self.live.blocks < CORRECTED_FROM {
+            return 1.0;
+        }
+        (self.live.us / ghost.us).clamp(1.0 / CORRECTION_MAX, CORRECTION_MAX)
     }
 }
 
@@ -93,8 +130,11 @@ pub struct Compared {
     pub asked: Found,
     /// What the node found in its own tiers.
     pub live: Found,
-    /// What each policy would have, by name.
+    /// What each policy would have, by name: as its ghost does, times what the node found over what the ghost of the policy that decided did. Sampling errs for all
+    /// policies alike, and so does what no ghost knows.
     pub policies: Vec<(&'static str, Found)>,
+    /// That factor, of the time saved; 1: too little was found.
+    pub correction: f64,
     /// One in so many branches is sampled.
     pub sampled_one_in: u32,
 }
@@ -161,6 +201,10 @@ impl Ghosts {
                 counted.ghosts[at] = ask(node, &asked);
             }
         }
+        if let Some(at) = NAMES.iter().position(|name| Some(*name) == request.policy) {
+            let Bucket { live, asked, trunk, sample, ghosts, .. } = counted;
+            counted.known = Known { live, asked, trunk, sample, ghost: ghosts[at] };
+        }
         self.bucket(now_us).add(&counted);
     }
 
@@ -199,13 +243,15 @@ impl Ghosts {
         let buckets = || self.buckets.iter().filter(move |bucket| bucket.began_us >= since_us);
         buckets().for_each(|bucket| sum.add(bucket));
         let names = self.nodes.iter().map(|(name, _)| *name);
-        let estimate = |ghost: Found| ghost.of(sum.sample, sum.asked, sum.trunk);
+        let correction = sum.known.correction();
+        let estimate = |ghost: Found| ghost.of(sum.sample, sum.asked, sum.trunk).times(correction, sum.asked);
         Compared {
             since_us: buckets().next().map_or(since_us, |bucket| bucket.began_us),
             requests: sum.requests,
             asked: sum.asked,
             live: sum.live,
             policies: names.zip(sum.ghosts.map(estimate)).collect(),
+            correction,
             sampled_one_in: 1 << self.shift,
         }
     }
@@ -229,7 +275,7 @@ pub fn watched(workload: &Workload, shape: Shape, copies_max: usize) -> Compared
     let mut sum = Bucket::default();
     workload.each(|asked| {
         let (keys, prompt) = (asked.keys.to_vec(), asked.prompt as u32);
-        let request = Recorded { at_us: asked.now_us, kind: 0, keys, prompt, hit_blocks: 0 };
+        let request = Recorded { at_us: asked.now_us, kind: 0, keys, prompt, hit_blocks: 0, policy: None };
         ghosts.asked(&request, workload.costs, shape);
         // of a day, all of it
         sum.add(&std::mem::take(ghosts.buckets.back_mut().expect("it was just counted")));
@@ -287,6 +333,12 @@ mod tests {
     /// One ghost of a test.
     const COPIES: usize = 8192;
 
+    fn recorded(row: &Row) -> Recorded {
+        let keys: Vec<u64> = row.hash_ids.iter().copied().map(mix).collect();
+        let (at_us, prompt) = (row.timestamp * 1000, keys.len() as u32);
+        Recorded { at_us, kind: 0, keys, prompt, hit_blocks: 0, policy: None }
+    }
+
     fn chats_watched(rows: &[Row], shape: Shape) -> Compared {
         watched(&Workload::new("chats".to_owned(), rows, MOCKER).unwrap(), shape, COPIES)
     }
@@ -324,14 +376,7 @@ mod tests {
         let rows = chats(1000);
         let mut ghosts = Ghosts::new(MOCKER, shape(500, 1500), COPIES);
         for (number, row) in rows.iter().enumerate() {
-            let keys: Vec<u64> = row.hash_ids.iter().copied().map(mix).collect();
-            let request = Recorded {
-                at_us: row.timestamp * 1000,
-                kind: 0,
-                prompt: keys.len() as u32,
-                keys,
-                hit_blocks: 0,
-            };
+            let request = recorded(row);
             let now = if number < 500 { shape(500, 1500) } else { shape(50, 0) };
             ghosts.asked(&request, MOCKER, now);
         }
@@ -342,17 +387,47 @@ mod tests {
             "of the last minute but for a bucket's beginning"
         );
         let keys = vec![1];
-        let request = Recorded { at_us: 100_000_000, kind: 0, prompt: 1, keys, hit_blocks: 0 };
+        let request = Recorded { at_us: 100_000_000, kind: 0, prompt: 1, keys, hit_blocks: 0, policy: None };
         ghosts.asked(&request, MOCKER, shape(5000, 15_000));
         assert_eq!((ghosts.compared(0).requests, ghosts.compared(0).sampled_one_in), (1, 4));
+    }
+
+    /// A node that finds less than its ghost, as if it were smaller, is one where every policy would have found less.
+    #[test]
+    fn what_was_found_corrects_what_would_have_been() {
+        let (rows, shape, less) = (chats(3000), shape(500, 1500), shape(250, 750));
+        let plain = chats_watched(&rows, shape);
+        let (mut ghosts, mut real) =
+            (Ghosts::new(MOCKER, shape, COPIES), Node::named(MOCKER, "lru", less).unwrap());
+        for row in &rows {
+            let mut request = recorded(row);
+            request.policy = Some("lru");
+            request.hit_blocks = ask(&mut real, &request.asked()).blocks as u32;
+            ghosts.asked(&request, MOCKER, shape);
+        }
+        let compared = ghosts.compared(0);
+        assert!(compared.correction < 0.95 && (plain.correction - 1.0).abs() < 1e-12, "{compared:?}");
+        assert!(
+            (compared.policies[0].1.us / compared.live.us - 1.0).abs() < 1e-6,
+            "what decides finds what was found"
+        );
+        for ((name, found), (_, uncorrected)) in compared.policies.iter().zip(&plain.policies) {
+            assert!((found.us / uncorrected.us / compared.correction - 1.0).abs() < 1e-6, "{name}");
+        }
     }
 
     #[test]
     fn an_hour_is_kept() {
         let mut ghosts = Ghosts::new(MOCKER, shape(10, 0), COPIES);
         for minute in 0..200 {
-            let request =
-                Recorded { at_us: minute * 60_000_000, kind: 0, prompt: 1, keys: vec![1], hit_blocks: 0 };
+            let request = Recorded {
+                at_us: minute * 60_000_000,
+                kind: 0,
+                prompt: 1,
+                keys: vec![1],
+                hit_blocks: 0,
+                policy: None,
+            };
             ghosts.asked(&request, MOCKER, shape(10, 0));
         }
         assert!(ghosts.buckets.len() <= BUCKETS_MAX);

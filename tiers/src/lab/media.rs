@@ -66,13 +66,13 @@ struct Medium {
     busy_until_us: f64,
     /// Microseconds of work.
     working: Lately,
-    /// Requests that load from it.
-    loads: Lately,
+    /// Microseconds by which requests end later for what came before their loads.
+    waiting: Lately,
 }
 
 impl Medium {
     fn idle(read: Speed) -> Self {
-        Self { read, busy_until_us: 0.0, working: Lately::default(), loads: Lately::default() }
+        Self { read, busy_until_us: 0.0, working: Lately::default(), waiting: Lately::default() }
     }
 
     /// Until so many bytes, asked for now, are here; nothing of nothing.
@@ -94,7 +94,7 @@ impl Medium {
 }
 
 /// All of a node.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Media {
     block_bytes: u64,
     /// By `Source`.
@@ -118,27 +118,22 @@ impl Media {
     /// Microseconds that loads wait for one more write to NVMe, all together.
     pub(super) fn delay_us(&self, now_us: f64) -> f64 {
         let nvme = &self.media[Source::Nvme as usize];
-        let (work_us, queue_us) =
-            (self.block_bytes as f64 / self.write_bytes_per_us, nvme.busy_until_us - now_us);
-        queue_delay_us(work_us, queue_us, nvme.loads.per_us(now_us), nvme.working.per_us(now_us))
+        let work_us = self.block_bytes as f64 / self.write_bytes_per_us;
+        queue_delay_us(work_us, nvme.waiting.per_us(now_us), nvme.working.per_us(now_us))
     }
 
     /// Fetch or recompute: the prefix for which loading it and computing the rest ends first, the longest of equals. `prefix_us`: what having so many
-    /// blocks saves.
-    pub(super) fn plan(&self, now_us: f64, sources: &[Source], prefix_us: impl Fn(usize) -> f64) -> Plan {
-        let (mut best, mut best_us) = (Plan { blocks: 0, load_us: 0.0 }, 0.0);
-        let (mut bytes, mut load_us) = ([0; 3], 0.0_f64);
-        for (at, &source) in sources.iter().enumerate() {
-            bytes[source as usize] += self.block_bytes;
-            // what was to come before still comes: only this medium ends later
-            load_us = load_us.max(self.media[source as usize].read_us(now_us, bytes[source as usize]));
-            let blocks = at + 1;
-            let lost_us = load_us - prefix_us(blocks);
-            if lost_us <= best_us {
-                (best, best_us) = (Plan { blocks, load_us }, lost_us);
-            }
+    /// blocks saves. What it ends later for what NVMe does before is somebody's wait.
+    pub(super) fn plan(&mut self, now_us: f64, sources: &[Source], prefix_us: impl Fn(usize) -> f64) -> Plan {
+        let (plan, lost_us) = best(&self.media, self.block_bytes, now_us, sources, &prefix_us);
+        let nvme = self.media[Source::Nvme as usize];
+        if nvme.busy_until_us > now_us && sources.contains(&Source::Nvme) {
+            let mut idle = self.media;
+            idle[Source::Nvme as usize].busy_until_us = now_us;
+            let (_, idle_lost_us) = best(&idle, self.block_bytes, now_us, sources, &prefix_us);
+            self.media[Source::Nvme as usize].waiting.add(now_us, lost_us - idle_lost_us);
         }
-        best
+        plan
     }
 
     /// These come: their media are busy.
@@ -147,9 +142,6 @@ impl Media {
             let medium = &mut self.media[source as usize];
             medium.work(now_us, self.block_bytes, medium.read.bytes_per_us, self.queues);
         }
-        if sources.contains(&Source::Nvme) {
-            self.media[Source::Nvme as usize].loads.add(now_us, 1.0);
-        }
     }
 
     /// A block is written to NVMe, in the queue that reads stand in too.
@@ -157,6 +149,29 @@ impl Media {
         let nvme = &mut self.media[Source::Nvme as usize];
         nvme.work(now_us, self.block_bytes, self.write_bytes_per_us, self.queues);
     }
+}
+
+/// The plan, and how much more than computing nothing it costs: less than nothing, or it would not be one.
+fn best(
+    media: &[Medium; 3],
+    block_bytes: u64,
+    now_us: f64,
+    sources: &[Source],
+    prefix_us: impl Fn(usize) -> f64,
+) -> (Plan, f64) {
+    let (mut best, mut best_us) = (Plan { blocks: 0, load_us: 0.0 }, 0.0);
+    let (mut bytes, mut load_us) = ([0; 3], 0.0_f64);
+    for (at, &source) in sources.iter().enumerate() {
+        bytes[source as usize] += block_bytes;
+        // what was to come before still comes: only this medium ends later
+        load_us = load_us.max(media[source as usize].read_us(now_us, bytes[source as usize]));
+        let blocks = at + 1;
+        let lost_us = load_us - prefix_us(blocks);
+        if lost_us <= best_us {
+            (best, best_us) = (Plan { blocks, load_us }, lost_us);
+        }
+    }
+    (best, best_us)
 }
 
 #[cfg(test)]
@@ -173,7 +188,7 @@ mod tests {
 
     /// Everything is worth loading.
     fn load_us(media: &Media, now_us: f64, sources: &[Source]) -> f64 {
-        let plan = media.plan(now_us, sources, |blocks| blocks as f64 * 1e9);
+        let plan = media.clone().plan(now_us, sources, |blocks| blocks as f64 * 1e9);
         assert_eq!(plan.blocks, sources.len());
         plan.load_us
     }
@@ -214,8 +229,8 @@ mod tests {
 
     #[test]
     fn what_takes_longer_to_load_than_to_compute_is_computed() {
-        let media = Media::new(BLOCK_BYTES, &Speeds::DGX, true);
-        let end = |sources: &[Source], block_us: f64| {
+        let mut media = Media::new(BLOCK_BYTES, &Speeds::DGX, true);
+        let mut end = |sources: &[Source], block_us: f64| {
             media.plan(0.0, sources, |blocks| blocks as f64 * block_us).blocks
         };
         assert_eq!(end(&[Nvme, Nvme], 1081.0), 2, "2160 us against 2162");
@@ -231,7 +246,7 @@ mod tests {
     #[test]
     fn a_long_queue_makes_computing_cheaper() {
         let mut media = Media::new(BLOCK_BYTES, &Speeds::DGX, true);
-        let plan = |media: &Media| media.plan(0.0, &[Dram, Nvme], |blocks| blocks as f64 * 2000.0);
+        let plan = |media: &Media| media.clone().plan(0.0, &[Dram, Nvme], |blocks| blocks as f64 * 2000.0);
         assert_eq!(plan(&media), Plan { blocks: 2, load_us: 1160.0 });
         media.load(0.0, &[Nvme, Nvme]);
         // 3160 - 4000 is not less than 320 - 2000

@@ -50,6 +50,8 @@ pub struct Recorded {
     pub prompt: u32,
     /// So many of those came from the node's tiers.
     pub hit_blocks: u32,
+    /// Which policy decided there, if it was one.
+    pub policy: Option<&'static str>,
 }
 
 impl Recorded {
@@ -105,9 +107,16 @@ impl Recorder {
     }
 
     /// A request matched this prompt.
-    pub fn asked(&mut self, at_us: u64, kind: u16, keys: Vec<u64>, hit_blocks: u32) {
+    pub fn asked(
+        &mut self,
+        at_us: u64,
+        kind: u16,
+        keys: Vec<u64>,
+        hit_blocks: u32,
+        policy: Option<&'static str>,
+    ) {
         let prompt = keys.len() as u32;
-        self.begins(at_us, kind, keys, prompt, hit_blocks);
+        self.begins(Recorded { at_us, kind, keys, prompt, hit_blocks, policy });
     }
 
     /// Blocks are stored behind this one (or at the head of a prompt, if there is none): by the request that ended there, or within them; of a prompt that was never asked
@@ -118,7 +127,8 @@ impl Recorder {
         let Some((number, from)) = parent.as_ref().and_then(ended).map(|number| (number, 0)).or_else(within)
         else {
             if parent.is_none() {
-                self.begins(at_us, kind, keys.to_vec(), 0, 0);
+                let (keys, prompt) = (keys.to_vec(), 0);
+                self.begins(Recorded { at_us, kind, keys, prompt, hit_blocks: 0, policy: None });
             }
             return; // of a request that is closed: its own blocks, again
         };
@@ -131,11 +141,12 @@ impl Recorder {
         self.ends.insert(*keys.last().expect("there is more"), number);
     }
 
-    fn begins(&mut self, at_us: u64, kind: u16, keys: Vec<u64>, prompt: u32, hit_blocks: u32) {
-        assert!(usize::from(kind) < self.kinds.len(), "kind {kind} of {}", self.kinds.len());
-        let Some(&last) = keys.last() else { return };
+    fn begins(&mut self, request: Recorded) {
+        let kinds = self.kinds.len();
+        assert!(usize::from(request.kind) < kinds, "kind {} of {kinds}", request.kind);
+        let Some(&last) = request.keys.last() else { return };
         self.ends.insert(last, self.closed + self.open.len() as u64);
-        self.open.push_back(Recorded { at_us, kind, keys, prompt, hit_blocks });
+        self.open.push_back(request);
     }
 
     /// A kind's number; `None`: there are too many, and a request of it is not recorded.
@@ -225,8 +236,8 @@ mod tests {
     #[test]
     fn what_is_stored_later_belongs_to_the_request_that_ended_there() {
         let mut recorder = recorder(1 << 20);
-        recorder.asked(0, 0, vec![1, 2, 3], 1);
-        recorder.asked(1, 0, vec![1, 2, 9], 2);
+        recorder.asked(0, 0, vec![1, 2, 3], 1, None);
+        recorder.asked(1, 0, vec![1, 2, 9], 2, None);
         // the first computes what was missing, then generates, in two pieces; the second computes its last block only
         recorder.stored(2, 0, Some(1), &[2, 3]);
         recorder.stored(3, 0, Some(2), &[3, 4]);
@@ -258,7 +269,7 @@ mod tests {
     fn the_ring_and_what_is_open_are_bounded() {
         let mut recorder = recorder(10 * (REQUEST_BYTES + 8));
         for number in 0..2 * OPEN_MAX as u64 {
-            recorder.asked(number, 0, vec![number], 0);
+            recorder.asked(number, 0, vec![number], 0, None);
             closed(&mut recorder, number);
         }
         assert_eq!((recorder.open.len(), recorder.ring.len()), (OPEN_MAX, 10));

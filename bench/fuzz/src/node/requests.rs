@@ -47,6 +47,7 @@ pub fn config(material: &mut Material) -> NodeConfig {
         has_peers: choice & 16 == 0,
         has_bucket: choice & 8 == 0,
         upload_bytes_max: if choice & 4 == 0 { 1 << 20 } else { 0 },
+        bucket_us_per_gib: if choice & 64 == 0 { 0 } else { 1_000_000 },
     }
 }
 

@@ -109,6 +109,7 @@ fn config(epoch: u64) -> NodeConfig {
         has_peers: true,
         has_bucket: false,
         upload_bytes_max: 0,
+        bucket_us_per_gib: 0,
     }
 }
 

@@ -56,7 +56,7 @@ impl Show for wire::ComparePoliciesReply {
             json!({
                 "tenant": kind.tenant, "block_bytes": kind.block_bytes, "block_tokens": kind.block_tokens,
                 "dram_blocks": kind.dram_blocks, "nvme_blocks": kind.nvme_blocks, "seconds": kind.seconds,
-                "requests": kind.requests, "sampled_one_in": kind.sampled_one_in,
+                "requests": kind.requests, "sampled_one_in": kind.sampled_one_in, "correction": kind.correction,
                 "asked": of_found(found(kind.asked.as_ref())), "live": of_found(found(kind.live.as_ref())),
                 "policies": policies.collect::<serde_json::Map<_, _>>(), "lost_requests": self.lost_requests,
             })
@@ -81,6 +81,8 @@ fn kind_table(kind: &wire::ComparedKind) -> String {
     rows.extend(kind.policies.iter().map(|one| row(&one.policy, found(one.found.as_ref()))));
     let (of, sampled) = (kind.sampled_one_in, kind.sampled_one_in > 1);
     let sample = if sampled { format!(", policies judged by one in {of} branches") } else { String::new() };
+    let factor = kind.correction;
+    let sample = format!("{sample}, times {factor:.3}, by which the one that decides was off");
     let heading = format!(
         "{}, blocks of {}: {} requests in {}, in {} blocks of DRAM and {} of NVMe{sample}\n",
         kind.tenant,
@@ -111,6 +113,7 @@ mod tests {
                 live: of(250),
                 policies: vec![wire::ComparedPolicy { policy: "worth".into(), found: of(500) }],
                 sampled_one_in: 4,
+                correction: 1.25,
                 ..wire::ComparedKind::default()
             }],
             lost_requests: 3,
@@ -118,7 +121,7 @@ mod tests {
         let shown = reply.table();
         for part in [
             "blocks of 2 MiB: 1,200 requests in 1 min 1 s",
-            "one in 4 branches",
+            "one in 4 branches, times 1.250",
             "as it was    250     25.0 %          2.5 s      25.0 %",
             "worth        500     50.0 %          5.0 s      50.0 %",
             "3 requests were not compared",

@@ -105,7 +105,7 @@ fn counters_object(counters: &wire::Counters) -> Value {
         "hit_blocks_s3": counters.hit_blocks_s3, "s3_read_bytes": counters.s3_read_bytes,
         "s3_write_bytes": counters.s3_write_bytes, "s3_errors": counters.s3_errors,
         "s3_skipped_blocks": counters.s3_skipped_blocks,
-        "recomputed_blocks": counters.recomputed_blocks, "stalled_loads": counters.stalled_loads, "unwritten_blocks": counters.unwritten_blocks,
+        "recomputed_blocks": counters.recomputed_blocks, "stalled_loads": counters.stalled_loads, "unwritten_blocks": counters.unwritten_blocks, "s3_unworthy_blocks": counters.s3_unworthy_blocks,
         "loads": counters.loads, "load_us": counters.load_us,
         "load_predicted_us": counters.load_predicted_us, "load_error_us": counters.load_error_us,
     })

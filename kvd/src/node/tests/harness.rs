@@ -1,8 +1,8 @@
 //! A world around one node: a clock that stands still until told, memory and a device that hold content instead of
 //! bytes, and the clients' own view of what they were promised.
 //!
-//! Owns: what every slot really contains, which effects wait for their end, what each lease lets its holder touch.
-//! Invariant: `checks` runs after every call. Leaves to others: what to ask (the tests).
+//! Owns: what every slot really contains, which effects wait for their end, what each lease lets its holder touch. Invariant:
+//! `checks` runs after every call. Leaves to others: what to ask (the tests).
 
 use super::super::event::{Effect, Event, MemberId, Question};
 use super::super::{Node, NodeConfig, NvmeConfig};
@@ -26,8 +26,7 @@ pub(super) const PARTS: u32 = 4;
 pub(super) const BLOCK_BYTES: u64 = PARTS as u64 * 4096;
 pub(super) const LEASE_TTL_MS: u64 = 10_000;
 
-/// Whose bytes are in a slot: `None` is noise.
-pub(super) type Content = Option<(Fingerprint, BlockId, u16)>;
+pub(super) type Content = Option<(Fingerprint, BlockId, u16)>; // whose bytes are in a slot: `None` is noise
 
 pub(super) struct Published {
     pub(super) generation: u32,
@@ -110,6 +109,7 @@ pub(super) fn config() -> NodeConfig {
         has_peers: false,
         has_bucket: false,
         upload_bytes_max: 0,
+        bucket_us_per_gib: 0,
     }
 }
 

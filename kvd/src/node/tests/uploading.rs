@@ -89,6 +89,21 @@ fn what_has_its_checksums_is_offered_once_and_within_the_buffer() {
     assert_eq!(world.counters().s3_write_bytes, 4 * BLOCK_BYTES);
 }
 
+/// A gibibyte that costs all time there is keeps everything out of the bucket, as far as somebody has said what computing costs.
+#[test]
+fn what_is_not_worth_its_price_is_not_uploaded() {
+    for (said, us_per_gib, uploaded) in [(true, u32::MAX, 0), (false, u32::MAX, 4), (true, 0, 4)] {
+        let mut config = NodeConfig { profile_is_given: said, bucket_us_per_gib: us_per_gib, ..with_nvme(6) };
+        config.nvme.iter_mut().for_each(|nvme| nvme.eviction = "worth".to_owned());
+        let (mut world, member, space) = world(config, 8);
+        world.put(member, space, &ids(1..5));
+        while world.checksum_next() {}
+        assert_eq!(reading(&world).len(), uploaded, "{said}, {us_per_gib}");
+        let unworthy = world.counters().s3_unworthy_blocks;
+        assert_eq!(unworthy + uploaded as u64, 4);
+    }
+}
+
 /// One slot goes even if the buffer is smaller, or it would hold up all that comes after it.
 #[test]
 fn a_block_larger_than_the_buffer_goes_alone() {

@@ -297,12 +297,12 @@ impl State {
     }
 
     fn access(&mut self, access: Access) {
-        let Access { at_us, kind, shape, what } = access;
+        let Access { at_us, kind, shape, policy, what } = access;
         let Some(number) = self.recorder.number_of(kind) else { return };
         self.shapes.resize(self.recorder.kinds().len(), shape);
         self.shapes[usize::from(number)] = shape;
         match what {
-            Did::Asked { keys, hit_blocks } => self.recorder.asked(at_us, number, keys, hit_blocks),
+            Did::Asked { keys, hit_blocks } => self.recorder.asked(at_us, number, keys, hit_blocks, policy),
             Did::Stored { parent, keys } => self.recorder.stored(at_us, number, parent, &keys),
         }
     }
@@ -396,5 +396,6 @@ fn compared_kind(kind: &Kind, shape: &Shape, compared: &Compared, now_us: u64) -
         live: found(compared.live),
         policies: compared.policies.iter().map(policy).collect(),
         sampled_one_in: compared.sampled_one_in,
+        correction: compared.correction,
     }
 }
