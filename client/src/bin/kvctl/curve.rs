@@ -1,6 +1,6 @@
 //! Miss-cost curves: what requests wait for over a tier's size, one line a policy, on a terminal or as SVG.
 //!
-//! Invariants: sizes are spaced by their logarithm; the top is what computing everything takes. Leaves to others: the numbers (`simulate`).
+//! Invariants: sizes are spaced by their logarithm; what computing everything takes is said, and drawn only where the curves come near it. Leaves to others: the numbers (`simulate`).
 
 use crate::text::size;
 use plotters::prelude::*;
@@ -50,16 +50,24 @@ impl Curves {
         (logs().fold(f64::INFINITY, f64::min), logs().fold(f64::NEG_INFINITY, f64::max))
     }
 
-    fn floor_s(&self) -> f64 {
-        let least_s = self.points().map(|(_, s)| s).fold(self.ceiling_s, f64::min);
-        (least_s - 0.05 * (self.ceiling_s - least_s)).max(0.0)
+    /// What is drawn: all points, with a little room around them.
+    fn range_s(&self) -> (f64, f64) {
+        let least_s = self.points().map(|(_, s)| s).fold(f64::INFINITY, f64::min);
+        let most_s = self.points().map(|(_, s)| s).fold(0.0, f64::max);
+        let room_s = (0.1 * (most_s - least_s)).max(0.001 * most_s).max(f64::MIN_POSITIVE);
+        ((least_s - room_s).max(0.0), most_s + room_s)
+    }
+
+    fn heading(&self) -> String {
+        format!("{} (no cache: {:.1} s)", self.title, self.ceiling_s)
     }
 
     /// For a terminal.
     pub(crate) fn text(&self) -> String {
         let (left, right) = self.span();
+        let (floor_s, top_s) = self.range_s();
         let scale = |number: usize, row: &[char]| {
-            let s = self.ceiling_s - self.span_s() * number as f64 / (ROWS - 1) as f64;
+            let s = top_s - (top_s - floor_s) * number as f64 / (ROWS - 1) as f64;
             let scale = if number.is_multiple_of(5) { format!("{s:>10.1} s") } else { " ".repeat(12) };
             format!("{scale} |{}", row.iter().collect::<String>().trim_end())
         };
@@ -67,26 +75,22 @@ impl Curves {
         let ends = format!("{least}{most:>width$} of {}", self.tier, width = COLUMNS - least.len());
         let marks = self.lines.iter().zip(MARKS.iter().cycle());
         let legend: Vec<_> = marks.map(|(line, mark)| format!("{mark} {}", line.name)).collect();
-        let mut shown = vec![self.title.clone()];
+        let mut shown = vec![self.heading()];
         shown.extend(self.cells().iter().enumerate().map(|(number, row)| scale(number, row)));
         shown.push(format!("{:12} +{}", "", "-".repeat(COLUMNS)));
         shown.push(format!("{:14}{ends}", ""));
-        shown.push(format!("{:14}{}; the top: no cache", "", legend.join("   ")));
+        shown.push(format!("{:14}{}", "", legend.join("   ")));
         shown.join("\n") + "\n"
-    }
-
-    fn span_s(&self) -> f64 {
-        (self.ceiling_s - self.floor_s()).max(f64::MIN_POSITIVE)
     }
 
     /// Rows of marks; the last line is on top.
     fn cells(&self) -> Vec<Vec<char>> {
-        let (left, right) = self.span();
+        let ((left, right), (floor_s, top_s)) = (self.span(), self.range_s());
         let mut cells = vec![vec![' '; COLUMNS]; ROWS];
         for (line, mark) in self.lines.iter().zip(MARKS.iter().cycle()) {
             for column in 0..COLUMNS {
                 let log = left + (right - left) * column as f64 / (COLUMNS - 1) as f64;
-                let row = (self.ceiling_s - at(&line.points, log)) / self.span_s() * (ROWS - 1) as f64;
+                let row = (top_s - at(&line.points, log)) / (top_s - floor_s) * (ROWS - 1) as f64;
                 let row = cells.get_mut((row.round() as usize).min(ROWS - 1)).expect("within the rows");
                 row[column] = *mark;
             }
@@ -106,14 +110,14 @@ impl Curves {
         &self,
         area: &DrawingArea<B, plotters::coord::Shift>,
     ) -> Result<(), DrawingAreaErrorKind<B::ErrorType>> {
-        let (left, right) = self.span();
+        let ((left, right), (floor_s, top_s)) = (self.span(), self.range_s());
         area.fill(&WHITE)?;
         let mut chart = ChartBuilder::on(area)
-            .caption(&self.title, ("sans-serif", 17))
+            .caption(self.heading(), ("sans-serif", 17))
             .margin(14)
             .x_label_area_size(46)
             .y_label_area_size(76)
-            .build_cartesian_2d(left..right, self.floor_s()..self.ceiling_s)?;
+            .build_cartesian_2d(left..right, floor_s..top_s)?;
         chart
             .configure_mesh()
             .x_desc(format!("{} (logarithmic)", self.tier))
@@ -172,7 +176,7 @@ mod tests {
     #[test]
     fn a_terminal_shows_the_top_the_ends_and_who_is_who() {
         let shown = curves().text();
-        for part in ["waiting\n", "100.0 s |", "1 GiB", "4 GiB of DRAM", "* lru   o worth; the top: no cache"]
+        for part in ["waiting (no cache: 100.0 s)\n", "97.0 s |", "1 GiB", "4 GiB of DRAM", "* lru   o worth"]
         {
             assert!(shown.contains(part), "{part:?} in\n{shown}");
         }
@@ -192,7 +196,7 @@ mod tests {
     fn a_drawing_has_every_line() {
         let drawn = curves().svg().unwrap();
         assert!(drawn.starts_with("<svg") && drawn.trim_end().ends_with("</svg>"));
-        assert!(drawn.contains("worth") && drawn.contains("no cache") || drawn.contains("lru"));
+        assert!(["worth", "lru", "no cache: 100.0 s"].iter().all(|part| drawn.contains(part)));
         assert!(drawn.matches("<polyline").count() >= 2);
     }
 

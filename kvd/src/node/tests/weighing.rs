@@ -170,3 +170,18 @@ fn room_that_needs_no_write_waits_for_no_tick() {
     assert!(effects.iter().any(served), "it waits");
     assert_eq!(world.counters().nvme_write_bytes, before.nvme_write_bytes);
 }
+
+/// Two prompts are asked for again and wait for their loads: from then on writing costs what that is, though it wears nothing.
+#[test]
+fn what_keeps_loads_waiting_is_not_written_for_little() {
+    let (mut world, member, space) = stored(0, true);
+    assert_eq!(world.counters().unwritten_blocks, 0, "nothing wears and nobody waited");
+    for prompt in [390, 389] {
+        assert_eq!(load(&mut world, member, space, prompt, 20), 2, "it is there");
+    }
+    for prompt in 500..540 {
+        world.put_slowly(member, space, &ids(prompt * 10 + 1..prompt * 10 + 3));
+        world.settle();
+    }
+    assert!(world.counters().unwritten_blocks > 0, "{:?}", world.counters());
+}
