@@ -49,6 +49,14 @@ pub enum Did {
     },
 }
 
+impl Access {
+    /// Of the blocks that it is about.
+    pub fn keys(&self) -> &[u64] {
+        let (Did::Asked { keys, .. } | Did::Stored { keys, .. }) = &self.what;
+        keys
+    }
+}
+
 impl Node {
     /// Whether anybody records them; nobody does at first.
     pub fn tells_of_requests(&mut self, whether: bool) {

@@ -12,7 +12,7 @@ use std::collections::{HashMap, VecDeque};
 
 /// After so long a request is taken to have stored what it will store.
 const OPEN_US: u64 = 10_000_000;
-/// Requests that are open. At the limit: the oldest is closed.
+/// Requests that are open, of no more bytes than the ring. At the limit: the oldest is closed.
 const OPEN_MAX: usize = 4096;
 /// Kinds of blocks. At the limit: requests of others are not recorded, but counted.
 const KINDS_MAX: usize = 64;
@@ -74,6 +74,7 @@ pub struct Recorder {
     ring: VecDeque<Recorded>,
     ring_bytes: usize,
     open: VecDeque<Recorded>,
+    open_bytes: usize,
     /// How many were closed before the first that is open.
     closed: u64,
     /// Which open request ends with this key, counted from the first that ever was.
@@ -90,6 +91,7 @@ impl Recorder {
             ring: VecDeque::new(),
             ring_bytes: 0,
             open: VecDeque::new(),
+            open_bytes: 0,
             closed: 0,
             ends: HashMap::new(),
             unrecorded: 0,
@@ -138,6 +140,7 @@ impl Recorder {
         }
         self.ends.remove(request.keys.last().expect("it ended with one"));
         request.keys.extend_from_slice(&keys[from..]);
+        self.open_bytes += (keys.len() - from) * size_of::<u64>();
         self.ends.insert(*keys.last().expect("there is more"), number);
     }
 
@@ -146,6 +149,7 @@ impl Recorder {
         assert!(usize::from(request.kind) < kinds, "kind {} of {kinds}", request.kind);
         let Some(&last) = request.keys.last() else { return };
         self.ends.insert(last, self.closed + self.open.len() as u64);
+        self.open_bytes += request.bytes();
         self.open.push_back(request);
     }
 
@@ -166,10 +170,12 @@ impl Recorder {
     /// Closes what has been open for long, or, with `all`, everything: each request once, in order.
     pub fn close(&mut self, now_us: u64, all: bool, mut each: impl FnMut(&Recorded)) {
         while let Some(first) = self.open.front() {
-            if !all && now_us < first.at_us + OPEN_US && self.open.len() <= OPEN_MAX {
+            let fits = self.open.len() <= OPEN_MAX && self.open_bytes <= self.bytes_max;
+            if !all && now_us < first.at_us + OPEN_US && fits {
                 return;
             }
             let request = self.open.pop_front().expect("there is one");
+            self.open_bytes -= request.bytes();
             let end = request.keys.last().expect("it has keys");
             if self.ends.get(end) == Some(&self.closed) {
                 self.ends.remove(end);
@@ -267,16 +273,22 @@ mod tests {
 
     #[test]
     fn the_ring_and_what_is_open_are_bounded() {
+        let mut many = recorder(1 << 30);
+        for number in 0..2 * OPEN_MAX as u64 {
+            many.asked(0, 0, vec![number], 0, None);
+            closed(&mut many, 0);
+        }
+        assert_eq!(many.open.len(), OPEN_MAX);
         let mut recorder = recorder(10 * (REQUEST_BYTES + 8));
         for number in 0..2 * OPEN_MAX as u64 {
             recorder.asked(number, 0, vec![number], 0, None);
             closed(&mut recorder, number);
         }
-        assert_eq!((recorder.open.len(), recorder.ring.len()), (OPEN_MAX, 10));
+        assert_eq!((recorder.open.len(), recorder.ring.len()), (10, 10));
         assert!(recorder.ends.len() <= OPEN_MAX && recorder.ring_bytes <= recorder.bytes_max);
         let mut all = 0;
         recorder.close(0, true, |_| all += 1);
-        assert_eq!((all, recorder.ends.len(), recorder.open.len()), (OPEN_MAX, 0, 0));
+        assert_eq!((all, recorder.ends.len(), recorder.open_bytes), (OPEN_MAX.min(10), 0, 0));
         for tokens in 1..=2 * KINDS_MAX as u64 {
             let costs = Costs { block_tokens: tokens, ..MOCKER };
             let _ = recorder.number_of(Kind { costs, ..kind() });

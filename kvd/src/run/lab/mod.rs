@@ -19,7 +19,7 @@ use kvd_tiers::lab::recorder::{Kind, Recorded, Recorder};
 use kvd_tiers::lab::trace::Row;
 pub(super) use simulate::simulate;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
@@ -28,8 +28,9 @@ use tokio::sync::{mpsc, oneshot};
 pub(super) const THREAD: &str = "kvd-lab";
 /// The thread of one simulation.
 pub(super) const SIMULATION: &str = "kvd-simulate";
-/// Requests that wait to be heard of. At the limit: they are lost.
+/// Requests that wait to be heard of, and keys of theirs, 8 bytes each. At the limit: they are lost.
 const WAITING_MAX: usize = 8192;
+const WAITING_KEYS_MAX: usize = 4 << 20;
 /// Kinds of blocks that have ghosts. At the limit: the others are recorded, and not compared.
 const GHOST_KINDS_MAX: usize = 4;
 /// Who records at one time. At the limit: refused.
@@ -46,6 +47,7 @@ const DAY_S: u32 = 86_400;
 const NICE: i32 = 19;
 
 /// What was asked for, as rows of a trace, and the node it was asked of.
+#[derive(Default)]
 pub(super) struct Past {
     began_us: u64,
     rows: Vec<Row>,
@@ -65,6 +67,7 @@ enum Input {
 #[derive(Clone)]
 pub(super) struct Lab {
     inputs: Option<SyncSender<Input>>,
+    waiting_keys: Arc<AtomicUsize>,
     lost: Arc<AtomicU64>,
     simulating: Arc<AtomicBool>,
     /// Of a node that nothing was asked of.
@@ -75,10 +78,10 @@ impl Lab {
     /// With a ring as configured; without one nothing is heard.
     pub(super) fn start(config: &Config, started: Instant) -> Self {
         let ring_bytes = config.lab.ring_bytes;
-        let lost = Arc::<AtomicU64>::default();
+        let waiting_keys = Arc::<AtomicUsize>::default();
         let inputs = (ring_bytes > 0).then(|| {
             let (inputs, heard) = sync_channel(WAITING_MAX);
-            let state = State::new(ring_bytes as usize, started);
+            let state = State::new(ring_bytes as usize, Arc::clone(&waiting_keys), started);
             spawn(THREAD, move || {
                 last_in_line();
                 state.run(&heard);
@@ -94,13 +97,17 @@ impl Lab {
             speeds: Speeds::DGX,
             queues: true,
         };
-        Self { inputs, lost, simulating: Arc::default(), assumed: (config.recompute.profile(), shape) }
+        let assumed = (config.recompute.profile(), shape);
+        Self { inputs, waiting_keys, lost: Arc::default(), simulating: Arc::default(), assumed }
     }
 
     /// Never waits.
     pub(super) fn tell(&self, access: Box<Access>) {
         let Some(inputs) = &self.inputs else { return };
-        if inputs.try_send(Input::Access(access)).is_err() {
+        let keys = access.keys().len();
+        let waiting = self.waiting_keys.fetch_add(keys, Ordering::Relaxed);
+        if waiting + keys > WAITING_KEYS_MAX || inputs.try_send(Input::Access(access)).is_err() {
+            self.waiting_keys.fetch_sub(keys, Ordering::Relaxed);
             self.lost.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -253,6 +260,7 @@ impl Recording {
 
 /// What the thread has.
 struct State {
+    waiting_keys: Arc<AtomicUsize>,
     started: Instant,
     recorder: Recorder,
     /// By kind.
@@ -262,9 +270,16 @@ struct State {
 }
 
 impl State {
-    fn new(ring_bytes: usize, started: Instant) -> Self {
+    fn new(ring_bytes: usize, waiting_keys: Arc<AtomicUsize>, started: Instant) -> Self {
         let recorder = Recorder::new(ring_bytes);
-        Self { started, recorder, shapes: Vec::new(), ghosts: Vec::new(), recordings: Vec::new() }
+        Self {
+            waiting_keys,
+            started,
+            recorder,
+            shapes: Vec::new(),
+            ghosts: Vec::new(),
+            recordings: Vec::new(),
+        }
     }
 
     /// Until nobody can tell it anything.
@@ -297,6 +312,7 @@ impl State {
     }
 
     fn access(&mut self, access: Access) {
+        self.waiting_keys.fetch_sub(access.keys().len(), Ordering::Relaxed);
         let Access { at_us, kind, shape, policy, what } = access;
         let Some(number) = self.recorder.number_of(kind) else { return };
         self.shapes.resize(self.recorder.kinds().len(), shape);

@@ -3,8 +3,9 @@
 //! Owns the request's check, and the thread that simulates. Invariants: one simulation at a time, at the lowest priority, which ends with its reader; a trace is bounded in
 //! bytes, the combinations in number. Leaves to others: what a simulated node does (`kvd_tiers::lab::node`).
 
-use super::{Lab, Past, SIMULATION, last_in_line};
+use super::{Lab, SIMULATION, last_in_line};
 use crate::run::workers::spawn;
+use bytes::Bytes;
 use kvd_proto::cost::PrefillProfile;
 use kvd_proto::wire::{self, simulate_reply, simulate_request};
 use kvd_proto::{Code, Error};
@@ -23,7 +24,7 @@ use tokio_stream::{Stream, StreamExt as _};
 use tonic::Status;
 
 /// Of a trace that is sent. At the limit: refused.
-const TRACE_BYTES_MAX: usize = 512 << 20;
+const TRACE_BYTES_MAX: usize = 128 << 20;
 /// Policies, times sizes of DRAM and NVMe, times buckets. At the limit: refused.
 const CELLS_MAX: usize = 1024;
 /// Blocks of one tier, some hundreds of bytes of memory each. At the limit: refused.
@@ -32,7 +33,7 @@ const REPLIES_MAX: usize = 16;
 
 type Replies = mpsc::Receiver<Result<wire::SimulateReply, Status>>;
 
-/// Hears what is to be simulated, and begins.
+/// Hears what is to be simulated, and begins. What is refused is the stream's first word.
 pub(in super::super) async fn simulate(
     lab: &Lab,
     mut asked: impl Stream<Item = Result<wire::SimulateRequest, Status>> + Unpin,
@@ -41,19 +42,20 @@ pub(in super::super) async fn simulate(
     let Some(simulate_request::What::Options(options)) = first else {
         return Err(Error::invalid("options", "not given", "send them first").into());
     };
-    let (rows, kinds) = if options.trace {
-        let here = lab.past(1).await.map(|past| past.kinds).unwrap_or_default(); // where nothing is recorded, a trace says all itself
-        (read_rows(&mut asked, &options).await?, here)
-    } else {
-        let Past { rows, kinds, .. } = lab.past(options.last_s).await?;
-        (rows, kinds)
-    };
-    let plan = Plan::new(options, rows, &kinds, lab.assumed)?;
     let busy = Busy::take(&lab.simulating)?;
-    let (replies, told) = mpsc::channel(REPLIES_MAX);
+    let (trace, past) = if options.trace {
+        // where nothing is recorded, a trace says all itself
+        (Some(receive(&mut asked).await?), lab.past(1).await.unwrap_or_default())
+    } else {
+        (None, lab.past(options.last_s).await?)
+    };
+    let (assumed, (replies, told)) = (lab.assumed, mpsc::channel(REPLIES_MAX));
+    // all that takes time: others are served meanwhile
     spawn(SIMULATION, move || {
         last_in_line();
-        let result = plan.run(&replies);
+        let result = rows_of(trace, past.rows, &options)
+            .and_then(|rows| Plan::new(options, rows, &past.kinds, assumed))
+            .and_then(|plan| plan.run(&replies));
         drop(busy);
         if let Err(error) = result {
             let _ = replies.blocking_send(Err(error.into()));
@@ -81,12 +83,10 @@ impl Drop for Busy {
     }
 }
 
-async fn read_rows(
+async fn receive(
     asked: &mut (impl Stream<Item = Result<wire::SimulateRequest, Status>> + Unpin),
-    options: &wire::SimulateOptions,
-) -> Result<Vec<Row>, Status> {
-    let block_tokens = if options.block_tokens > 0 { options.block_tokens } else { 512 };
-    let (mut rows, mut bytes, mut last_ms) = (Vec::new(), 0, 0);
+) -> Result<Vec<Bytes>, Status> {
+    let (mut chunks, mut bytes) = (Vec::new(), 0);
     while let Some(more) = asked.next().await.transpose()? {
         let Some(simulate_request::What::TraceLines(lines)) = more.what else { continue };
         bytes += lines.len();
@@ -94,17 +94,31 @@ async fn read_rows(
             let message = format!("more than {TRACE_BYTES_MAX} bytes");
             return Err(Error::invalid("trace_lines", message, "send a part of the trace").into());
         }
-        let refused = |error: String| Error::invalid("trace_lines", error, "send a trace's lines");
-        let text = std::str::from_utf8(&lines).map_err(|error| refused(error.to_string()))?;
+        chunks.push(lines);
+    }
+    Ok(chunks)
+}
+
+/// Of the trace, if there is one.
+fn rows_of(
+    trace: Option<Vec<Bytes>>,
+    past: Vec<Row>,
+    options: &wire::SimulateOptions,
+) -> Result<Vec<Row>, Error> {
+    let Some(chunks) = trace else { return Ok(past) };
+    let refused = |error: String| Error::invalid("trace_lines", error, "send a trace's lines");
+    let block_tokens = if options.block_tokens > 0 { options.block_tokens } else { 512 };
+    let (mut rows, mut last_ms) = (Vec::new(), 0);
+    for chunk in chunks {
+        let text = std::str::from_utf8(&chunk).map_err(|error| refused(error.to_string()))?;
         for line in text.lines().filter(|line| !line.trim().is_empty()) {
-            let number = rows.len() + 1;
             let row = if line.len() > LINE_BYTES_MAX {
                 Err("longer than any".to_owned())
             } else {
                 Row::parse(line)
             };
             let row = row.and_then(|row| row.check(block_tokens, last_ms).map(|()| row));
-            let row = row.map_err(|error| refused(format!("request {number}: {error}")))?;
+            let row = row.map_err(|error| refused(format!("request {}: {error}", rows.len() + 1)))?;
             last_ms = row.timestamp;
             rows.push(row);
         }
