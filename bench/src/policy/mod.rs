@@ -15,15 +15,13 @@ use kvd_tiers::eviction;
 use kvd_tiers::lab::costs::Costs;
 use kvd_tiers::lab::media::Speeds;
 use kvd_tiers::lab::node::{self, Shape};
-use kvd_tiers::lab::trace::Row;
+use kvd_tiers::lab::trace::{BLOCK_BYTES_MAX, Row};
 use kvd_tiers::lab::workload::{Foresight, Workload};
 use kvd_tiers::lab::{bound, ghosts, tier};
 use std::path::{Path, PathBuf};
 
 /// Blocks of a tier, some tens of bytes of memory each. At the limit: refused.
 const CAPACITY_BLOCKS_MAX: u64 = 100_000_000;
-/// Bytes of a block: all uses of a workload together stay countable. At the limit: refused.
-const BLOCK_BYTES_MAX: u64 = 64 << 30;
 
 /// Eviction policies on one tier: how much prefill each saves, beside bounds that know the future. Or on the three of a node.
 ///

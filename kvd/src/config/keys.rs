@@ -308,7 +308,7 @@ static SERVICE: &[Key] = &[
     Key {
         name: "lab.ring_bytes",
         kind: Kind::Size,
-        help: "Memory for what was asked for of late: digests of blocks, 8 bytes each, and no prompts. `kvctl policy simulate` and `kvctl trace record` read it, and other policies serve it beside the one that decides (`kvctl policy compare`), which takes some 10 MB more and a low share of a core. 0: nothing is recorded.",
+        help: "Memory for what was asked for of late: digests of blocks, 8 bytes each, and no prompts. `kvctl policy simulate` and `kvctl trace record` read it, and other policies serve it beside the one that decides (`kvctl policy compare`), which takes up to some 40 MB more for each kind of blocks, of four at most, and a share of a core at the lowest priority. 0: nothing is recorded.",
         default: |_, _| fixed("64MiB", "eight million uses of blocks: an hour at 2,000 a second"),
     },
     Key {

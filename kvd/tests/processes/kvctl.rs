@@ -166,6 +166,21 @@ async fn what_was_asked_for_is_recorded_compared_and_simulated() {
     assert_eq!(lru, [(65_536, 2), (262_144, 7), (16 << 20, 7)], "one block, the head, fits; then all");
     assert!(kvctl.table(&of_file).contains("no cache: "));
     assert!(std::fs::read_to_string(&drawing).unwrap().starts_with("<svg"));
+    // and from now on: until it has ended, the same is asked for again and again
+    let late = folder.path().join("late.jsonl");
+    let mut recording =
+        kvctl.command(&["trace", "record", late.to_str().unwrap(), "--for", "1s"]).spawn().unwrap();
+    let mut asked = 0;
+    let status = loop {
+        assert_eq!(engine.get(&[9]).await, 0);
+        asked += 1;
+        if let Some(status) = recording.try_wait().unwrap() {
+            break status;
+        }
+    };
+    let lines = std::fs::read_to_string(&late).unwrap().lines().count();
+    assert!(status.success() && (1..=asked).contains(&lines), "{lines} of {asked}");
+
     for (bad, says) in [
         (&["--dram", "1KiB"][..], "dram_bytes: 1024 bytes"),
         (&["--policy", "lfu"], "no-cache"),

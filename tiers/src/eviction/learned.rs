@@ -16,7 +16,7 @@ const KEYS_PER_COPY: usize = 6;
 const KEYS_MIN: usize = 1 << 12;
 
 /// Uses that show a block to be everybody's.
-const TRUNK_USES: u8 = 64;
+pub(crate) const TRUNK_USES: u8 = 64;
 
 #[derive(Debug)]
 pub(super) struct Learned {

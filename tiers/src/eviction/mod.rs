@@ -22,6 +22,8 @@ pub mod s3fifo;
 mod shadow;
 pub mod worth;
 
+pub(crate) use learned::TRUNK_USES;
+
 use kvd_proto::{Error, Hints};
 use std::collections::BTreeMap;
 use std::fmt;

@@ -13,13 +13,12 @@ use super::node::{Node, Shape};
 use super::recorder::Recorded;
 use super::workload::{Asked, Workload};
 use crate::eviction::NAMES;
+use crate::eviction::TRUNK_USES;
 use crate::eviction::keys::{Keys, fingerprint, sampled};
 use std::collections::VecDeque;
 
-/// Copies of one ghost in a daemon, both tiers, some 400 bytes each; it has half of that at least, if the node has.
+/// Copies of one ghost in a daemon, both tiers, some 200 bytes each (27 MB for four ghosts, measured); it has half of that at least, if the node has.
 pub const COPIES_MAX: usize = 32_768;
-/// Uses that show a block to be everybody's.
-const TRUNK_USES: u8 = 64;
 /// Keys whose uses are counted, for each copy of the node.
 const KEYS_PER_COPY: usize = 2;
 /// Keys whose uses are counted at most, some bytes each. At the limit: the oldest is forgotten, and begins anew.
@@ -220,7 +219,7 @@ impl Ghosts {
             let name = fingerprint(key);
             let uses = self.uses.get(name).unwrap_or(0).saturating_add(1);
             self.uses.put(name, uses, |_| true);
-            goes_on &= uses > TRUNK_USES;
+            goes_on &= uses > TRUNK_USES; // before this one
             trunk += usize::from(goes_on);
         }
         trunk
@@ -402,7 +401,9 @@ mod tests {
         for row in &rows {
             let mut request = recorded(row);
             request.policy = Some("lru");
-            request.hit_blocks = ask(&mut real, &request.asked()).blocks as u32;
+            let (now_us, keys) = (request.at_us, &request.keys);
+            let asked = Asked { now_us, first: 0, keys, prompt: keys.len() };
+            request.hit_blocks = ask(&mut real, &asked).blocks as u32;
             ghosts.asked(&request, MOCKER, shape);
         }
         let compared = ghosts.compared(0);

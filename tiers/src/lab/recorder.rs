@@ -6,7 +6,6 @@
 
 use super::costs::Costs;
 use super::trace::Row;
-use super::workload::Asked;
 use kvd_proto::limits::CHAIN_BLOCKS_MAX;
 use std::collections::{HashMap, VecDeque};
 
@@ -55,11 +54,6 @@ pub struct Recorded {
 }
 
 impl Recorded {
-    /// As a simulated tier sees it.
-    pub fn asked(&self) -> Asked<'_> {
-        Asked { now_us: self.at_us, first: 0, keys: &self.keys, prompt: self.prompt as usize }
-    }
-
     fn bytes(&self) -> usize {
         REQUEST_BYTES + self.keys.len() * size_of::<u64>()
     }

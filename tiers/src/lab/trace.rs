@@ -9,6 +9,10 @@ use serde::{Deserialize, Serialize};
 
 /// Bytes of one line. At the limit: the file is refused.
 pub const LINE_BYTES_MAX: usize = 4 << 20;
+/// Tokens of a block. At the limit: the row is refused.
+pub const BLOCK_TOKENS_MAX: u64 = 1 << 20;
+/// Bytes of a block: all uses of a trace together stay countable. At the limit: the row is refused.
+pub const BLOCK_BYTES_MAX: u64 = 64 << 30;
 const WEYL: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// One request.
@@ -60,6 +64,12 @@ impl Row {
         if self.timestamp < after_ms {
             return Err(format!("timestamp: {} is before the line above, {after_ms}", self.timestamp));
         }
+        if self.hit_blocks.is_some_and(|hits| hits > blocks) {
+            return Err(format!("hit_blocks: {} of {blocks} blocks", self.hit_blocks.unwrap_or(0)));
+        }
+        if self.block_bytes.is_some_and(|bytes| !(1..=BLOCK_BYTES_MAX).contains(&bytes)) {
+            return Err(format!("block_bytes: give 1 to {BLOCK_BYTES_MAX}"));
+        }
         if blocks == 0 && self.input_length == 0 && in_all > 0 && in_all <= CHAIN_BLOCKS_MAX as u64 {
             return Ok(()); // stored without having been asked for
         }
@@ -71,8 +81,8 @@ impl Row {
                 "hash_ids: {blocks} blocks, 1 to {CHAIN_BLOCKS_MAX} can be asked for at once"
             ));
         }
-        if !(1..=1 << 20).contains(&block_tokens) {
-            return Err(format!("block_tokens: {block_tokens}, give 1 to {}", 1 << 20));
+        if !(1..=BLOCK_TOKENS_MAX).contains(&block_tokens) {
+            return Err(format!("block_tokens: {block_tokens}, give 1 to {BLOCK_TOKENS_MAX}"));
         }
         if self.input_length > blocks * block_tokens
             || self.input_length + block_tokens <= (blocks - 1) * block_tokens
@@ -127,6 +137,8 @@ mod tests {
             (Row { hash_ids: vec![], ..row.clone() }, "hash_ids: 0 blocks"),
             (Row { block_tokens: Some(16), ..row.clone() }, "hash_ids: 2 blocks of 16"),
             (Row { block_tokens: Some(0), ..row.clone() }, "block_tokens: 0"),
+            (Row { block_bytes: Some(u64::MAX), ..row.clone() }, "block_bytes: give 1 to"),
+            (Row { hit_blocks: Some(3), ..row.clone() }, "hit_blocks: 3 of 2"),
         ] {
             let error = bad.check(512, 4).unwrap_err();
             assert!(error.starts_with(says), "{error}");

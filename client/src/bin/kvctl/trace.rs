@@ -60,11 +60,10 @@ impl TraceArgs {
 impl RecordArgs {
     async fn record(&self, node: &mut Node) -> Result<Recorded, Error> {
         let refused = |error: std::io::Error| refused(&self.file, &error);
-        let file = File::create_new(&self.file).map_err(refused)?;
-        let mut out = BufWriter::new(file);
         let seconds = |span: Option<Span>| span.map_or(0, |span| span.0);
         let (for_s, last_s) = (seconds(self.lasts), seconds(self.last));
-        let mut lines = node.record(wire::RecordTraceRequest { for_s, last_s }).await?;
+        let mut lines = node.record(wire::RecordTraceRequest { for_s, last_s }).await?; // or no file is left behind
+        let mut out = BufWriter::new(File::create_new(&self.file).map_err(refused)?);
         let mut recorded = Recorded { file: self.file.clone(), requests: 0, lost_requests: 0, bytes: 0 };
         let (bar, began) = (bar(for_s), Instant::now());
         let ends = began + Duration::from_secs(for_s.into()) + LATE_MAX;

@@ -58,7 +58,8 @@ type Lines = mpsc::Sender<wire::TraceLines>;
 
 enum Input {
     Access(Box<Access>),
-    Compare { last_s: u32, reply: oneshot::Sender<Vec<wire::ComparedKind>> },
+    Compare { last_s: u32, reply: oneshot::Sender<(Vec<wire::ComparedKind>, u64)> },
+    Kinds { reply: oneshot::Sender<Past> },
     Past { last_s: u32, reply: oneshot::Sender<Past> },
     Record { request: wire::RecordTraceRequest, lines: Lines, reply: oneshot::Sender<Option<Past>> },
 }
@@ -144,8 +145,9 @@ impl Lab {
     ) -> Result<wire::ComparePoliciesReply, Error> {
         within("last_s", request.last_s, HOUR_S)?;
         let last_s = if request.last_s == 0 { HOUR_S } else { request.last_s };
-        let kinds = self.ask(|reply| Input::Compare { last_s, reply }).await?;
-        Ok(wire::ComparePoliciesReply { kinds, lost_requests: self.lost.load(Ordering::Relaxed) })
+        let (kinds, unrecorded) = self.ask(|reply| Input::Compare { last_s, reply }).await?;
+        let lost_requests = self.lost.load(Ordering::Relaxed) + unrecorded;
+        Ok(wire::ComparePoliciesReply { kinds, lost_requests })
     }
 
     /// Lines of what was asked for, then of what is.
@@ -166,6 +168,11 @@ impl Lab {
         let (sender, told) = mpsc::channel(1);
         tokio::spawn(send_on(past.rows, after, sender));
         Ok(told)
+    }
+
+    /// Of what was asked for, which blocks it was about, and of which node.
+    pub(super) async fn kinds(&self) -> Result<Past, Error> {
+        self.ask(|reply| Input::Kinds { reply }).await
     }
 
     /// What was asked for; 0: all that is still there.
@@ -305,7 +312,12 @@ impl State {
     fn input(&mut self, input: Input) {
         match input {
             Input::Access(access) => self.access(*access),
-            Input::Compare { last_s, reply } => _ = reply.send(self.compared(last_s)),
+            Input::Compare { last_s, reply } => {
+                let _ = reply.send((self.compared(last_s), self.recorder.unrecorded()));
+            }
+            Input::Kinds { reply } => {
+                _ = reply.send(Past { kinds: self.kinds(), ..Past::default() });
+            }
             Input::Past { last_s, reply } => _ = reply.send(self.past(last_s)),
             Input::Record { request, lines, reply } => _ = reply.send(self.record(request, lines)),
         }
@@ -389,8 +401,11 @@ impl State {
             self.recorder.since(since_us).next().map_or_else(|| self.now_us(), |first| first.at_us);
         let rows =
             self.recorder.since(since_us).map(|request| self.recorder.row(request, began_us)).collect();
-        let kinds = self.recorder.kinds().iter().cloned().zip(self.shapes.iter().copied()).collect();
-        Past { began_us, rows, kinds }
+        Past { began_us, rows, kinds: self.kinds() }
+    }
+
+    fn kinds(&self) -> Vec<(Kind, Shape)> {
+        self.recorder.kinds().iter().cloned().zip(self.shapes.iter().copied()).collect()
     }
 }
 
@@ -413,5 +428,65 @@ fn compared_kind(kind: &Kind, shape: &Shape, compared: &Compared, now_us: u64) -
         policies: compared.policies.iter().map(policy).collect(),
         sampled_one_in: compared.sampled_one_in,
         correction: compared.correction,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvd_tiers::lab::costs::Costs;
+
+    fn access(keys: usize) -> Box<Access> {
+        let prefill = PrefillProfile::causal(0.0, 1.0, 0.0);
+        let shape = Shape {
+            dram_blocks: 1,
+            nvme_blocks: 0,
+            s3: false,
+            block_bytes: 1,
+            wear_us_per_gib: 0,
+            speeds: Speeds::DGX,
+            queues: true,
+        };
+        let kind =
+            Kind { tenant: "a".to_owned(), block_bytes: 1, costs: Costs { prefill, block_tokens: 16 } };
+        let what = Did::Asked { keys: vec![1; keys], hit_blocks: 0 };
+        Box::new(Access { at_us: 0, kind, shape, policy: None, what })
+    }
+
+    /// Nobody hears: what does not fit is lost, in requests and in keys, and counted.
+    #[test]
+    fn what_cannot_be_heard_is_lost_and_counted() {
+        let (inputs, heard) = sync_channel(2);
+        let assumed = (PrefillProfile::causal(0.0, 1.0, 0.0), access(1).shape);
+        let (waiting_keys, lost, simulating) = (Arc::default(), Arc::default(), Arc::default());
+        let lab = Lab { inputs: Some(inputs), waiting_keys, lost, simulating, assumed };
+        let counted =
+            || [lab.waiting_keys.load(Ordering::Relaxed), lab.lost.load(Ordering::Relaxed) as usize];
+        lab.tell(access(WAITING_KEYS_MAX));
+        assert_eq!(counted(), [WAITING_KEYS_MAX, 0]);
+        lab.tell(access(1));
+        assert_eq!(counted(), [WAITING_KEYS_MAX, 1], "one key too many");
+        let mut state = State::new(1 << 20, Arc::clone(&lab.waiting_keys), Instant::now());
+        state.input(heard.recv().unwrap());
+        assert_eq!(counted(), [0, 1]);
+        (0..3).for_each(|_| lab.tell(access(5)));
+        assert_eq!(counted(), [10, 2], "one request too many");
+    }
+
+    /// A reader that does not keep up loses what there is no room for, and hears how much with what it gets next.
+    #[test]
+    fn a_slow_reader_hears_what_it_lost() {
+        let (lines, mut told) = mpsc::channel(1);
+        let mut slow = Recording { began_us: 0, until_us: 1, lines, chunk: Chunk::default(), lost: 0 };
+        let row = Row { hash_ids: vec![1], input_length: 16, ..Row::default() };
+        for _ in 0..3 {
+            slow.add(&row);
+            slow.send();
+        }
+        let mut next = || told.try_recv().map(|lines| (lines.requests, lines.lost_requests));
+        assert_eq!((next(), next().is_err()), (Ok((1, 0)), true));
+        slow.add(&row);
+        slow.send();
+        assert_eq!(next(), Ok((1, 2)));
     }
 }

@@ -14,7 +14,7 @@ use kvd_tiers::lab::costs::Costs;
 use kvd_tiers::lab::media::Source;
 use kvd_tiers::lab::node::{self, Shape};
 use kvd_tiers::lab::recorder::Kind;
-use kvd_tiers::lab::trace::{LINE_BYTES_MAX, Row};
+use kvd_tiers::lab::trace::{BLOCK_BYTES_MAX, BLOCK_TOKENS_MAX, LINE_BYTES_MAX, Row};
 use kvd_tiers::lab::workload::Workload;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -45,7 +45,7 @@ pub(in super::super) async fn simulate(
     let busy = Busy::take(&lab.simulating)?;
     let (trace, past) = if options.trace {
         // where nothing is recorded, a trace says all itself
-        (Some(receive(&mut asked).await?), lab.past(1).await.unwrap_or_default())
+        (Some(receive(&mut asked).await?), lab.kinds().await.unwrap_or_default())
     } else {
         (None, lab.past(options.last_s).await?)
     };
@@ -277,6 +277,11 @@ fn checked(mut options: wire::SimulateOptions) -> Result<wire::SimulateOptions, 
         if sizes.is_empty() {
             return Err(Error::invalid(field, "no size", "give one, or several"));
         }
+    }
+    if options.block_tokens > BLOCK_TOKENS_MAX || options.block_bytes > BLOCK_BYTES_MAX {
+        let message = format!("{} bytes of {} tokens", options.block_bytes, options.block_tokens);
+        let fix = format!("give at most {BLOCK_BYTES_MAX} of {BLOCK_TOKENS_MAX}");
+        return Err(Error::invalid("block_bytes", message, fix));
     }
     let sizes = options.dram_bytes.len().saturating_mul(options.nvme_bytes.len());
     let cells = options.policies.len().saturating_mul(sizes).saturating_mul(options.s3.len().max(1));
