@@ -8,6 +8,7 @@
 pub mod catalog;
 pub mod checksum;
 pub mod eviction;
+pub mod gpu;
 pub mod header_pages;
 pub mod lab;
 pub mod mapping;
