@@ -329,30 +329,17 @@ impl Pages {
         if rows != self.rows {
             return bytes;
         }
-        for (count, follows) in self.levels() {
-            if !follows(self, bytes) {
-                return bytes;
-            }
-            bytes *= u64::from(count);
+        let (each, part) = (self.vectors_per_layer as usize, self.part_layers as usize);
+        if !self.vectors.chunks(each).all(|layer| are_steps(layer.iter(), bytes)) {
+            return bytes;
         }
-        bytes
-    }
-
-    /// What follows what in a part, from the innermost out: how many, and whether they lie one behind the other in the pages, too.
-    fn levels(&self) -> [(u32, fn(&Self, u64) -> bool); 3] {
-        [
-            (self.vectors_per_layer, |pages, bytes| {
-                let each = pages.vectors_per_layer as usize;
-                pages.vectors.chunks(each).all(|layer| are_steps(layer.iter(), bytes))
-            }),
-            (self.part_layers, |pages, bytes| {
-                let (each, part) = (pages.vectors_per_layer as usize, pages.part_layers as usize);
-                pages.vectors.chunks(each * part).all(|part| are_steps(part.iter().step_by(each), bytes))
-            }),
-            (self.part_heads, |pages, bytes| {
-                pages.part_heads == 1 || pages.vectors.iter().all(|vector| vector.head_stride as u64 == bytes)
-            }),
-        ]
+        bytes *= u64::from(self.vectors_per_layer);
+        if !self.vectors.chunks(each * part).all(|part| are_steps(part.iter().step_by(each), bytes)) {
+            return bytes;
+        }
+        bytes *= u64::from(self.part_layers);
+        let heads_touch = self.vectors.iter().all(|vector| vector.head_stride as u64 == bytes);
+        if self.part_heads > 1 && heads_touch { bytes * u64::from(self.part_heads) } else { bytes }
     }
 
     /// The copies from a block's slot to its pages, in these layers; runs that go on in both are one. The rows passed `check_rows`.
