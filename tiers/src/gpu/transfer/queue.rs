@@ -1,0 +1,337 @@
+//! What goes to the device next: lots of legs, order after order in turn, in both directions.
+//!
+//! Owns the orders under way and what each lot takes: room in the staging area, a desk for its arguments. Plain: no device, no clock.
+//! Invariants:
+//! - a direction has at most half of the staging area under way, or one lot; an order's turn comes after one lot of each other's, so a small one waits for chunks and not for gigabytes;
+//! - who is at turn and finds no room keeps the other direction from taking it, so that whatever fits an empty area gets its room in the end;
+//! - room and desk are given back when the lot is over, never before;
+//! - each order ends once.
+//!
+//! Leaves to others: what a lot does (`steps`), when it is over (`Transfers`).
+
+use super::cut::Leg;
+use super::progress::{Admitted, Progress};
+use super::room::Room;
+use super::{Direction, Ended, Fence, Miss, ORDERS_MAX, Outcome};
+use crate::gpu::GpuError;
+use crate::gpu::paged::{Pages, VECTORS_MAX};
+use kvd_proto::limits::{BLOCK_TOKENS_MAX, PARTS_MAX};
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+
+/// Lots under way. At the limit: the next waits.
+pub(super) const LOTS_MAX: usize = 32;
+/// Arguments and results of one lot. At the limit: its last leg goes with the next one.
+pub(super) const DESK_BYTES: u64 = 256 << 10;
+/// Of a vector in its table.
+const VECTOR_BYTES: u64 = 32;
+/// For tables to begin at multiples of 16, four of a leg.
+const ALIGNING_BYTES: u64 = 64;
+
+const _: () = {
+    let leg = 8 + 8 * BLOCK_TOKENS_MAX as u64 + 12 * PARTS_MAX as u64 + ALIGNING_BYTES;
+    assert!(VECTORS_MAX as u64 * VECTOR_BYTES + leg <= DESK_BYTES, "any one leg fits a desk");
+};
+
+/// Legs that go through the device together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Lot {
+    pub(super) serial: u64,
+    /// The order's serial number.
+    pub(super) order: u64,
+    pub(super) direction: Direction,
+    pub(super) legs: Vec<Leg>,
+    pub(super) staging: Option<Range<u64>>,
+    /// Where its arguments are, of `LOTS_MAX`.
+    pub(super) desk: usize,
+    /// In place of legs.
+    pub(super) fence: Option<Fence>,
+    bytes: u64,
+}
+
+/// See the file's head.
+#[derive(Debug)]
+pub(super) struct Queue {
+    staging_bytes: u64,
+    chunk_bytes: u64,
+    orders: BTreeMap<u64, Progress>,
+    serial: u64,
+    flows: [Flow; 2],
+    /// Whose turn it is, of `flows`.
+    turn: usize,
+    /// Who found no room.
+    waiting: Option<usize>,
+    room: Room,
+    desks: Vec<usize>,
+    /// Orders whose fence is to be written.
+    fences: VecDeque<u64>,
+    lots: BTreeMap<u64, Lot>,
+    outcomes: Vec<Outcome>,
+}
+
+/// One direction.
+#[derive(Debug, Default)]
+struct Flow {
+    /// Orders that have something to give out.
+    turns: VecDeque<u64>,
+    /// Under way.
+    bytes: u64,
+}
+
+enum Picked {
+    Lot(Lot),
+    /// There is nothing, or enough is under way.
+    Nothing,
+    NoRoom,
+}
+
+/// What a lot would be.
+#[derive(Default)]
+struct Candidate {
+    legs: Vec<Leg>,
+    next_leg: usize,
+    bytes: u64,
+    staged_bytes: u64,
+}
+
+impl Queue {
+    pub(super) fn new(staging_bytes: u64, chunk_bytes: u64) -> Self {
+        Self {
+            staging_bytes,
+            chunk_bytes,
+            orders: BTreeMap::new(),
+            serial: 0,
+            flows: Default::default(),
+            turn: 0,
+            waiting: None,
+            room: Room::new(staging_bytes),
+            desks: (0..LOTS_MAX).collect(),
+            fences: VecDeque::new(),
+            lots: BTreeMap::new(),
+            outcomes: Vec::new(),
+        }
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        self.in_flight() >= ORDERS_MAX
+    }
+
+    /// Orders taken and not yet told as ended.
+    pub(super) fn in_flight(&self) -> usize {
+        let ended = |outcome: &&Outcome| matches!(outcome, Outcome::Ended(_));
+        self.orders.len() + self.outcomes.iter().filter(ended).count()
+    }
+
+    pub(super) fn order(&self, serial: u64) -> &Progress {
+        &self.orders[&serial]
+    }
+
+    /// Takes an order; one with nothing to move is over at once.
+    pub(super) fn accept(&mut self, admitted: Admitted, now_us: u64) {
+        let order = Progress::new(admitted, self.chunk_bytes, now_us);
+        self.serial += 1;
+        self.flows[flow_of(order.direction())].turns.push_back(self.serial);
+        self.orders.insert(self.serial, order);
+        self.look_at(self.serial, now_us);
+    }
+
+    /// An order that is over as it comes.
+    pub(super) fn refuse(&mut self, token: u64, items: usize, miss: &Miss) {
+        let items = (0..items).map(|_| Err(miss.clone())).collect();
+        self.outcomes.push(Outcome::Ended(Ended { token, items, elapsed_us: 0 }));
+    }
+
+    /// The next lot for the device.
+    pub(super) fn next(&mut self) -> Option<Lot> {
+        if self.desks.is_empty() {
+            return None;
+        }
+        while let Some(serial) = self.fences.pop_front() {
+            if let Some(lot) = self.fence(serial) {
+                return Some(lot);
+            }
+        }
+        let flows = match self.waiting {
+            Some(flow) => vec![flow],
+            None => vec![self.turn, 1 - self.turn],
+        };
+        for flow in flows {
+            match self.pick(flow) {
+                Picked::Lot(lot) => {
+                    (self.waiting, self.turn) = (None, 1 - flow);
+                    return Some(lot);
+                }
+                Picked::Nothing if self.waiting == Some(flow) => {
+                    // its order was stopped: the other direction's turn again
+                    self.waiting = None;
+                    return self.next();
+                }
+                Picked::Nothing => {}
+                Picked::NoRoom => {
+                    self.waiting = Some(flow);
+                    return None;
+                }
+            }
+        }
+        None
+    }
+
+    fn pick(&mut self, flow: usize) -> Picked {
+        while let Some(serial) = self.flows[flow].turns.front().copied() {
+            let Some(order) = self.orders.get(&serial) else {
+                self.flows[flow].turns.pop_front();
+                continue;
+            };
+            if let Some(candidate) = self.candidate(order) {
+                return self.place(flow, serial, candidate);
+            }
+            self.flows[flow].turns.pop_front();
+        }
+        Picked::Nothing
+    }
+
+    fn fence(&mut self, serial: u64) -> Option<Lot> {
+        let order = self.orders.get_mut(&serial)?;
+        let fence = order.fence_due()?;
+        order.give_fence(fence);
+        let flow = flow_of(order.direction());
+        let lot = Lot { fence: Some(fence), ..self.lot(flow, serial, Candidate::default(), None) };
+        self.lots.insert(lot.serial, lot.clone());
+        Some(lot)
+    }
+
+    /// As many legs as go together.
+    fn candidate(&self, order: &Progress) -> Option<Candidate> {
+        let mut candidate = Candidate { next_leg: order.next_leg, ..Candidate::default() };
+        let pages = &order.order.pages;
+        let mut desk_bytes = pages.vectors().len() as u64 * VECTOR_BYTES;
+        while let Some((at, leg)) = order.peek(candidate.next_leg) {
+            let (bytes, staged_bytes) = (order.bytes(&leg), order.staged_bytes(&leg));
+            desk_bytes += leg_desk_bytes(pages, &leg);
+            let full = candidate.bytes + bytes > self.chunk_bytes || desk_bytes > DESK_BYTES;
+            if full && !candidate.legs.is_empty() {
+                break;
+            }
+            candidate.legs.push(leg);
+            candidate.next_leg = at + 1;
+            candidate.bytes += bytes;
+            candidate.staged_bytes += staged_bytes;
+        }
+        (!candidate.legs.is_empty()).then_some(candidate)
+    }
+
+    fn place(&mut self, flow: usize, serial: u64, candidate: Candidate) -> Picked {
+        let under_way = self.flows[flow].bytes;
+        if under_way > 0 && under_way + candidate.bytes > self.staging_bytes / 2 {
+            return Picked::Nothing;
+        }
+        let staging = match candidate.staged_bytes {
+            0 => None,
+            bytes => match self.room.take(bytes, flow == flow_of(Direction::Store)) {
+                None => return Picked::NoRoom,
+                taken => taken,
+            },
+        };
+        let order = self.orders.get_mut(&serial).expect("at turn");
+        order.give_out(candidate.next_leg);
+        if order.fence_due().is_some() {
+            self.fences.push_back(serial);
+        }
+        let flow_now = &mut self.flows[flow];
+        flow_now.bytes += candidate.bytes;
+        flow_now.turns.rotate_left(1);
+        let lot = self.lot(flow, serial, candidate, staging);
+        self.lots.insert(lot.serial, lot.clone());
+        Picked::Lot(lot)
+    }
+
+    fn lot(&mut self, flow: usize, order: u64, candidate: Candidate, staging: Option<Range<u64>>) -> Lot {
+        self.serial += 1;
+        Lot {
+            serial: self.serial,
+            order,
+            direction: if flow == flow_of(Direction::Load) { Direction::Load } else { Direction::Store },
+            legs: candidate.legs,
+            staging,
+            desk: self.desks.pop().expect("there is a desk"),
+            fence: None,
+            bytes: candidate.bytes,
+        }
+    }
+
+    /// Nothing of the lot can touch the engine's pages any more.
+    pub(super) fn leave_pages(&mut self, lot: u64) {
+        let order = self.orders.get_mut(&self.lots[&lot].order).expect("a lot's order is under way");
+        order.leave_pages();
+        if order.tell_pages() {
+            self.outcomes.push(Outcome::PagesFree { token: order.order.token });
+        }
+    }
+
+    /// Nothing of the lot can touch anything any more; after `leave_pages`.
+    pub(super) fn end(&mut self, lot: u64, result: Result<Vec<u32>, GpuError>, now_us: u64) {
+        let lot = self.lots.remove(&lot).expect("a lot ends once");
+        self.desks.push(lot.desk);
+        if let Some(staging) = lot.staging {
+            self.room.give(staging);
+        }
+        self.flows[flow_of(lot.direction)].bytes -= lot.bytes;
+        self.orders.get_mut(&lot.order).expect("a lot's order is under way").take(&lot.legs, result);
+        self.look_at(lot.order, now_us);
+    }
+
+    /// What of these orders is not with the device stays where it is.
+    pub(super) fn stop(&mut self, token: u64, now_us: u64) {
+        self.drop_rest(|order| order.order.token == token, &Miss::Stopped, now_us);
+    }
+
+    /// There is no device any more, and no lot under way.
+    pub(super) fn lose(&mut self, error: &GpuError, now_us: u64) {
+        assert!(self.lots.is_empty(), "{} lots under way without a device", self.lots.len());
+        self.orders.values_mut().for_each(Progress::forget_fence);
+        self.drop_rest(|_| true, &Miss::Device(error.clone()), now_us);
+        assert!(self.orders.is_empty(), "an order without lots is over");
+    }
+
+    fn drop_rest(&mut self, whose: impl Fn(&Progress) -> bool, why: &Miss, now_us: u64) {
+        let found = self.orders.iter().filter(|(_, order)| whose(order)).map(|(serial, _)| *serial);
+        for serial in found.collect::<Vec<_>>() {
+            self.orders.get_mut(&serial).expect("found above").drop_rest(why.clone());
+            self.look_at(serial, now_us);
+        }
+    }
+
+    /// Tells what there is to tell of an order.
+    fn look_at(&mut self, serial: u64, now_us: u64) {
+        let order = self.orders.get_mut(&serial).expect("an order under way");
+        let token = order.order.token;
+        if order.tell_pages() {
+            self.outcomes.push(Outcome::PagesFree { token });
+        }
+        if order.is_over() {
+            let order = self.orders.remove(&serial).expect("it was there");
+            let elapsed_us = now_us.saturating_sub(order.accepted_us);
+            self.outcomes.push(Outcome::Ended(Ended { token, items: order.into_results(), elapsed_us }));
+        } else if order.fence_due().is_some() && !self.fences.contains(&serial) {
+            self.fences.push_back(serial);
+        }
+    }
+
+    /// What there is to tell.
+    pub(super) fn drain(&mut self, outcomes: &mut Vec<Outcome>) {
+        outcomes.append(&mut self.outcomes);
+    }
+}
+
+fn flow_of(direction: Direction) -> usize {
+    match direction {
+        Direction::Load => 0,
+        Direction::Store => 1,
+    }
+}
+
+/// What a leg needs of a desk at most: its slot, its rows, its parts and their checksums.
+fn leg_desk_bytes(pages: &Pages, leg: &Leg) -> u64 {
+    let parts = leg.count() * u64::from(pages.stripe_parts());
+    8 + 8 * u64::from(pages.rows()) + 12 * parts + ALIGNING_BYTES
+}
