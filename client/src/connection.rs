@@ -41,6 +41,8 @@ pub(crate) type Listener = Box<dyn Fn(Heard<'_>) + Send + Sync>;
 /// A live connection; clones share it.
 pub(crate) struct Connection {
     stream: UnixStream,
+    /// The node's process; `None`: it cannot be seen from here.
+    process: Option<Arc<OwnedFd>>,
     shared: Mutex<Shared>,
     outbox_grew: Notify,
     next_id: AtomicU64,
@@ -52,6 +54,12 @@ struct Shared {
     outbox: Vec<u8>,
     waiting: HashMap<u64, oneshot::Sender<(Reply, Vec<OwnedFd>)>>,
     ended: bool,
+}
+
+/// Taken while it is connected to us, so that its number is nobody else's.
+fn process_behind(stream: &UnixStream) -> Option<OwnedFd> {
+    let pid = rustix::process::Pid::from_raw(stream.peer_cred().ok()?.pid()?)?;
+    rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok()
 }
 
 impl Connection {
@@ -68,8 +76,10 @@ impl Connection {
                 "start the node (`kvd serve`) or name its session socket",
             )
         })?;
+        let process = process_behind(&stream).map(Arc::new);
         let connection = Arc::new(Self {
             stream,
+            process,
             shared: Mutex::default(),
             outbox_grew: Notify::new(),
             next_id: AtomicU64::new(1),
@@ -109,6 +119,11 @@ impl Connection {
             Ok((reply, fds)) => reply.map(|body| (body, fds)),
             Err(_) => Err(lost("the connection has ended")),
         }
+    }
+
+    /// The node's, to see whether it is gone.
+    pub(crate) fn process(&self) -> Option<Arc<OwnedFd>> {
+        self.process.clone()
     }
 
     /// Sends without a reply; lost with the connection.

@@ -62,6 +62,16 @@ impl Fill {
         self.lease
     }
 
+    /// What its blocks mean.
+    pub(crate) fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The lease's number, and of which incarnation of the node.
+    pub(crate) fn lease_of(&self) -> (u64, u64) {
+        (self.lease, self.incarnation)
+    }
+
     /// Blocks that are ours to fill, in order.
     pub fn granted(&self) -> Vec<u32> {
         let granted = |block: &u32| self.state(*block) == ReserveState::Granted;

@@ -142,6 +142,11 @@ impl Match {
         Ok(found)
     }
 
+    /// The lease's number, and of which incarnation of the node.
+    pub(crate) fn lease_of(&self) -> (u64, u64) {
+        (self.lease, self.incarnation)
+    }
+
     /// Blocks of the chain that the lease covers, the skipped ones included.
     pub fn blocks(&self) -> u32 {
         self.blocks

@@ -44,11 +44,12 @@
 //! ```
 
 mod connection;
+mod device;
 mod fill;
 pub mod grpc;
 mod lease;
 mod loading;
-mod paged;
+pub mod paged;
 pub mod revision;
 mod session;
 mod space;
@@ -56,11 +57,12 @@ mod storing;
 pub mod transport;
 mod worker;
 
+pub use device::{DeviceMemory, DevicePlace, DeviceRange};
 pub use fill::Fill;
 pub use kvd_proto::wire::{HandOffState, HandOffStatus, ReserveState, Tier};
 pub use lease::{Match, MissReason, OpenBlock, Read, View};
-pub use loading::{Loaded, Loading, PagedGroup};
-pub use paged::{PagedMemory, PagedShape};
+pub use loading::{Loaded, Loading};
+pub use paged::{PagedGroup, PagedMemory, PagedShape, Pages};
 pub use session::{ConnectOptions, Session};
 pub use space::{Claim, HandOff, SpaceHandle};
 pub use storing::{Store, Stored, Storing};

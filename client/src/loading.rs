@@ -4,17 +4,16 @@
 //! arrived; a failure ends the load at its block, and everything from there on counts as failed; after `stop` has returned nobody
 //! touches the pages. Leaves to others: which blocks and pages (the engine), whether bytes are the block's (`lease`).
 
+use crate::device::DeviceMemory;
 use crate::lease::{Match, MissReason, OpenBlock, Read};
-use crate::paged::PagedMemory;
-use kvd_proto::{Error, Layout};
+use crate::paged::{PagedGroup, PagedMemory, Pages};
+use kvd_proto::wire::CopyMiss;
+use kvd_proto::{Code, Error, Layout};
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
-
-/// One group's pages and the request's page table in them.
-pub type PagedGroup = (Arc<PagedMemory>, Vec<i32>);
 
 /// How a load ended, or how far it is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -139,13 +138,26 @@ impl Job {
         let mut end = blocks.end;
         for range in 0..ranges {
             for (group, (pages, table)) in self.groups.iter().enumerate() {
-                let failed = (blocks.start..end).find_map(|block| {
-                    let (at, open) = ((block - blocks.start) as usize, &mut open[group]);
-                    let opened = self.opened(open, at, block, group, runtime);
-                    let group = &layout.groups()[group];
-                    let loaded = opened.and_then(|()| self.load_range(&open[at], pages, table, group, range));
-                    loaded.err().map(|stop| (block, stop))
-                });
+                let (open, wanted) = (&mut open[group], blocks.start..end);
+                let failed = match pages {
+                    Pages::Host(pages) => wanted.clone().find_map(|block| {
+                        let at = (block - blocks.start) as usize;
+                        let opened = self.opened(open, at, block, group, runtime);
+                        let group = &layout.groups()[group];
+                        let loaded =
+                            opened.and_then(|()| self.load_range(&open[at], pages, table, group, range));
+                        loaded.err().map(|stop| (block, stop))
+                    }),
+                    Pages::Device(memory) => {
+                        let ready = wanted.clone().find_map(|block| {
+                            let at = (block - blocks.start) as usize;
+                            self.opened(open, at, block, group, runtime).err().map(|stop| (block, stop))
+                        });
+                        let end = ready.as_ref().map_or(end, |(block, _)| *block);
+                        let copied = self.have_copied(memory, table, blocks.start..end, range, runtime);
+                        copied.err().or(ready)
+                    }
+                };
                 if let Some((block, stop)) = failed {
                     end = block;
                     self.failed(block, stop);
@@ -207,6 +219,40 @@ impl Job {
             self.shared.lock().loaded.bytes += pages.loaded_bytes(part, open.tokens());
         }
         Ok(())
+    }
+
+    /// One layer range of blocks that have arrived, by the node. An error names the first that is not there.
+    fn have_copied(
+        &self,
+        memory: &DeviceMemory,
+        table: &[i32],
+        blocks: Range<u32>,
+        range: u32,
+        runtime: &Handle,
+    ) -> Result<(), (u32, Stop)> {
+        if blocks.is_empty() || !memory.layer_ranges().contains(&range) {
+            return Ok(());
+        }
+        let first = blocks.start;
+        if self.shared.lock().stopped {
+            return Err((first, Stop::Miss(None)));
+        }
+        let asked = blocks.len() as u32;
+        let copy = memory.copy(self.found.lease_of(), blocks, table, range..range + 1);
+        let reply = runtime.block_on(copy).map_err(|error| match error.code {
+            Code::Invalid | Code::Limit => (first, Stop::Refused(error)),
+            Code::LeaseEnded | Code::UnknownLease => (first, Stop::Miss(Some(MissReason::LeaseEnded))),
+            _ => (first, Stop::Miss(Some(MissReason::Failed))),
+        })?;
+        let copied = reply.copied.min(asked);
+        let bytes = memory.bytes(range..range + 1, self.found.layout().block_tokens());
+        self.shared.lock().loaded.bytes += u64::from(copied) * bytes;
+        let reason = match reply.miss() {
+            CopyMiss::None if copied == asked => return Ok(()),
+            CopyMiss::Checksum => MissReason::Checksum,
+            _ => MissReason::Failed,
+        };
+        Err((first + copied, Stop::Miss(Some(reason))))
     }
 
     fn failed(&self, block: u32, stop: Stop) {

@@ -266,6 +266,23 @@ impl Inner {
         Ok((self.incarnation(), connection))
     }
 
+    /// The process of the daemon of that incarnation, as far as it can be seen.
+    pub(crate) fn node_process(&self, incarnation: u64) -> Result<Option<Arc<OwnedFd>>, Error> {
+        match self.connection()? {
+            (now, connection) if now == incarnation => Ok(connection.process()),
+            _ => Err(lost("the node was restarted")),
+        }
+    }
+
+    /// Says that an engine's device memory is not to be touched any more, without waiting.
+    pub(crate) fn close_memory(&self, incarnation: u64, memory: u64) {
+        if let Ok((now, connection)) = self.connection()
+            && now == incarnation
+        {
+            connection.tell(Ask::CloseMemory(wire::CloseMemoryRequest { memory }));
+        }
+    }
+
     /// Ends a lease without waiting; what cannot be sent now is said when the session comes back.
     pub(crate) fn release(&self, lease: u64) {
         locked(&self.progress).remove(&lease);

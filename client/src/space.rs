@@ -84,7 +84,7 @@ impl SpaceHandle {
         &self.layout
     }
 
-    async fn id(&self) -> Result<u32, Error> {
+    pub(crate) async fn id(&self) -> Result<u32, Error> {
         self.session.inner.space_number(self.index).await
     }
 

@@ -3,14 +3,18 @@
 //! Owns when the pages are touched. Invariants: after `stop` has returned nobody reads the pages, and what was not copied whole by then is
 //! not committed; a rank commits its own parts only. Leaves to others: which blocks and pages (the engine), slots (`fill`).
 
+use crate::device::DeviceMemory;
 use crate::fill::Fill;
-use crate::loading::PagedGroup;
+use crate::paged::{PagedGroup, PagedMemory, Pages};
 use crate::space::SpaceHandle;
 use kvd_proto::wire::ReserveState;
 use kvd_proto::{Error, Layout};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
+
+/// Blocks that the node is asked to copy in one go: so long a store that is stopped goes on.
+const BLOCKS_AT_ONCE: usize = 256;
 
 /// What became of blocks that were to be stored.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -134,8 +138,9 @@ async fn stored(
     let layout = store.space.layout().clone();
     let ours = own_parts(&layout, &store.groups);
     let whole = ours.len() as u32 == layout.groups().iter().map(kvd_proto::Group::part_count).sum::<u32>();
+    let runtime = Handle::current();
     let copied = tokio::task::spawn_blocking(move || {
-        let copied = copy(&store, blocks, &fill, &granted, &told);
+        let copied = copy(&store, blocks, &fill, &granted, &told, &runtime);
         (fill, granted, copied)
     });
     let (mut fill, granted, copied) = copied.await.map_err(|_| {
@@ -154,19 +159,20 @@ fn own_parts(layout: &Layout, groups: &[PagedGroup]) -> Vec<u32> {
     let mut first = 0;
     let mut ours = Vec::new();
     for (group, (pages, _)) in layout.groups().iter().zip(groups) {
-        ours.extend(pages.parts().map(|part| first + u32::from(part)));
+        ours.extend(pages.parts().into_iter().map(|part| first + u32::from(part)));
         first += group.part_count();
     }
     ours
 }
 
-/// Copies block after block; returns how many, and their bytes. Stopped, it ends between two parts.
+/// Copies the granted blocks, in order; returns how many, and their bytes. Stopped, it ends between two parts, or with what the node is copying.
 fn copy(
     store: &Store,
     blocks: u32,
     fill: &Fill,
     granted: &[u32],
     told: &EndsWith,
+    runtime: &Handle,
 ) -> Result<(u32, u64), Error> {
     {
         let mut state = told.0.lock();
@@ -176,21 +182,65 @@ fn copy(
         state.copying = true;
     }
     let _copied = Copying(&told.0);
+    let (mut done, mut bytes) = (granted.len(), 0);
+    for (pages, table) in &store.groups {
+        let granted = &granted[..done];
+        let (copied, of_group) = match pages {
+            Pages::Host(pages) => copy_here(store, blocks, fill, granted, (pages, table), told)?,
+            Pages::Device(memory) => have_copied(fill, granted, (memory, table), told, runtime)?,
+        };
+        (done, bytes) = (copied, bytes + of_group);
+    }
+    Ok((done as u32, bytes))
+}
+
+/// Block after block, on this thread.
+fn copy_here(
+    store: &Store,
+    blocks: u32,
+    fill: &Fill,
+    granted: &[u32],
+    (pages, table): (&PagedMemory, &[i32]),
+    told: &EndsWith,
+) -> Result<(usize, u64), Error> {
     let mut bytes = 0;
     for (done, block) in granted.iter().enumerate() {
         let is_tail = store.tail_tokens > 0 && block + 1 == blocks;
         let tokens = if is_tail { store.tail_tokens } else { store.space.layout().block_tokens() };
-        for (pages, table) in &store.groups {
-            for part in pages.parts() {
-                if told.0.lock().stopped {
-                    return Ok((done as u32, bytes));
-                }
-                fill.store_tail_part(*block, part, tokens, pages, table)?;
-                bytes += pages.loaded_bytes(part, tokens);
+        for part in pages.parts() {
+            if told.0.lock().stopped {
+                return Ok((done, bytes));
             }
+            fill.store_tail_part(*block, part, tokens, pages, table)?;
+            bytes += pages.loaded_bytes(part, tokens);
         }
     }
-    Ok((granted.len() as u32, bytes))
+    Ok((granted.len(), bytes))
+}
+
+/// By the node, as many consecutive blocks at once as there are, up to `BLOCKS_AT_ONCE`.
+fn have_copied(
+    fill: &Fill,
+    granted: &[u32],
+    (memory, table): (&DeviceMemory, &[i32]),
+    told: &EndsWith,
+    runtime: &Handle,
+) -> Result<(usize, u64), Error> {
+    let (mut done, mut bytes) = (0, 0);
+    let each = memory.bytes(memory.layer_ranges(), fill.layout().block_tokens());
+    for run in granted.chunk_by(|a, b| a + 1 == *b).flat_map(|run| run.chunks(BLOCKS_AT_ONCE)) {
+        if told.0.lock().stopped {
+            break;
+        }
+        let blocks = run[0]..run[0] + run.len() as u32;
+        let reply = runtime.block_on(memory.copy(fill.lease_of(), blocks, table, memory.layer_ranges()))?;
+        let copied = (reply.copied as usize).min(run.len());
+        (done, bytes) = (done + copied, bytes + copied as u64 * each);
+        if copied < run.len() {
+            break;
+        }
+    }
+    Ok((done, bytes))
 }
 
 /// However copying ends, the pages are free then.

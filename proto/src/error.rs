@@ -64,9 +64,11 @@ impl From<Error> for tonic::Status {
             Code::Unspecified | Code::Internal => tonic::Code::Internal,
             Code::Invalid | Code::ChainOrder | Code::Frame => tonic::Code::InvalidArgument,
             Code::UnsupportedVersion => tonic::Code::Unimplemented,
-            Code::UnknownSession | Code::UnknownSpace | Code::UnknownLease | Code::UnknownWorker => {
-                tonic::Code::NotFound
-            }
+            Code::UnknownSession
+            | Code::UnknownSpace
+            | Code::UnknownLease
+            | Code::UnknownWorker
+            | Code::UnknownMemory => tonic::Code::NotFound,
             Code::LeaseEnded | Code::AlreadyCommitted | Code::PartFilledTwice => {
                 tonic::Code::FailedPrecondition
             }

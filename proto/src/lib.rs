@@ -17,6 +17,7 @@ pub mod hints;
 pub mod layout;
 pub mod limits;
 pub mod prompt;
+pub mod slice;
 pub mod slot_header;
 pub mod space;
 pub mod wire;
@@ -27,6 +28,7 @@ pub use error::{Code, Error};
 pub use hints::{Expects, Hints};
 pub use layout::{Element, Group, GroupKind, Layout, Part};
 pub use prompt::{Prompt, Span};
+pub use slice::Slice;
 pub use space::{Fingerprint, IdScheme, Space};
 
 /// Version of the session protocol and of `kvd.v1`: a peer with another major is refused, a higher minor is read as ours.

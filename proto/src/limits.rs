@@ -60,6 +60,12 @@ pub const WORKER_NAME_BYTES_MAX: usize = 256;
 pub const CLAIMED_MAX: usize = 1024;
 /// How long a reservation may last unclaimed. Longer wishes are cut to this.
 pub const RESERVATION_TTL_MS_MAX: u32 = 60_000;
+/// Device memories that one member of a session has open. At the limit: `Limit`.
+pub const MEMORIES_MAX: usize = 256;
+/// Allocations of one device memory. At the limit: the memory is refused.
+pub const MEMORY_RANGES_MAX: usize = 1024;
+/// Copies between slots and device memory that one member has under way. At the limit: `Limit`.
+pub const COPIES_MAX: usize = 1024;
 /// Blocks in one delta of the location index. Longer runs go in several.
 pub const DELTA_BLOCKS_MAX: usize = 4096;
 /// Pieces of one batch on a data connection. At the limit: ask in several batches; a longer request ends the connection.

@@ -11,12 +11,36 @@
 //! Leaves to others: raw copies (`transport::strided`), whether a slot's bytes are the block's (`lease`), whose slot it is (`fill`), when an
 //! engine may touch its pages (the connector).
 
-mod table;
+pub mod table;
 
+use crate::device::DeviceMemory;
 use crate::transport::LayerMemory;
 use crate::transport::strided::{Geometry, Place, Span, StridedMemory};
-use kvd_proto::{Error, Group, GroupKind, Layout};
-use table::Pages;
+use kvd_proto::{Error, Group, GroupKind, Layout, Slice};
+use std::sync::Arc;
+use table::PageTable;
+
+/// One group's pages, wherever they are, and the request's page table in them.
+pub type PagedGroup = (Pages, Vec<i32>);
+
+/// A rank's pages of one group.
+#[derive(Clone)]
+pub enum Pages {
+    /// In memory that this process copies from and to.
+    Host(Arc<PagedMemory>),
+    /// On a device, where the node does.
+    Device(Arc<DeviceMemory>),
+}
+
+impl Pages {
+    /// The parts that are this rank's, in the order of a slot.
+    pub fn parts(&self) -> Vec<u16> {
+        match self {
+            Self::Host(memory) => memory.parts().collect(),
+            Self::Device(memory) => memory.parts().collect(),
+        }
+    }
+}
 
 /// Which slice of a group a rank has, and how its pages are cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,7 +67,7 @@ pub struct PagedShape {
 pub struct PagedMemory {
     layout: Layout,
     shape: PagedShape,
-    layers: u32,
+    slice: Slice,
     memory: StridedMemory,
 }
 
@@ -61,25 +85,13 @@ impl PagedMemory {
             return Err(Error::invalid("group", what, "count groups from 0, in the layout's order"));
         };
         let count = u32::try_from(layers.len()).unwrap_or(u32::MAX);
-        check_slice(
-            ["first_layer", "layers", "layer_ranges"],
-            group.layers,
-            group.layer_ranges,
-            shape.first_layer,
-            count,
-        )?;
-        check_slice(
-            ["first_head", "heads", "head_ranges"],
-            group.heads,
-            group.head_ranges,
-            shape.first_head,
-            shape.heads,
-        )?;
+        let of = |first: u32, count: u32| first..first.saturating_add(count);
+        let slice = Slice::new(group, of(shape.first_layer, count), of(shape.first_head, shape.heads))?;
         check_pages(&shape, layout.block_tokens())?;
         let geometry = geometry(group, &shape)?;
         // SAFETY: the caller's promise is about the same pages, heads, tokens and vectors.
         let memory = unsafe { StridedMemory::new(layers, geometry)? };
-        Ok(Self { layout: layout.clone(), shape, layers: count, memory })
+        Ok(Self { layout: layout.clone(), shape, slice, memory })
     }
 
     /// Group of the layout.
@@ -89,8 +101,7 @@ impl PagedMemory {
 
     /// The parts that are this rank's, in the order of a slot.
     pub fn parts(&self) -> impl Iterator<Item = u16> + '_ {
-        let group = self.kind();
-        (0..group.part_count() as u16).filter(|part| self.ranges_of(*part).is_some())
+        self.slice.parts(self.slice.layer_ranges())
     }
 
     /// Bytes of a part with meaning, in a block of so many tokens.
@@ -153,11 +164,11 @@ impl PagedMemory {
     /// Where a part of this rank's lies.
     pub(crate) fn place(&self, part: u16) -> Result<Place, Error> {
         let (group, index) = (self.kind(), self.shape.group);
-        let Some((layer, head)) = self.ranges_of(part) else {
+        let Some((layer, head)) = self.slice.origin(part) else {
             let what = format!("part {part} of group {index} is not of this rank's slice");
             return Err(Error::invalid("part", what, "give one of `parts`"));
         };
-        let (layers, heads) = (group.layers / group.layer_ranges, group.heads / group.head_ranges);
+        let (layers, heads) = (self.slice.part_layers, self.slice.part_heads);
         let in_slot = self.layout.part(index, part);
         Ok(Place {
             offset: in_slot.offset as usize,
@@ -186,8 +197,8 @@ impl PagedMemory {
         Ok(spans)
     }
 
-    fn pages<'a>(&'a self, table: &'a [i32]) -> Pages<'a> {
-        Pages {
+    fn pages<'a>(&'a self, table: &'a [i32]) -> PageTable<'a> {
+        PageTable {
             table,
             pages: self.shape.pages,
             page_tokens: self.shape.page_tokens,
@@ -200,39 +211,6 @@ impl PagedMemory {
     fn kind(&self) -> &Group {
         &self.layout.groups()[self.shape.group]
     }
-
-    /// First layer and head of a part, counted in this rank's; `None`: it is another's.
-    fn ranges_of(&self, part: u16) -> Option<(u32, u32)> {
-        let group = self.kind();
-        let (layers, heads) = (group.layers / group.layer_ranges, group.heads / group.head_ranges);
-        let layer = u32::from(part) / group.head_ranges * layers;
-        let head = u32::from(part) % group.head_ranges * heads;
-        let layer = layer.checked_sub(self.shape.first_layer).filter(|layer| *layer < self.layers)?;
-        let head = head.checked_sub(self.shape.first_head).filter(|head| *head < self.shape.heads)?;
-        Some((layer, head))
-    }
-}
-
-/// What one rank has of `whole` layers or heads must be whole ranges. `names`: of the first, of their number, of the cut.
-fn check_slice(names: [&str; 3], whole: u32, ranges: u32, first: u32, count: u32) -> Result<(), Error> {
-    let each = whole / ranges;
-    let ends = u64::from(first) + u64::from(count);
-    if count == 0 || ends > u64::from(whole) {
-        let what = format!("{count} from {first} on, of {whole}");
-        return Err(Error::invalid(names[1], what, "give what this rank has of the group"));
-    }
-    for (name, at) in [(names[0], u64::from(first)), (names[1], ends)] {
-        if !at.is_multiple_of(u64::from(each)) {
-            let what =
-                format!("the rank's slice has an edge at {at}, and parts have {each} each, of {whole}");
-            let fix = format!(
-                "give a slice of whole parts, or register the space with more {}, for every engine that shares it",
-                names[2]
-            );
-            return Err(Error::invalid(name, what, fix));
-        }
-    }
-    Ok(())
 }
 
 fn check_pages(shape: &PagedShape, block_tokens: u32) -> Result<(), Error> {

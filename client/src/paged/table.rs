@@ -8,20 +8,24 @@ use kvd_proto::Error;
 
 /// A page table, and what it is read against.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Pages<'a> {
-    pub(super) table: &'a [i32],
-    pub(super) pages: u32,
-    pub(super) page_tokens: u32,
-    pub(super) block_tokens: u32,
+pub struct PageTable<'a> {
+    /// Entry i: the page of tokens `i * page_tokens` on; negative: there is none.
+    pub table: &'a [i32],
+    /// Pages there are.
+    pub pages: u32,
+    /// Tokens of a page.
+    pub page_tokens: u32,
+    /// Tokens of a block.
+    pub block_tokens: u32,
     /// A page has one state, of its block's last token.
-    pub(super) last_only: bool,
+    pub last_only: bool,
     /// Rows go on from one page to the next page of memory.
-    pub(super) seamless: bool,
+    pub seamless: bool,
 }
 
-impl Pages<'_> {
+impl PageTable<'_> {
     /// Where the block's first `tokens` are, without those whose page is negative.
-    pub(super) fn spans(&self, block: u32, tokens: u32) -> Result<Vec<Span>, Error> {
+    pub fn spans(&self, block: u32, tokens: u32) -> Result<Vec<Span>, Error> {
         if tokens == 0 || tokens > self.block_tokens {
             let what = format!("{tokens} of a block of {}", self.block_tokens);
             return Err(Error::invalid("tokens", what, "give 1 to block_tokens"));

@@ -118,6 +118,18 @@ static NODE_AND_TIERS: &[Key] = &[
         default: |_, values| beside_grpc(values),
     },
     Key {
+        name: "hbm.device",
+        kind: Kind::Choice(&["auto", "software", "off"]),
+        help: "auto: engines may have their pages in the memory of any device that CUDA finds, and the node copies from and to it; nothing of a device is used before an engine asks. software: a device of ordinary memory, to try that without one. off: none.",
+        default: |_, _| fixed("auto", "nothing is used of a device before an engine asks"),
+    },
+    Key {
+        name: "hbm.staging_bytes",
+        kind: Kind::Size,
+        help: "Memory of each such device through which blocks travel, 4MiB to 4GiB. It bounds the largest block.",
+        default: |_, _| fixed("64MiB", "two blocks of 2 MiB keep a link busy; more is for large ones"),
+    },
+    Key {
         name: "dram.capacity_bytes",
         kind: Kind::Size,
         help: "Memory for blocks, rounded down to whole segments. When it is full, the coldest blocks go to NVMe.",

@@ -49,6 +49,8 @@ pub struct Config {
     pub node_name: String,
     /// Where it listens.
     pub listen: Listen,
+    /// Devices, and their memory.
+    pub hbm: Hbm,
     /// The DRAM tier.
     pub dram: Dram,
     /// The NVMe tier.
@@ -84,6 +86,28 @@ pub struct Listen {
     /// Prometheus over HTTP; `None` is off.
     #[serde(deserialize_with = "address")]
     pub metrics_address: Option<SocketAddr>,
+}
+
+/// Devices on which engines have their pages.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Hbm {
+    /// Which devices engines' memory may be on.
+    pub device: DeviceChoice,
+    /// Of each device, for blocks on their way.
+    pub staging_bytes: u64,
+}
+
+/// Which devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceChoice {
+    /// Those that CUDA finds.
+    Auto,
+    /// The stand-in.
+    Software,
+    /// None.
+    Off,
 }
 
 /// The DRAM tier.
@@ -315,6 +339,7 @@ impl Config {
     pub fn check(&self) -> Result<(), Error> {
         self.check_names()?;
         self.listen.check()?;
+        check_range("hbm.staging_bytes", self.hbm.staging_bytes, 4 << 20, 4 << 30)?;
         check_segments("dram", self.dram.capacity_bytes, self.dram.segment_bytes)?;
         if self.dram.keep_ms > 0 {
             check_range("dram.keep_ms", u64::from(self.dram.keep_ms), 1000, 86_400_000)?;

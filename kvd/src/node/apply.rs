@@ -99,6 +99,9 @@ impl Node {
             Event::Slow { transfer_ms } => self.slow(transfer_ms),
             Event::Detached => self.detached(),
             Event::Profile { fingerprint, profile } => self.engine_profile(fingerprint, profile),
+            Event::MemoryOpened { memory, result } => self.memory_opened(memory, result),
+            Event::MemoryClosed { memory } => self.memory_closed(memory),
+            Event::Copied { token, result } => self.pages_copied(token, result),
             Event::Tick => self.tick(),
         }
     }
@@ -132,6 +135,19 @@ impl Node {
             Ask::Pin(request) => self.pin_chain(member, &request).map(Reply::Pin),
             Ask::Prefetch(request) => self.prefetch(member, &request).map(Reply::Prefetch),
             Ask::Settled(_) => return self.client_settled(member),
+            Ask::OpenMemory(request) => match self.open_memory(member, request_id, request) {
+                Ok(()) => return, // until it is open
+                Err(error) => Err(error),
+            },
+            Ask::CloseMemory(request) => match self.close_memory(member, request_id, request) {
+                Ok(()) => return, // until nothing touches it
+                Err(error) => Err(error),
+            },
+            Ask::Copy(request) => match self.copy_pages(member, request_id, request) {
+                Ok(None) => return, // until it has ended
+                Ok(Some(reply)) => Ok(Reply::Copy(reply)),
+                Err(error) => Err(error),
+            },
             Ask::CloseSession(_) => return self.close_member(member, request_id),
         };
         match reply {

@@ -41,7 +41,7 @@ impl Node {
     ) -> Result<wire::ReleaseReply, Error> {
         let asked = self.leases.get(request.lease).filter(|lease| lease.askers.contains(&member));
         let lease = asked.ok_or_else(|| unknown_lease(request.lease))?;
-        if lease.is_done() {
+        if lease.is_done() && lease.copying.is_empty() {
             self.release_lease(request.lease);
         } else {
             self.leave_lease(request.lease, member);
@@ -53,7 +53,7 @@ impl Node {
     fn leave_lease(&mut self, id: LeaseId, member: MemberId) {
         let lease = self.leases.get_mut(id).expect("a lease with askers");
         assert!(lease.askers.remove(&member), "who leaves a lease shares it");
-        if lease.askers.is_empty() {
+        if lease.askers.is_empty() && lease.copying.is_empty() {
             self.release_lease(id);
         }
     }

@@ -91,6 +91,9 @@ impl Node {
                 if let Some(twice) = parts.common(named).filter(|_| !everything) {
                     return Err(filled_twice(first_part + twice, item.block));
                 }
+                if let Some(part) = lease.copied_now(group as u8, item.block, named) {
+                    return Err(being_copied(first_part + part, item.block));
+                }
                 filled.push((at, parts.union(named)));
             }
         }
@@ -210,6 +213,15 @@ fn filled_twice(part: u32, block: u32) -> Error {
         "parts",
         format!("part {part} of block {block} is filled already"),
         "commit each part once, by the rank that owns it",
+    )
+}
+
+fn being_copied(part: u32, block: u32) -> Error {
+    Error::new(
+        Code::Invalid,
+        "parts",
+        format!("part {part} of block {block} is being copied out of device memory"),
+        "commit what copies have been answered for",
     )
 }
 

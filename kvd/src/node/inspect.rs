@@ -22,6 +22,7 @@ impl Node {
         let (sessions, members) = self.sessions.counts();
         let (leases, leased_bytes) = self.leases.totals();
         let (hand_offs, hand_off_bytes) = self.hand_offs.totals();
+        let (device_memories, device_copies) = self.pages.counts();
         Answer::Status(Box::new(wire::StatusReply {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             node_epoch: self.config.epoch,
@@ -35,6 +36,8 @@ impl Node {
             counters: Some(self.counters),
             hand_offs: hand_offs as u32,
             hand_off_bytes,
+            device_memories: device_memories as u32,
+            device_copies: device_copies as u32,
         }))
     }
 

@@ -7,6 +7,7 @@
 
 use super::Node;
 use super::event::MemberId;
+use super::pages::Copying;
 use super::session::SessionId;
 use super::usage::Heard;
 use kvd_proto::wire::{self, Tier};
@@ -69,9 +70,7 @@ pub(super) struct PartSet([u64; 4]);
 impl PartSet {
     /// Parts `0..count`.
     pub(super) fn all(count: u32) -> Self {
-        let mut all = Self::default();
-        (0..count).for_each(|part| _ = all.add(part as u16));
-        all
+        Self::of(0..count as u16)
     }
 
     /// Adds a part; `false`: it was there.
@@ -80,6 +79,12 @@ impl PartSet {
         let new = self.0[word] & bit == 0;
         self.0[word] |= bit;
         new
+    }
+
+    pub(super) fn of(parts: impl Iterator<Item = u16>) -> Self {
+        let mut set = Self::default();
+        parts.for_each(|part| _ = set.add(part));
+        set
     }
 
     pub(super) fn union(self, other: Self) -> Self {
@@ -113,6 +118,8 @@ pub(super) struct Lease {
     /// Its blocks are kept for a claim, or were.
     pub(super) handed_off: bool,
     pub(super) items: Vec<Item>,
+    /// What devices copy by it; it stands until they have ended, whoever let go.
+    pub(super) copying: Vec<Copying>,
     pub(super) bytes: u64,
     pub(super) ends_us: u64,
     pub(super) ended: bool,
@@ -244,6 +251,7 @@ impl Node {
             states: new.states,
             handed_off: new.handed_off,
             items: new.items,
+            copying: Vec::new(),
             bytes: new.bytes,
             ends_us,
             ended: false,
@@ -304,6 +312,7 @@ impl Node {
     /// Nobody reads or fills by this lease any more: what it held is free.
     pub(super) fn release_lease(&mut self, id: LeaseId) {
         let lease = self.leases.leases.remove(&id).expect("a lease is released once");
+        assert!(lease.copying.is_empty(), "lease {id} is released under a copy");
         self.leases.by_end.remove(&(lease.ends_us, id));
         self.leases.loading.remove(&id);
         self.leases.news.remove(&id);
@@ -340,7 +349,7 @@ impl Node {
             return;
         }
         let lease = self.leases.leases.get_mut(&id).expect("an open lease");
-        assert!(!lease.askers.is_empty(), "a lease that stands is somebody's");
+        assert!(!lease.askers.is_empty() || !lease.copying.is_empty(), "a lease that stands is somebody's");
         if std::mem::replace(&mut lease.ended, true) {
             return;
         }
@@ -416,6 +425,20 @@ impl Node {
                 && item.state == ItemState::Ready
         };
         let Some(handle) = lease.items.iter().find(is_it).map(|item| item.handle) else { return };
+        self.doubt_copy(handle);
+    }
+
+    /// As `doubt`, where the node itself has read it.
+    pub(super) fn doubt_block(&mut self, id: LeaseId, group: u8, block: u32) {
+        let lease = self.leases.get(id).expect("a lease under a copy");
+        let is_it =
+            |item: &&Item| (item.group, item.block) == (group, block) && item.state == ItemState::Ready;
+        if let Some(handle) = lease.items.iter().find(is_it).map(|item| item.handle) {
+            self.doubt_copy(handle);
+        }
+    }
+
+    fn doubt_copy(&mut self, handle: Handle) {
         if self.doubted.insert(handle) {
             self.counters.checksum_errors += 1;
             let id = self.catalog.get(handle).key().id;

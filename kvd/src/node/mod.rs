@@ -23,6 +23,7 @@ mod memory;
 mod movement;
 mod order;
 mod orphans;
+mod pages;
 mod policy_change;
 mod purge;
 pub mod recording;
@@ -140,6 +141,7 @@ pub struct Node {
     searches: search::Searches,
     recovered: Recovered,
     orphans: orphans::Orphans,
+    pages: pages::Pages,
     /// Copies in DRAM of an earlier daemon, whose bytes nobody has looked at since.
     unverified: VecDeque<Handle>,
     telling: telling::Telling,
@@ -190,6 +192,7 @@ impl Node {
             searches: search::Searches::default(),
             recovered: Recovered::default(),
             orphans: orphans::Orphans::default(),
+            pages: pages::Pages::new(config.epoch),
             unverified: VecDeque::new(),
             telling: telling::Telling::default(),
             uploading: uploading::Uploading::default(),

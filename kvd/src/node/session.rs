@@ -74,6 +74,17 @@ impl Sessions {
         self.members.get(&member).map_or(0, |member| member.memory_node)
     }
 
+    /// Whether it maps memory.
+    pub(super) fn member_maps(&self, member: MemberId) -> bool {
+        self.members.get(&member).is_some_and(|member| member.maps)
+    }
+
+    /// Nobody is in it, and nothing holds it: devices copied by its leases when its last member left.
+    pub(super) fn is_left(&self, session: SessionId) -> bool {
+        let session = self.get(session);
+        session.members.is_empty() && session.leases.is_empty()
+    }
+
     pub(super) fn maps(&self, session: SessionId) -> bool {
         self.get(session).members.iter().any(|member| self.members[member].maps)
     }
@@ -205,6 +216,7 @@ impl Node {
         let Some(old) = self.sessions.get(session).members.iter().find(same).copied() else { return };
         self.sessions.members.remove(&old);
         self.sessions.get_mut(session).members.remove(&old);
+        self.pages.take_over(old, member);
         self.take_over_leases(session, old, member, &held.iter().copied().collect());
         self.out.push(Effect::Close { member: old });
     }
@@ -347,15 +359,21 @@ impl Node {
         let Some(gone) = self.sessions.members.remove(&member) else { return };
         let session = gone.session;
         self.sessions.get_mut(session).members.remove(&member);
+        self.abandon_pages(member);
         self.abandon_leases(session, member);
         if self.sessions.get(session).members.is_empty() {
-            let ended = self.sessions.sessions.remove(&session).expect("it was there");
-            assert!(ended.leases.is_empty() && ended.leased_bytes == 0, "a session ends without leases");
-            self.sessions.by_token.remove(&ended.token);
-            self.filler_gone(session);
+            let token = self.sessions.get(session).token;
+            self.sessions.by_token.remove(&token); // nobody joins what is over
+            self.end_session_if_left(session);
         }
         self.note("session", || format!("{} of session {session}: {why}", gone.name));
         self.out.push(Effect::Close { member });
+    }
+
+    pub(super) fn end_session(&mut self, session: SessionId) {
+        let ended = self.sessions.sessions.remove(&session).expect("it was there");
+        assert!(ended.leases.is_empty() && ended.leased_bytes == 0, "a session ends without leases");
+        self.filler_gone(session);
     }
 
     pub(super) fn close_idle(&mut self) {

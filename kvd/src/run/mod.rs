@@ -9,6 +9,7 @@ mod dram;
 mod fetcher;
 mod follower;
 mod found;
+mod gpu;
 mod grpc;
 mod inbox;
 mod keeping;
@@ -36,6 +37,7 @@ use attach::Attach;
 use bucket::BucketTier;
 use dram::DramSegments;
 use found::Heap;
+use gpu::Gpus;
 use inbox::Inbox;
 use keeping::Keeping;
 use kvd_proto::{Code, Error};
@@ -105,6 +107,7 @@ pub fn serve_over(config: &Config, made: impl FnOnce(NvmeMedium) -> Box<dyn Medi
     let (servers, teller) = Servers::start(shared, listeners)?;
     say_what_serves(config, mover.as_ref());
     let attach = Attach::new(config.clone(), epoch, inbox.clone());
+    let gpus = Gpus::find(config, dram.clone(), inbox.clone());
     let parts = Parts {
         poll,
         listener,
@@ -123,6 +126,7 @@ pub fn serve_over(config: &Config, made: impl FnOnce(NvmeMedium) -> Box<dyn Medi
         moving,
         attach,
         lab,
+        gpus,
     };
     let ran = Reactor::new(parts).and_then(Reactor::run);
     servers.stop();

@@ -10,6 +10,7 @@ use super::attach::Attach;
 use super::bucket::BucketTier;
 use super::dram::DramSegments;
 use super::fetcher;
+use super::gpu::Gpus;
 use super::grpc::Callers;
 use super::inbox::{Inbox, Input};
 use super::keeping::Keeping;
@@ -70,6 +71,7 @@ pub(super) struct Parts {
     pub(super) moving: Option<JoinHandle<()>>,
     pub(super) attach: Attach,
     pub(super) lab: Lab,
+    pub(super) gpus: Gpus,
 }
 
 pub(super) struct Reactor {
@@ -85,6 +87,7 @@ pub(super) struct Reactor {
     moving: Option<JoinHandle<()>>,
     attach: Attach,
     lab: Lab,
+    gpus: Gpus,
     orders: Vec<Order>,
     checksums: Sender<Vec<Reading>>,
     /// Slots to read, as ordered in this round.
@@ -144,6 +147,7 @@ impl Reactor {
             moving: parts.moving,
             attach: parts.attach,
             lab: parts.lab,
+            gpus: parts.gpus,
             orders: Vec::new(),
             members,
             last_member,
@@ -473,9 +477,7 @@ impl Reactor {
                 let segment = self.dram.get(slot.segment);
                 self.to_read.push(Reading::Verify { token, segment, slot });
             }
-            Effect::Upload { token, from, attempt } => {
-                self.upload(token, from, attempt);
-            }
+            Effect::Upload { token, from, attempt } => self.upload(token, from, attempt),
             Effect::Retire { slot, generation } => {
                 self.callers.retired(slot); // before anybody else can be given the slot
                 self.dram.retire(slot, generation);
@@ -507,6 +509,9 @@ impl Reactor {
             Effect::Copies { runs } => self.teller.tell(Told::Copies { runs }),
             Effect::Slice { ticket, runs, next } => {
                 self.teller.tell(Told::Slice { follower: ticket, runs, next });
+            }
+            effect @ (Effect::OpenMemory { .. } | Effect::CloseMemory { .. } | Effect::Copy(_)) => {
+                self.gpus.tell(effect);
             }
             Effect::Accessed(access) => self.lab.tell(access),
             Effect::Note { kind, text } => {

@@ -39,6 +39,8 @@ pub(crate) struct Setup {
     pub(crate) node_name: String,
     /// The `[s3]` section; empty: no bucket.
     pub(crate) s3: String,
+    /// Which devices.
+    pub(crate) device: &'static str,
 }
 
 impl Default for Setup {
@@ -57,6 +59,7 @@ impl Default for Setup {
             etcd: Vec::new(),
             node_name: "node".to_owned(),
             s3: String::new(),
+            device: "off",
         }
     }
 }
@@ -77,7 +80,7 @@ impl Setup {
              [dram]\ncapacity_bytes = {}\nsegment_bytes = {}\nkeep_ms = {}\n\
              [nvme]\npath = \"{}\"\ncapacity_bytes = {nvme_bytes}\nsegment_bytes = {}\n\
              [leases]\nttl_ms = {}\nbytes_max_per_session = {}\n\
-             [limits]\nsessions_max = {}\nmembers_max = {}\n{}",
+             [limits]\nsessions_max = {}\nmembers_max = {}\n[hbm]\ndevice = {:?}\n{}",
             folder.display(),
             self.node_name,
             self.grpc_address,
@@ -93,6 +96,7 @@ impl Setup {
             self.dram_bytes,
             self.members_max,
             self.members_max,
+            self.device,
             self.s3,
         );
         let path = folder.join("kvd.toml");

@@ -21,6 +21,7 @@ mod etcd;
 mod etcd_server;
 mod fake_node;
 mod full_device;
+mod gpu;
 mod grpc;
 mod hand_off;
 mod index;

@@ -3,6 +3,7 @@
 //! A victim does one thing after the other: a line in, the thing done, a line out.
 
 use crate::engine::{BLOCK_BYTES, Engine, PART_BYTES, fill_all, read_all};
+use crate::gpu::Pages;
 use crate::hand_off::reserve_for;
 use crate::wait::within;
 use crate::{content, wait};
@@ -110,6 +111,7 @@ struct Held {
     engine: Option<Engine>,
     fill: Option<Fill>,
     found: Option<Match>,
+    pages: Option<Pages>,
     /// Of the fill.
     names: Vec<u64>,
     /// Of the match.
@@ -172,6 +174,11 @@ impl Held {
             "read" => {
                 let whole = read_all(self.found.as_ref().unwrap(), &self.found_names).await;
                 return format!("whole {whole}");
+            }
+            "device" => self.pages = Some(Pages::open(self.engine(), words[0].parse().unwrap())),
+            "device-loads" => {
+                let found = std::sync::Arc::new(self.found.take().unwrap());
+                self.pages.as_mut().unwrap().begin_loads(&found, words[0].parse().unwrap());
             }
             "release" => (self.fill, self.found) = (None, None),
             other => panic!("{other:?} is no order"),

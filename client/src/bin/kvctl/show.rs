@@ -64,6 +64,17 @@ impl Show for wire::StatusReply {
             ("NVMe written", size(counters.nvme_write_bytes)),
             ("read from nodes", size(counters.peer_read_bytes)),
             (
+                "device pages",
+                format!(
+                    "{} memories open, {} copies under way; {} loaded, {} stored, {} failed copies",
+                    self.device_memories,
+                    self.device_copies,
+                    size(counters.pages_loaded_bytes),
+                    size(counters.pages_stored_bytes),
+                    count(counters.pages_errors)
+                ),
+            ),
+            (
                 "errors",
                 format!(
                     "{} checksum, {} NVMe, {} other nodes, {} refused requests, {} leases expired",
@@ -82,6 +93,7 @@ impl Show for wire::StatusReply {
             "version": self.version, "node_epoch": self.node_epoch, "uptime_ms": self.uptime_ms,
             "sessions": self.sessions, "members": self.members, "leases": self.leases,
             "leased_bytes": self.leased_bytes, "hand_offs": self.hand_offs,
+            "device_memories": self.device_memories, "device_copies": self.device_copies,
             "hand_off_bytes": self.hand_off_bytes, "blocks": self.blocks, "spaces": self.spaces,
             "counters": counters_object(&self.counters.unwrap_or_default()),
         })]
@@ -106,6 +118,8 @@ fn counters_object(counters: &wire::Counters) -> Value {
         "s3_write_bytes": counters.s3_write_bytes, "s3_errors": counters.s3_errors,
         "s3_skipped_blocks": counters.s3_skipped_blocks,
         "recomputed_blocks": counters.recomputed_blocks, "stalled_loads": counters.stalled_loads, "unwritten_blocks": counters.unwritten_blocks, "s3_unworthy_blocks": counters.s3_unworthy_blocks,
+        "pages_loaded_bytes": counters.pages_loaded_bytes, "pages_stored_bytes": counters.pages_stored_bytes,
+        "pages_errors": counters.pages_errors,
         "loads": counters.loads, "load_us": counters.load_us,
         "load_predicted_us": counters.load_predicted_us, "load_error_us": counters.load_error_us,
     })

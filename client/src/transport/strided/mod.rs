@@ -41,11 +41,15 @@ pub(crate) struct Place {
 
 /// Consecutive rows: where they begin in the pages and in the block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Span {
-    pub(crate) page: u32,
-    pub(crate) page_row: u32,
-    pub(crate) block_row: u32,
-    pub(crate) rows: u32,
+pub struct Span {
+    /// The first.
+    pub page: u32,
+    /// In that.
+    pub page_row: u32,
+    /// In the block.
+    pub block_row: u32,
+    /// How many.
+    pub rows: u32,
 }
 
 impl StridedMemory {

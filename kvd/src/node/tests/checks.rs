@@ -93,7 +93,8 @@ impl World {
         for lease in self.node.leases.leases.values() {
             bytes += lease.bytes;
             *by_session.entry(lease.session).or_default() += lease.bytes;
-            assert!(!lease.askers.is_empty(), "a lease that stands is somebody's");
+            let held_by_device = !lease.copying.is_empty();
+            assert!(!lease.askers.is_empty() || held_by_device, "a lease that stands is somebody's");
             let ours = |asker| self.node.sessions.of(asker).ok() == Some(lease.session);
             assert!(lease.askers.iter().all(|asker| ours(*asker)), "{:?} share a lease", lease.askers);
             for item in &lease.items {
@@ -240,6 +241,8 @@ impl World {
 
     /// No process that maps memory may still read or fill the slot.
     pub(super) fn check_unheld(&self, slot: SlotRef) {
+        let copied = self.gpus.copies.values().flat_map(|copy| &copy.blocks);
+        copied.for_each(|block| assert_ne!(block.slot, slot, "{slot:?} is reused under a device's copy"));
         for (lease, promise) in self.promises.iter().filter(|(_, promise)| self.is_held(promise)) {
             for (&(block, group), &(held, open)) in &promise.slots {
                 let done = promise.fill && self.was_committed(*lease, block, group);

@@ -85,6 +85,7 @@ pub(super) struct World {
     pub(super) peers: super::transfers::Peers,
     pub(super) uploads: super::uploading::Uploads,
     pub(super) devices: super::tier_change::Devices,
+    pub(super) gpus: super::pages::Gpus,
     pub(super) accesses: Vec<super::super::recording::Access>,
     pub(super) last: u64,
     digest: DefaultHasher,
@@ -226,6 +227,7 @@ impl World {
             follower: super::telling::Follower::default(),
             peers: super::transfers::Peers::default(),
             uploads: super::uploading::Uploads::default(),
+            gpus: super::pages::Gpus::default(),
             last: 0,
             digest: DefaultHasher::new(),
         }
@@ -310,18 +312,12 @@ impl World {
                     .for_each(|slot| assert!(!self.published.contains_key(slot), "{slot:?} holds a block"));
             }
             Effect::Verify { slot, .. } => unreachable!("{slot:?} is no earlier daemon's"),
+            effect @ (Effect::OpenMemory { .. } | Effect::CloseMemory { .. } | Effect::Copy(_)) => {
+                self.gpus.told(effect);
+            }
             Effect::Accessed(access) => self.accesses.push(*access),
             Effect::Note { .. } | Effect::Space { .. } => {}
         }
-    }
-
-    fn retire(&mut self, slot: SlotRef, generation: u32) {
-        self.check_untouched(slot, false);
-        self.check_unheld(slot);
-        if let Some(published) = self.published.remove(&slot) {
-            assert_eq!(published.generation.wrapping_add(1), generation, "{slot:?}");
-        }
-        self.dram.insert(slot, None);
     }
 
     fn received(&mut self, member: MemberId, frame: wire::NodeFrame) {

@@ -14,6 +14,7 @@ mod matching;
 mod movement;
 mod numa;
 mod order;
+mod pages;
 mod policy_change;
 mod purge;
 mod recording;

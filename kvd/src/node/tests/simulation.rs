@@ -9,6 +9,7 @@ use super::hand_off::{TAIL_TOKENS, handed_off};
 use super::harness::{
     Promise, World, commit_of, id, layout, open_of, packed, reserve_after, two_groups, with_nvme,
 };
+use super::pages::{copy_of, open_memory_of};
 use kvd_proto::BlockId;
 use kvd_proto::cost::PrefillProfile;
 use kvd_proto::wire::client_frame::Body as Ask;
@@ -112,9 +113,10 @@ impl Storm {
             76..80 => self.device(),
             80..88 => self.peers(),
             88..90 => self.request(Self::small_talk),
+            91 => (0..3).for_each(|_| self.gpu()),
             90 => self.ask(),
-            91 if self.random.one_in(4) => self.world.pass_ms(2_500),
-            91..94 => {
+            92 if self.random.one_in(4) => self.world.pass_ms(2_500),
+            92..94 => {
                 self.world.pass_ms(50);
                 self.world.check_told();
             }
@@ -306,6 +308,29 @@ impl Storm {
         let mut heard = [0; 3];
         states.for_each(|state| heard[state as usize - 1] += 1);
         heard
+    }
+
+    /// An engine's device memory comes, is copied from and to, and goes; devices end what they were told to do.
+    fn gpu(&mut self) {
+        match self.random.below(4) {
+            0 => self.request(|storm, member, space| {
+                storm.world.begin(member, Ask::OpenMemory(open_memory_of(space)));
+            }),
+            1 => self.with_lease(|storm, member, lease| {
+                let memories: Vec<_> = storm.world.gpus.open.iter().copied().collect();
+                let Some(memory) = storm.random.pick(&memories) else { return };
+                let blocks = storm.world.promises[&lease].chain.len() as u64;
+                let first = storm.random.below(blocks);
+                let count = 1 + storm.random.below(blocks - first);
+                let ask = copy_of(lease, memory, first as u32..(first + count) as u32);
+                storm.world.begin(member, Ask::Copy(ask));
+            }),
+            _ => {
+                let which = self.random.next() as usize;
+                let well = !self.random.one_in(8);
+                self.world.end_gpu_work(which, well);
+            }
+        }
     }
 
     fn small_talk(&mut self, member: u64, space: u32) {

@@ -29,6 +29,15 @@ pub(super) struct Peers {
 }
 
 impl World {
+    pub(super) fn retire(&mut self, slot: SlotRef, generation: u32) {
+        self.check_untouched(slot, false);
+        self.check_unheld(slot);
+        if let Some(published) = self.published.remove(&slot) {
+            assert_eq!(published.generation.wrapping_add(1), generation, "{slot:?}");
+        }
+        self.dram.insert(slot, None);
+    }
+
     pub(super) fn peers_told(&mut self, effect: Effect) {
         match effect {
             Effect::Seek { ticket, wanted } => {

@@ -51,6 +51,7 @@ impl Reactor {
         if tier == Tier::Nvme {
             return self.orders.push(Order::Close { segment });
         }
+        self.gpus.forget(&self.dram.get(segment).payload);
         self.dram.give_up(segment);
         self.keeping.forget(Some(segment_key(segment)));
         self.events.push(Event::SegmentClosed { tier, segment });

@@ -1,0 +1,409 @@
+//! Engines' device memory: what of it is open, and the copies between it and leased slots.
+//!
+//! The node knows which slots and which parts; where they lie on which device is the shell's.
+//! Invariants: a copy holds its lease, so that no slot under it is anybody else's before it has ended, whoever let go meanwhile (law 2); a part that is
+//! being copied is neither committed nor copied a second time; memory is forgotten when the shell says that nothing touches it any more, and whoever opened it
+//! hears no sooner. Only blocks that are whole are copied into pages, and what is told as copied has been verified (the shell does, part by part).
+//! Leaves to others: page tables, addresses, devices (the shell), who may lease what (`lease`).
+
+use super::Node;
+use super::event::{Copied, CopyBlock, CopyOrder, Effect, MemberId};
+use super::lease::{ItemState, Lease, LeaseId, PartSet, RequestKind};
+use super::session::SessionId;
+use kvd_proto::limits::{COPIES_MAX, MEMORIES_MAX, MEMORY_RANGES_MAX};
+use kvd_proto::wire::{self, CopyMiss, node_frame::Body as Reply};
+use kvd_proto::{Code, Error, Slice};
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+pub(super) type MemoryId = u64;
+
+/// Bytes of a device's UUID, and of the name of an allocation.
+const UUID_BYTES: usize = 16;
+const HANDLE_BYTES: usize = 64;
+
+/// All device memory that engines have handed over.
+pub(super) struct Pages {
+    memories: BTreeMap<MemoryId, Memory>,
+    copies: BTreeMap<u64, Copy>,
+    last: u64,
+}
+
+/// One slice of one group, of one member's.
+struct Memory {
+    /// `None`: gone; nobody is told when it is closed.
+    member: Option<MemberId>,
+    device: [u8; UUID_BYTES],
+    space: u16,
+    group: u8,
+    slice: Slice,
+    phase: Phase,
+    copies: usize,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Opening { request_id: u64 },
+    Open,
+    Closing { request_id: u64 },
+}
+
+struct Copy {
+    lease: LeaseId,
+    /// `None`: whoever asked is gone.
+    member: Option<MemberId>,
+    request_id: u64,
+    memory: MemoryId,
+    first_block: u32,
+    bytes_a_block: u64,
+}
+
+/// Parts of a lease's blocks that are being copied.
+#[derive(Debug)]
+pub(super) struct Copying {
+    token: u64,
+    group: u8,
+    blocks: Range<u32>,
+    parts: PartSet,
+}
+
+impl Pages {
+    /// Numbers of one daemon are never those of another.
+    pub(super) fn new(epoch: u64) -> Self {
+        Self { memories: BTreeMap::new(), copies: BTreeMap::new(), last: (epoch & 0x7FFF_FFFF) << 32 }
+    }
+
+    fn next(&mut self) -> u64 {
+        self.last += 1;
+        self.last
+    }
+
+    fn of(&self, member: MemberId) -> impl Iterator<Item = MemoryId> {
+        let own = self.memories.iter().filter(move |(_, memory)| memory.member == Some(member));
+        own.map(|(id, _)| *id)
+    }
+
+    /// Memories open, and copies under way.
+    pub(super) fn counts(&self) -> (usize, usize) {
+        (self.memories.len(), self.copies.len())
+    }
+
+    /// A member's new connection has what the old one had; what was asked under the old one is answered to nobody.
+    pub(super) fn take_over(&mut self, old: MemberId, new: MemberId) {
+        for memory in self.memories.values_mut().filter(|memory| memory.member == Some(old)) {
+            memory.member = match memory.phase {
+                Phase::Open => Some(new),
+                Phase::Opening { .. } | Phase::Closing { .. } => None, // its number was never told, or is given up
+            };
+        }
+        self.copies.values_mut().filter(|copy| copy.member == Some(old)).for_each(|copy| copy.member = None);
+    }
+}
+
+impl Lease {
+    /// Of these parts of a block, one that is being copied.
+    pub(super) fn copied_now(&self, group: u8, block: u32, parts: PartSet) -> Option<u32> {
+        let under_way =
+            self.copying.iter().filter(|copy| copy.group == group && copy.blocks.contains(&block));
+        under_way.into_iter().find_map(|copy| copy.parts.common(parts))
+    }
+}
+
+impl Node {
+    /// Answered by `memory_opened`.
+    pub(super) fn open_memory(
+        &mut self,
+        member: MemberId,
+        request_id: u64,
+        request: wire::OpenMemoryRequest,
+    ) -> Result<(), Error> {
+        if !self.sessions.member_maps(member) {
+            let fix = "use the session's Unix socket, on the node's own machine";
+            return Err(Error::invalid("open_memory", "asked over gRPC", fix));
+        }
+        let space = self.space_of(member, request.space)?;
+        let device = check_memory(&request)?;
+        if self.pages.of(member).count() >= MEMORIES_MAX {
+            return Err(Error::limit("memory", format!("{MEMORIES_MAX} of one member"), "close some"));
+        }
+        let layout = &self.spaces[usize::from(space)].space.layout;
+        let Some(group) = layout.groups().get(request.group as usize) else {
+            let what = format!("group {} of {}", request.group, layout.groups().len());
+            return Err(Error::invalid("group", what, "count groups from 0, in the layout's order"));
+        };
+        let of = |first: u32, count: u32| first..first.saturating_add(count);
+        let layers = of(request.first_layer, request.layers.len() as u32);
+        let slice = Slice::new(group, layers, of(request.first_head, request.heads))?;
+        let layout = layout.clone();
+        let id = self.pages.next();
+        let phase = Phase::Opening { request_id };
+        let (member, group) = (Some(member), request.group as u8);
+        let memory = Memory { member, device, space, group, slice, phase, copies: 0 };
+        self.pages.memories.insert(id, memory);
+        self.out.push(Effect::OpenMemory {
+            memory: id,
+            layout: Box::new(layout),
+            request: Box::new(request),
+        });
+        Ok(())
+    }
+
+    /// The shell has opened it, or not.
+    pub(super) fn memory_opened(&mut self, id: MemoryId, result: Result<(), Error>) {
+        let memory = self.pages.memories.get_mut(&id).expect("it was ordered");
+        let Phase::Opening { request_id } = memory.phase else { unreachable!("memory {id} is opened once") };
+        let member = memory.member;
+        match result {
+            Ok(()) => {
+                memory.phase = Phase::Open;
+                match member {
+                    Some(member) => {
+                        self.send(member, request_id, Reply::MemoryOpened(wire::MemoryOpened { memory: id }));
+                    }
+                    None => self.start_closing(id, 0),
+                }
+            }
+            Err(error) => {
+                self.pages.memories.remove(&id);
+                if let Some(member) = member {
+                    self.refuse(member, request_id, error);
+                }
+            }
+        }
+    }
+
+    /// Answered by `memory_closed`.
+    pub(super) fn close_memory(
+        &mut self,
+        member: MemberId,
+        request_id: u64,
+        request: wire::CloseMemoryRequest,
+    ) -> Result<(), Error> {
+        self.open_memory_of(member, request.memory)?;
+        self.start_closing(request.memory, request_id);
+        Ok(())
+    }
+
+    fn open_memory_of(&self, member: MemberId, id: MemoryId) -> Result<&Memory, Error> {
+        let memory = self.pages.memories.get(&id);
+        let memory = memory.filter(|memory| memory.member == Some(member) && memory.phase == Phase::Open);
+        memory.ok_or_else(|| {
+            let what = format!("memory {id} was never opened by this member, or is closed");
+            Error::new(Code::UnknownMemory, "memory", what, "open it again")
+        })
+    }
+
+    /// The shell stops what it copies there, and says when nothing touches it.
+    fn start_closing(&mut self, id: MemoryId, request_id: u64) {
+        let memory = self.pages.memories.get_mut(&id).expect("an open memory");
+        assert!(memory.phase == Phase::Open, "memory {id} is closed once");
+        memory.phase = Phase::Closing { request_id };
+        self.out.push(Effect::CloseMemory { memory: id, device: memory.device });
+    }
+
+    pub(super) fn memory_closed(&mut self, id: MemoryId) {
+        let memory = self.pages.memories.remove(&id).expect("it was ordered");
+        assert_eq!(memory.copies, 0, "copies of memory {id} have all ended");
+        let Phase::Closing { request_id } = memory.phase else {
+            unreachable!("memory {id} was to be closed")
+        };
+        if let Some(member) = memory.member.filter(|_| request_id != 0) {
+            self.send(member, request_id, Reply::MemoryClosed(wire::MemoryClosed {}));
+        }
+    }
+
+    /// The member touches nothing any more: what the device does on its behalf is stopped.
+    pub(super) fn abandon_pages(&mut self, member: MemberId) {
+        for id in self.pages.of(member).collect::<Vec<_>>() {
+            let memory = self.pages.memories.get_mut(&id).expect("just found");
+            memory.member = None;
+            if memory.phase == Phase::Open {
+                self.start_closing(id, 0);
+            }
+        }
+        let copies = self.pages.copies.values_mut();
+        copies.filter(|copy| copy.member == Some(member)).for_each(|copy| copy.member = None);
+    }
+
+    /// Orders a copy, or answers at once where there is nothing to copy.
+    pub(super) fn copy_pages(
+        &mut self,
+        member: MemberId,
+        request_id: u64,
+        request: wire::CopyRequest,
+    ) -> Result<Option<wire::CopyReply>, Error> {
+        let memory = self.open_memory_of(member, request.memory)?;
+        let Memory { device, space, group, slice, .. } = *memory;
+        let layer_ranges = wanted_ranges(&slice, &request)?;
+        let lease = self.open_lease(member, request.lease)?;
+        let blocks = wanted_blocks(lease, space, request.blocks)?;
+        if self.pages.copies.values().filter(|copy| copy.member == Some(member)).count() >= COPIES_MAX {
+            return Err(Error::limit("copy", format!("{COPIES_MAX} of one member"), "wait for some"));
+        }
+        let parts = PartSet::of(slice.parts(layer_ranges.clone()));
+        let (ready, miss) = match lease.kind {
+            RequestKind::Match => self.ready_blocks(lease, group, blocks.clone()),
+            RequestKind::Reserve => (check_filling(lease, group, blocks.clone(), parts)?, CopyMiss::None),
+        };
+        if ready == 0 {
+            let reason = format!("block {} is not there", blocks.start);
+            return Ok(Some(wire::CopyReply { copied: 0, miss: miss.into(), reason }));
+        }
+        let into_pages = lease.kind == RequestKind::Match;
+        let (first_block, blocks) = (blocks.start, blocks.start..blocks.start + ready);
+        let items = &lease.items[lease.places(group, blocks.clone())];
+        let tokens = |item: &super::lease::Item| self.catalog.get(item.handle).tokens();
+        let slots = items.iter().map(|item| CopyBlock { slot: item.slot, tokens: tokens(item) }).collect();
+        let part_bytes = u64::from(self.spaces[usize::from(space)].space.layout.part_stride(group.into()));
+        let token = self.pages.next();
+        let lease = request.lease;
+        self.join_lease(lease, member);
+        let held = self.leases.get_mut(lease).expect("an open lease");
+        held.copying.push(Copying { token, group, blocks, parts });
+        let bytes_a_block = part_bytes * u64::from(parts.len());
+        let member = Some(member);
+        let copy = Copy { lease, member, request_id, memory: request.memory, first_block, bytes_a_block };
+        self.pages.copies.insert(token, copy);
+        self.pages.memories.get_mut(&request.memory).expect("open").copies += 1;
+        let (memory, table) = (request.memory, request.table);
+        let order =
+            CopyOrder { token, memory, device, into_pages, first_block, blocks: slots, table, layer_ranges };
+        self.out.push(Effect::Copy(Box::new(order)));
+        Ok(None)
+    }
+
+    /// How many of a match's blocks, from the first on, may be read now; and why not all.
+    fn ready_blocks(&self, lease: &Lease, group: u8, blocks: Range<u32>) -> (u32, CopyMiss) {
+        let items = &lease.items[lease.places(group, blocks.clone())];
+        let whole = |(at, item): &(usize, &super::lease::Item)| {
+            item.block == blocks.start + *at as u32
+                && item.state == ItemState::Ready
+                && !self.doubted.contains(&item.handle)
+        };
+        let ready = items.iter().enumerate().take_while(whole).count() as u32;
+        let all = ready == blocks.end - blocks.start;
+        (ready, if all { CopyMiss::None } else { CopyMiss::Device })
+    }
+
+    /// A copy has ended: nothing of it touches slots or pages any more.
+    pub(super) fn pages_copied(&mut self, token: u64, result: Result<Copied, Error>) {
+        let copy = self.pages.copies.remove(&token).expect("a copy ends once");
+        self.pages.memories.get_mut(&copy.memory).expect("memory outlives its copies").copies -= 1;
+        let lease = self.leases.get_mut(copy.lease).expect("a lease outlives its copies");
+        let at = lease.copying.iter().position(|copying| copying.token == token).expect("it was under way");
+        let copying = lease.copying.swap_remove(at);
+        let into_pages = lease.kind == RequestKind::Match;
+        if let Ok(copied) = &result {
+            let blocks = copying.blocks.len() as u32;
+            assert!(copied.blocks <= blocks, "{} copied of {blocks}", copied.blocks);
+            let (counters, bytes) = (&mut self.counters, u64::from(copied.blocks) * copy.bytes_a_block);
+            let counted =
+                if into_pages { &mut counters.pages_loaded_bytes } else { &mut counters.pages_stored_bytes };
+            *counted += bytes;
+            match copied.miss {
+                CopyMiss::Checksum => {
+                    self.doubt_block(copy.lease, copying.group, copy.first_block + copied.blocks);
+                }
+                CopyMiss::Device => self.counters.pages_errors += 1,
+                CopyMiss::None | CopyMiss::Stopped => {}
+            }
+        }
+        if let Some(member) = copy.member {
+            match result {
+                Ok(Copied { blocks, miss, reason }) => {
+                    let reply = wire::CopyReply { copied: blocks, miss: miss.into(), reason };
+                    self.send(member, copy.request_id, Reply::Copy(reply));
+                }
+                Err(error) => self.refuse(member, copy.request_id, error),
+            }
+        }
+        self.release_if_left(copy.lease);
+    }
+
+    /// A lease that everybody has let go of while the device was copying by it.
+    fn release_if_left(&mut self, id: LeaseId) {
+        let lease = self.leases.get(id).expect("it was just there");
+        let session = lease.session;
+        if lease.askers.is_empty() && lease.copying.is_empty() {
+            self.release_lease(id);
+            self.end_session_if_left(session);
+        }
+    }
+}
+
+/// What can be said of it without a device.
+fn check_memory(request: &wire::OpenMemoryRequest) -> Result<[u8; UUID_BYTES], Error> {
+    let device = <[u8; UUID_BYTES]>::try_from(&request.device[..]).map_err(|_| {
+        let what = format!("{} bytes", request.device.len());
+        Error::invalid("device", what, "give the device's UUID: 16 bytes")
+    })?;
+    let count = request.ranges.len();
+    if count == 0 || count > MEMORY_RANGES_MAX {
+        let fix = format!("give 1 to {MEMORY_RANGES_MAX} allocations");
+        return Err(Error::invalid("ranges", format!("{count} allocations"), fix));
+    }
+    for (at, range) in request.ranges.iter().enumerate() {
+        if range.handle.len() != HANDLE_BYTES || range.bytes == 0 {
+            let what = format!("a handle of {} bytes, for {} bytes", range.handle.len(), range.bytes);
+            let fix = "give the 64 bytes of CUipcMemHandle, and the size of what it names";
+            return Err(Error::invalid(format!("ranges[{at}]"), what, fix));
+        }
+    }
+    Ok(device)
+}
+
+/// Layer ranges of the slice, counted in the group.
+fn wanted_ranges(slice: &Slice, request: &wire::CopyRequest) -> Result<Range<u32>, Error> {
+    let all = slice.layer_ranges();
+    if request.layer_ranges == 0 {
+        return Ok(all);
+    }
+    let first = request.first_layer_range;
+    let end = first.checked_add(request.layer_ranges).filter(|end| first >= all.start && *end <= all.end);
+    let end = end.ok_or_else(|| {
+        let what = format!("{} from {first} on, of a memory that has {all:?}", request.layer_ranges);
+        Error::invalid("layer_ranges", what, "give layer ranges that the memory has, counted in the group")
+    })?;
+    Ok(first..end)
+}
+
+fn wanted_blocks(lease: &Lease, space: u16, blocks: Option<wire::BlockRange>) -> Result<Range<u32>, Error> {
+    if lease.space != space {
+        let what = "the lease and the memory are of different spaces";
+        return Err(Error::invalid("memory", what, "open the memory for the space of the lease"));
+    }
+    let wanted = blocks.unwrap_or_default();
+    let chain = lease.chain.len() as u32;
+    let end = wanted.first.checked_add(wanted.count).filter(|end| wanted.count > 0 && *end <= chain);
+    let end = end.ok_or_else(|| {
+        let what = format!("{} blocks from {} of a chain of {chain}", wanted.count, wanted.first);
+        Error::invalid("blocks", what, "name blocks of the chain that the lease was asked for with")
+    })?;
+    Ok(wanted.first..end)
+}
+
+/// All blocks are being filled by this lease, and of these parts none is filled or being filled yet.
+fn check_filling(lease: &Lease, group: u8, blocks: Range<u32>, parts: PartSet) -> Result<u32, Error> {
+    let items = &lease.items[lease.places(group, blocks.clone())];
+    for (at, block) in blocks.clone().enumerate() {
+        let item = items.get(at).filter(|item| item.block == block);
+        let Some(ItemState::Filling(filled)) = item.map(|item| item.state) else {
+            let what = format!("block {block} is not granted by this lease, or is committed");
+            return Err(Error::invalid("blocks", what, "copy what was granted, before it is committed"));
+        };
+        if let Some(part) = filled.common(parts).or_else(|| lease.copied_now(group, block, parts)) {
+            let what = format!("part {part} of block {block} is filled, or being filled");
+            return Err(Error::new(Code::PartFilledTwice, "blocks", what, "copy each part once"));
+        }
+    }
+    Ok(blocks.len() as u32)
+}
+
+impl Node {
+    /// The last member of a session was gone before the device was done by its leases.
+    pub(super) fn end_session_if_left(&mut self, session: SessionId) {
+        if self.sessions.is_left(session) {
+            self.end_session(session);
+        }
+    }
+}

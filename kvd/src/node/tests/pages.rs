@@ -1,0 +1,310 @@
+//! Engines' device memory: opened, copied from and to, closed; and who let go in the middle of it.
+
+use super::super::event::{Copied, CopyOrder, Effect, Event};
+use super::harness::{World, commit_of, config, id, layout, open_of, reserve_after};
+use kvd_proto::BlockId;
+use kvd_proto::wire::client_frame::Body as Ask;
+use kvd_proto::wire::node_frame::Body as Reply;
+use kvd_proto::wire::{self, CopyMiss};
+use kvd_proto::{Code, Error};
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+
+/// What the shell was told of devices, and has not ended.
+#[derive(Default)]
+pub(super) struct Gpus {
+    opening: Vec<u64>,
+    pub(super) open: BTreeSet<u64>,
+    closing: BTreeSet<u64>,
+    pub(super) copies: BTreeMap<u64, CopyOrder>,
+}
+
+impl Gpus {
+    pub(super) fn told(&mut self, effect: Effect) {
+        match effect {
+            Effect::OpenMemory { memory, .. } => self.opening.push(memory),
+            Effect::CloseMemory { memory, .. } => {
+                assert!(self.open.remove(&memory) && self.closing.insert(memory), "{memory} is open");
+            }
+            Effect::Copy(order) => {
+                assert!(self.open.contains(&order.memory) && !order.blocks.is_empty(), "{order:?}");
+                assert!(self.copies.insert(order.token, *order).is_none(), "a token is one copy's");
+            }
+            other => unreachable!("{other:?}"),
+        }
+    }
+}
+
+fn chain(blocks: u64) -> Vec<BlockId> {
+    (1..=blocks).map(id).collect()
+}
+
+/// The whole of group 0 of the test layouts, one range.
+pub(super) fn open_memory_of(space: u32) -> wire::OpenMemoryRequest {
+    let vector = |offset: u64| wire::VectorPlace { range: 0, offset, token_stride: 128 };
+    let layer = |at: u64| wire::LayerPlace {
+        page_stride: 4096,
+        head_stride: 2048,
+        vectors: vec![vector(at << 20), vector((at << 20) + (1 << 19))],
+    };
+    wire::OpenMemoryRequest {
+        space,
+        group: 0,
+        device: vec![7; 16].into(),
+        ranges: vec![wire::DeviceRange { handle: vec![1; 64].into(), bytes: 1 << 30 }],
+        heads: layout().groups()[0].heads,
+        page_tokens: 16,
+        pages: 64,
+        layers: (0..u64::from(layout().groups()[0].layers)).map(layer).collect(),
+        ..wire::OpenMemoryRequest::default()
+    }
+}
+
+pub(super) fn copy_of(lease: u64, memory: u64, blocks: Range<u32>) -> wire::CopyRequest {
+    let table = (0..blocks.end as i32).flat_map(i32::to_le_bytes).collect::<Vec<_>>().into();
+    let blocks = Some(wire::BlockRange { first: blocks.start, count: blocks.end - blocks.start });
+    wire::CopyRequest { lease, memory, blocks, table, ..wire::CopyRequest::default() }
+}
+
+impl World {
+    /// One thing that a device has under way ends.
+    pub(super) fn end_gpu_work(&mut self, which: usize, well: bool) {
+        let copies: Vec<_> = self.gpus.copies.keys().copied().collect();
+        if !copies.is_empty() {
+            self.end_copy(copies[which % copies.len()], if well { CopyMiss::None } else { CopyMiss::Device });
+        } else if !self.gpus.opening.is_empty() {
+            self.open_next_memory(if well { Ok(()) } else { Err(broken()) });
+        } else if let Some(memory) = self.gpus.closing.pop_first() {
+            self.apply(Event::MemoryClosed { memory });
+        }
+    }
+
+    fn open_next_memory(&mut self, result: Result<(), Error>) -> u64 {
+        let memory = self.gpus.opening.remove(0);
+        if result.is_ok() {
+            self.gpus.open.insert(memory);
+        }
+        self.apply(Event::MemoryOpened { memory, result });
+        memory
+    }
+
+    fn end_copy(&mut self, token: u64, miss: CopyMiss) {
+        let order = self.gpus.copies.remove(&token).expect("under way");
+        let blocks = if miss == CopyMiss::None { order.blocks.len() as u32 } else { 0 };
+        self.apply(Event::Copied { token, result: Ok(Copied { blocks, miss, reason: String::new() }) });
+    }
+
+    /// A member's memory, open.
+    fn memory(&mut self, member: u64, space: u32) -> u64 {
+        let asked = self.begin(member, Ask::OpenMemory(open_memory_of(space)));
+        assert!(self.answer(member, asked).is_none(), "not before it is open");
+        let memory = self.open_next_memory(Ok(()));
+        let opened = self.answer(member, asked).expect("open").expect("well");
+        assert_eq!(opened, Reply::MemoryOpened(wire::MemoryOpened { memory }));
+        memory
+    }
+
+    fn only_copy(&self) -> u64 {
+        assert_eq!(self.gpus.copies.len(), 1);
+        *self.gpus.copies.keys().next().expect("one")
+    }
+}
+
+fn broken() -> Error {
+    Error::new(Code::Unavailable, "device", "it is not of this machine", "see kvd check")
+}
+
+fn copied(blocks: u32, miss: CopyMiss) -> Reply {
+    let reason = if blocks == 0 && miss == CopyMiss::Device { "block 0 is not there" } else { "" };
+    Reply::Copy(wire::CopyReply { copied: blocks, miss: miss.into(), reason: reason.to_owned() })
+}
+
+/// A member with its space, three blocks stored, its memory, and a match of them.
+fn matched() -> (World, u64, u32, u64, u64) {
+    let mut world = World::new(config());
+    let member = world.open("a");
+    let space = world.space(member);
+    world.put(member, space, &chain(3));
+    let memory = world.memory(member, space);
+    let lease = world.matched(member, space, &chain(3)).lease;
+    (world, member, space, memory, lease)
+}
+
+#[test]
+fn a_match_is_copied_into_pages_and_answered_when_that_has_ended() {
+    let (mut world, member, _, memory, lease) = matched();
+    let asked = world.begin(member, Ask::Copy(copy_of(lease, memory, 1..3)));
+    let token = world.only_copy();
+    let order = &world.gpus.copies[&token];
+    assert!(order.into_pages && order.first_block == 1 && order.layer_ranges == (0..2));
+    let slots: Vec<_> = order.blocks.iter().map(|block| block.slot).collect();
+    let promised = &world.promises[&lease].slots;
+    assert_eq!(slots, [promised[&(1, 0)].0, promised[&(2, 0)].0]);
+    assert!(world.answer(member, asked).is_none());
+    world.end_copy(token, CopyMiss::None);
+    assert_eq!(world.answer(member, asked).expect("ended"), Ok(copied(2, CopyMiss::None)));
+    assert_eq!(world.counters().pages_loaded_bytes, 2 * super::harness::BLOCK_BYTES);
+    world.release(member, lease);
+    assert_eq!(world.node.leases.totals().0, 0);
+}
+
+#[test]
+fn a_lease_that_is_let_go_of_stands_until_the_device_has_ended() {
+    let (mut world, member, space, memory, lease) = matched();
+    let asked = world.begin(member, Ask::Copy(copy_of(lease, memory, 0..3)));
+    world.release(member, lease);
+    assert_eq!(world.node.leases.totals().0, 1, "the device still reads");
+    // whoever wants room does not get theirs (the world checks each slot that is given away)
+    world.put(member, space, &(100..140).map(id).collect::<Vec<_>>());
+    world.end_copy(world.only_copy(), CopyMiss::None);
+    assert_eq!(world.answer(member, asked).expect("ended"), Ok(copied(3, CopyMiss::None)));
+    assert_eq!(world.node.leases.totals().0, 0);
+}
+
+#[test]
+fn a_killed_engine_leaves_session_and_memory_until_the_device_has_ended() {
+    let (mut world, member, _, memory, lease) = matched();
+    world.begin(member, Ask::Copy(copy_of(lease, memory, 0..3)));
+    world.kill(member);
+    assert!(world.closed.contains(&member), "the connection is forgotten at once");
+    assert_eq!((world.node.sessions.counts(), world.node.pages.counts()), ((1, 0), (1, 1)));
+    assert!(world.gpus.closing.contains(&memory), "what it copies is to be stopped");
+    world.end_copy(world.only_copy(), CopyMiss::Stopped);
+    assert_eq!((world.node.sessions.counts(), world.node.pages.counts()), ((0, 0), (1, 0)));
+    world.end_gpu_work(0, true);
+    assert_eq!(world.node.pages.counts(), (0, 0));
+}
+
+#[test]
+fn a_rank_that_dies_in_a_store_keeps_its_slots_from_others() {
+    let mut world = World::new(config());
+    let (first, space) = (world.open("a"), 0);
+    world.space(first);
+    let rank = world.join(first, "rank-1");
+    let memory = world.memory(rank, space);
+    let reply = world.reserve(rank, reserve_after(space, BlockId::default(), 0, &chain(2)));
+    world.begin(rank, Ask::Copy(copy_of(reply.lease, memory, 0..2)));
+    let slots: Vec<_> = world.gpus.copies[&world.only_copy()].blocks.iter().map(|block| block.slot).collect();
+    world.kill(rank);
+    world.put(first, space, &(100..140).map(id).collect::<Vec<_>>());
+    assert!(slots.iter().all(|slot| !world.published.contains_key(slot)), "nobody was given them");
+    world.end_copy(world.only_copy(), CopyMiss::Stopped);
+    assert_eq!((world.node.leases.totals().0, world.quarantined()), (0, 0));
+}
+
+#[test]
+fn a_part_is_copied_once_and_committed_when_that_has_ended() {
+    let mut world = World::new(config());
+    let member = world.open("a");
+    let space = world.space(member);
+    let memory = world.memory(member, space);
+    let lease = world.reserve(member, reserve_after(space, BlockId::default(), 0, &chain(2))).lease;
+    let halves = |first_layer_range| wire::CopyRequest {
+        first_layer_range,
+        layer_ranges: 1,
+        ..copy_of(lease, memory, 0..2)
+    };
+    let first = world.begin(member, Ask::Copy(halves(0)));
+    let twice = world.ask(member, Ask::Copy(copy_of(lease, memory, 1..2))).unwrap_err();
+    assert_eq!((twice.code, twice.field.as_str()), (Code::PartFilledTwice, "blocks"));
+    let early = world.ask(member, commit_of(lease, &[], &[0, 1])).unwrap_err();
+    assert_eq!((early.code, early.field.as_str()), (Code::Invalid, "parts"));
+    world.end_copy(world.only_copy(), CopyMiss::None);
+    assert_eq!(world.answer(member, first).expect("ended"), Ok(copied(2, CopyMiss::None)));
+    let second = world.begin(member, Ask::Copy(halves(1)));
+    assert!(world.ask(member, commit_of(lease, &[], &[0, 1])).is_ok(), "those are done");
+    world.end_copy(world.only_copy(), CopyMiss::None);
+    assert_eq!(world.answer(member, second).expect("ended"), Ok(copied(2, CopyMiss::None)));
+    match world.ask(member, commit_of(lease, &[], &[2, 3])).expect("a commit") {
+        Reply::Commit(reply) => assert_eq!(reply.committed, 2),
+        other => panic!("{other:?}"),
+    }
+    let late = world.ask(member, Ask::Copy(copy_of(lease, memory, 0..1))).unwrap_err();
+    assert_eq!((late.code, late.field.as_str()), (Code::Invalid, "blocks"));
+}
+
+#[test]
+fn a_block_without_its_checksums_is_a_miss_for_everybody_from_then_on() {
+    let (mut world, member, space, memory, lease) = matched();
+    let asked = world.begin(member, Ask::Copy(copy_of(lease, memory, 0..3)));
+    world.end_copy(world.only_copy(), CopyMiss::Checksum);
+    assert_eq!(world.answer(member, asked).expect("ended"), Ok(copied(0, CopyMiss::Checksum)));
+    assert_eq!(world.counters().checksum_errors, 1);
+    let again = world.ask(member, Ask::Copy(copy_of(lease, memory, 0..3)));
+    assert_eq!(again, Ok(copied(0, CopyMiss::Device)), "nor by the lease that has it");
+    world.release(member, lease);
+    assert_eq!(world.matched(member, space, &chain(3)).blocks, 0);
+}
+
+#[test]
+fn a_member_that_comes_back_has_its_memory_still() {
+    let (mut world, member, _, memory, lease) = matched();
+    world.begin(member, Ask::Copy(copy_of(lease, memory, 0..1)));
+    let client = &world.clients[&member];
+    let request = wire::OpenSessionRequest {
+        join: client.token.clone().into(),
+        held: vec![lease],
+        ..open_of("a", "main")
+    };
+    let pid = client.pid;
+    world.lose_socket(member);
+    let back = world.try_open(true, pid, request).expect("back");
+    world.end_copy(world.only_copy(), CopyMiss::None); // answered to nobody
+    let asked = world.begin(back, Ask::Copy(copy_of(lease, memory, 0..3)));
+    world.end_copy(world.only_copy(), CopyMiss::None);
+    assert_eq!(world.answer(back, asked).expect("ended"), Ok(copied(3, CopyMiss::None)));
+    let asked = world.begin(back, Ask::CloseMemory(wire::CloseMemoryRequest { memory }));
+    assert!(world.answer(back, asked).is_none(), "not before nothing touches it");
+    world.end_gpu_work(0, true);
+    assert_eq!(world.answer(back, asked).expect("closed"), Ok(Reply::MemoryClosed(wire::MemoryClosed {})));
+}
+
+#[test]
+fn memory_that_opens_for_nobody_is_closed_again() {
+    let mut world = World::new(config());
+    let member = world.open("a");
+    let space = world.space(member);
+    world.begin(member, Ask::OpenMemory(open_memory_of(space)));
+    world.kill(member);
+    let memory = world.open_next_memory(Ok(()));
+    assert!(world.gpus.closing.contains(&memory));
+    world.end_gpu_work(0, true);
+    assert_eq!(world.node.pages.counts(), (0, 0));
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_by_name() {
+    let (mut world, member, space, memory, lease) = matched();
+    let other = world.join(member, "rank-1");
+    let stranger = world.open("b");
+    let mut refused = |who, ask| {
+        let error = world.ask(who, ask).expect_err("refused");
+        (error.code, error.field)
+    };
+    let open = open_memory_of(space);
+    let said = |code, field: &str| (code, field.to_owned());
+    for (request, field) in [
+        (wire::OpenMemoryRequest { device: vec![1; 4].into(), ..open.clone() }, "device"),
+        (wire::OpenMemoryRequest { ranges: vec![], ..open.clone() }, "ranges"),
+        (wire::OpenMemoryRequest { group: 3, ..open.clone() }, "group"),
+        (wire::OpenMemoryRequest { heads: 9, ..open.clone() }, "heads"),
+        (wire::OpenMemoryRequest { layers: vec![], ..open.clone() }, "layers"),
+    ] {
+        assert_eq!(refused(member, Ask::OpenMemory(request)), said(Code::Invalid, field));
+    }
+    assert_eq!(refused(stranger, Ask::OpenMemory(open)), said(Code::UnknownSpace, "space"));
+    let copy = copy_of(lease, memory, 0..3);
+    let unknown = said(Code::UnknownMemory, "memory");
+    assert_eq!(refused(other, Ask::Copy(copy.clone())), unknown);
+    assert_eq!(refused(stranger, Ask::Copy(copy.clone())), unknown);
+    assert_eq!(refused(member, Ask::Copy(copy_of(lease, 77, 0..3))), unknown);
+    assert_eq!(refused(member, Ask::Copy(copy_of(99, memory, 0..3))), said(Code::UnknownLease, "lease"));
+    for (request, field) in [
+        (copy_of(lease, memory, 0..4), "blocks"),
+        (copy_of(lease, memory, 0..0), "blocks"),
+        (wire::CopyRequest { first_layer_range: 1, layer_ranges: 2, ..copy }, "layer_ranges"),
+    ] {
+        assert_eq!(refused(member, Ask::Copy(request)), said(Code::Invalid, field));
+    }
+    assert!(world.gpus.copies.is_empty());
+}

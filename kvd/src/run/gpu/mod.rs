@@ -1,0 +1,204 @@
+//! The devices of this machine on which engines have their pages: which there are, and a thread for each that is used.
+//!
+//! Invariants: nothing of a device is used before an engine asks for it, but for its name; every order ends with one input to the node, whatever becomes of the
+//! device; the reactor waits for none of it. Leaves to others: addresses and copies (`pump`), who may have what copied (the node).
+
+mod pump;
+
+use super::dram::DramSegments;
+use super::inbox::{Inbox, Input};
+use crate::config::{Config, DeviceChoice};
+use crate::node::event::{CopyOrder, Effect, Event};
+use kvd_proto::{Code, Error, Layout, wire};
+use kvd_tiers::gpu::software::{SoftwareDevice, SoftwareOptions};
+use kvd_tiers::gpu::transfer::Options;
+use kvd_tiers::gpu::{Device, DeviceInfo, GpuError};
+use kvd_tiers::mapping::Mapping;
+use kvd_tiers::media::Wake;
+use std::collections::HashMap;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, OnceLock};
+
+/// What the stand-in says it has.
+const SOFTWARE_BYTES: u64 = 1 << 30;
+
+/// An order to a device's thread.
+enum Order {
+    Open {
+        memory: u64,
+        layout: Box<Layout>,
+        request: Box<wire::OpenMemoryRequest>,
+    },
+    Close {
+        memory: u64,
+    },
+    Copy(Box<CopyOrder>),
+    /// The segment is given up.
+    Unpin(Arc<Mapping>),
+}
+
+/// A device, and its thread as soon as it is used.
+struct Found {
+    info: DeviceInfo,
+    thread: Option<Thread>,
+}
+
+struct Thread {
+    orders: Sender<Order>,
+    waker: Arc<OnceLock<Arc<dyn Wake>>>,
+}
+
+impl Thread {
+    fn order(&self, order: Order) {
+        self.orders.send(order).expect("the thread lives as long as its sender");
+        if let Some(waker) = self.waker.get() {
+            waker.wake();
+        }
+    }
+}
+
+/// All of them, as the reactor has them.
+pub(super) struct Gpus {
+    found: HashMap<[u8; 16], Found>,
+    choice: DeviceChoice,
+    options: Options,
+    dram: Arc<DramSegments>,
+    inbox: Inbox,
+}
+
+/// The devices that `hbm.device` names.
+pub(crate) fn devices(choice: DeviceChoice) -> Result<Vec<DeviceInfo>, GpuError> {
+    match choice {
+        DeviceChoice::Off => Ok(Vec::new()),
+        DeviceChoice::Software => Ok(vec![software()?.info().clone()]),
+        DeviceChoice::Auto => Ok(Vec::new()),
+    }
+}
+
+fn software() -> Result<SoftwareDevice, GpuError> {
+    SoftwareDevice::open(SoftwareOptions { memory_bytes: SOFTWARE_BYTES, ..SoftwareOptions::default() })
+}
+
+fn open(choice: DeviceChoice, info: &DeviceInfo) -> Result<Box<dyn Device>, GpuError> {
+    Ok(match choice {
+        DeviceChoice::Software => Box::new(software()?),
+        _ => unreachable!("{info:?}"),
+    })
+}
+
+/// A staging area that is smaller than the largest slot refuses such slots, not the device.
+fn transfer_options(staging_bytes: u64) -> Options {
+    let default = Options::default();
+    Options {
+        staging_bytes,
+        chunk_bytes: default.chunk_bytes.min(staging_bytes / 4),
+        slot_bytes_max: default.slot_bytes_max.min(u32::try_from(staging_bytes).unwrap_or(u32::MAX)),
+        ..default
+    }
+}
+
+impl Gpus {
+    pub(super) fn find(config: &Config, dram: Arc<DramSegments>, inbox: Inbox) -> Self {
+        let choice = config.hbm.device;
+        let found = devices(choice).unwrap_or_else(|error| {
+            tracing::info!(%error, "engines' pages are in this machine's memory only");
+            Vec::new()
+        });
+        for info in &found {
+            tracing::info!(device = info.name, driver = info.driver, "engines may have their pages there");
+        }
+        let found = found.into_iter().map(|info| (info.uuid, Found { info, thread: None })).collect();
+        Self { found, choice, options: transfer_options(config.hbm.staging_bytes), dram, inbox }
+    }
+
+    /// Does what the node says, or answers why not.
+    pub(super) fn tell(&mut self, effect: Effect) {
+        match effect {
+            Effect::OpenMemory { memory, layout, request } => self.open(memory, layout, request),
+            Effect::CloseMemory { memory, device } => self.thread(device).order(Order::Close { memory }),
+            Effect::Copy(order) => self.thread(order.device).order(Order::Copy(order)),
+            other => unreachable!("{other:?} is no device's"),
+        }
+    }
+
+    /// A DRAM segment is about to be given up.
+    pub(super) fn forget(&self, mapping: &Arc<Mapping>) {
+        let threads = self.found.values().filter_map(|found| found.thread.as_ref());
+        threads.for_each(|thread| thread.order(Order::Unpin(mapping.clone())));
+    }
+
+    fn open(&mut self, memory: u64, layout: Box<Layout>, request: Box<wire::OpenMemoryRequest>) {
+        let uuid = <[u8; 16]>::try_from(&request.device[..]).expect("the node checked its length");
+        if !self.found.contains_key(&uuid) {
+            let result = Err(self.unknown(&uuid));
+            return self.inbox.push(Input::Event(Event::MemoryOpened { memory, result }));
+        }
+        self.thread(uuid).order(Order::Open { memory, layout, request });
+    }
+
+    fn unknown(&self, uuid: &[u8; 16]) -> Error {
+        let shown: String = uuid.iter().map(|byte| format!("{byte:02x}")).collect();
+        let (message, fix) = match (self.choice, self.found.len()) {
+            (DeviceChoice::Off, _) => (
+                "this node uses no device".to_owned(),
+                "set hbm.device to \"auto\" in the node's kvd.toml, or keep pages in the machine's memory",
+            ),
+            (_, 0) => (
+                "this node has found no device".to_owned(),
+                "see `kvd check`; in a container the node needs the same devices as the engine",
+            ),
+            (_, count) => (
+                format!("{shown} is none of the {count} devices that this node has found"),
+                "give the node the same devices as the engine (CUDA_VISIBLE_DEVICES, the container's)",
+            ),
+        };
+        Error::new(Code::Unavailable, "device", message, fix)
+    }
+
+    fn thread(&mut self, uuid: [u8; 16]) -> &Thread {
+        let found = self.found.get_mut(&uuid).expect("a device that was found");
+        let Found { info, thread } = found;
+        thread.get_or_insert_with(|| {
+            let (orders, ordered) = channel();
+            let waker = Arc::<OnceLock<_>>::default();
+            let (choice, info, options) = (self.choice, info.clone(), self.options);
+            let (dram, inbox, told) = (self.dram.clone(), self.inbox.clone(), waker.clone());
+            let name = format!("kvd-gpu-{}", info.ordinal);
+            super::workers::spawn(&name, move || run(choice, &info, options, &ordered, (dram, inbox), &told));
+            Thread { orders, waker }
+        })
+    }
+}
+
+/// A device's thread, until the reactor ends.
+fn run(
+    choice: DeviceChoice,
+    info: &DeviceInfo,
+    options: Options,
+    ordered: &Receiver<Order>,
+    (dram, inbox): (Arc<DramSegments>, Inbox),
+    told: &OnceLock<Arc<dyn Wake>>,
+) {
+    let opened = open(choice, info).and_then(|device| pump::Pump::new(device, options, dram, inbox.clone()));
+    match opened {
+        Ok(mut pump) => {
+            _ = told.set(pump.waker());
+            pump.run(ordered);
+        }
+        Err(error) => {
+            tracing::warn!(device = info.name, %error, "a device cannot be used");
+            refuse_all(ordered, &inbox, &error);
+        }
+    }
+}
+
+/// Without a device nothing is ever open, so nothing else can be ordered.
+fn refuse_all(ordered: &Receiver<Order>, inbox: &Inbox, why: &GpuError) {
+    while let Ok(order) = ordered.recv() {
+        if let Order::Open { memory, .. } = order {
+            let fix = "see `kvd check`, and restart the node when the device is well";
+            let result = Err(Error::new(Code::Unavailable, "device", why.to_string(), fix));
+            inbox.push(Input::Event(Event::MemoryOpened { memory, result }));
+        }
+    }
+}

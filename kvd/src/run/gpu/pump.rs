@@ -1,0 +1,345 @@
+//! One device's thread: opens engines' memory, and has blocks copied between it and DRAM slots.
+//!
+//! Invariants: every order ends with one input to the node; memory is closed when all its copies have ended; what is reported as loaded had the checksums of its
+//! slot's header (a block that was committed moments ago has none yet: it is read from the very memory it was just put into, as everywhere). Page tables are
+//! checked whole before anything moves.
+//! Leaves to others: how bytes move (`kvd_tiers::gpu::transfer`), who may have them moved (the node).
+
+use super::super::dram::DramSegments;
+use super::super::inbox::{Inbox, Input};
+use super::Order;
+use crate::node::event::{Copied, CopyBlock, CopyOrder, Event};
+use kvd_client::paged::table::PageTable;
+use kvd_proto::slot_header::FLAG_CHECKSUMMED;
+use kvd_proto::wire::{self, CopyMiss};
+use kvd_proto::{Code, Error, GroupKind, Layout};
+use kvd_tiers::gpu::paged::{Pages, Slice};
+use kvd_tiers::gpu::transfer::{self, Direction, Ended, HostSlot, Item, Miss, Options, Outcome, Transfers};
+use kvd_tiers::gpu::work::NO_PAGE;
+use kvd_tiers::gpu::{Address, Device, GpuError, Vector};
+use kvd_tiers::media::Wake;
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::Duration;
+
+/// Without orders the thread looks around this often.
+const IDLE: Duration = Duration::from_millis(200);
+
+pub(super) struct Pump {
+    transfers: Transfers,
+    memories: HashMap<u64, Memory>,
+    /// By token, of which memory.
+    copies: HashMap<u64, u64>,
+    /// What the device has no room for yet.
+    waiting: VecDeque<transfer::Order>,
+    dram: Arc<DramSegments>,
+    inbox: Inbox,
+    outcomes: Vec<Outcome>,
+    told: Vec<Input>,
+}
+
+/// An engine's, open on this device.
+struct Memory {
+    pages: Arc<Pages>,
+    page_tokens: u32,
+    block_tokens: u32,
+    /// A page has one state, of its block's last token.
+    states: bool,
+    first_layer_range: u32,
+    part_layers: u32,
+    ranges: Vec<Address>,
+    copies: BTreeSet<u64>,
+    closing: bool,
+}
+
+impl Pump {
+    pub(super) fn new(
+        device: Box<dyn Device>,
+        options: Options,
+        dram: Arc<DramSegments>,
+        inbox: Inbox,
+    ) -> Result<Self, GpuError> {
+        let transfers = Transfers::new(device, options)?;
+        let (memories, copies, waiting) = (HashMap::new(), HashMap::new(), VecDeque::new());
+        let (outcomes, told) = (Vec::new(), Vec::new());
+        Ok(Self { transfers, memories, copies, waiting, dram, inbox, outcomes, told })
+    }
+
+    pub(super) fn waker(&self) -> Arc<dyn Wake> {
+        self.transfers.waker()
+    }
+
+    /// Until nobody can order anything any more.
+    pub(super) fn run(&mut self, ordered: &Receiver<Order>) {
+        loop {
+            loop {
+                match ordered.try_recv() {
+                    Ok(order) => self.order(order),
+                    Err(TryRecvError::Empty) => break,
+                    Err(TryRecvError::Disconnected) => return,
+                }
+            }
+            self.submit_waiting();
+            self.inbox.push_all(&mut self.told);
+            self.transfers.reap(Some(IDLE), &mut self.outcomes);
+            let outcomes = std::mem::take(&mut self.outcomes);
+            outcomes.into_iter().for_each(|outcome| self.ended(outcome));
+        }
+    }
+
+    fn order(&mut self, order: Order) {
+        match order {
+            Order::Open { memory, layout, request } => {
+                let opened = self.open(&layout, &request);
+                let result = opened.map(|opened| _ = self.memories.insert(memory, opened));
+                self.told.push(Input::Event(Event::MemoryOpened { memory, result }));
+            }
+            Order::Close { memory } => {
+                let closing = self.memories.get_mut(&memory).expect("it is open");
+                closing.closing = true;
+                let copies: Vec<_> = closing.copies.iter().copied().collect();
+                copies.into_iter().for_each(|token| self.stop(token));
+                self.close_if_idle(memory);
+            }
+            Order::Copy(order) => {
+                let token = order.token;
+                if let Err(error) = self.copy(*order) {
+                    self.told.push(Input::Event(Event::Copied { token, result: Err(error) }));
+                }
+            }
+            Order::Unpin(mapping) => self.transfers.device_mut().unpin(&mapping),
+        }
+    }
+
+    fn open(&mut self, layout: &Layout, request: &wire::OpenMemoryRequest) -> Result<Memory, Error> {
+        let device = self.transfers.device_mut();
+        let mut ranges = Vec::with_capacity(request.ranges.len());
+        for (at, range) in request.ranges.iter().enumerate() {
+            let handle = range.handle[..].try_into().expect("the node checked its length");
+            match device.open(handle, range.bytes) {
+                Ok(address) => ranges.push(address),
+                Err(error) => {
+                    ranges.into_iter().for_each(|address| device.close(address));
+                    let fix = "give handles of allocations that live, made by cuIpcGetMemHandle of their first byte, and their sizes";
+                    return Err(Error::invalid(format!("ranges[{at}]"), error.to_string(), fix));
+                }
+            }
+        }
+        match pages(layout, request, &ranges) {
+            Ok(pages) => Ok(Memory::new(layout, request, pages, ranges)),
+            Err(error) => {
+                ranges.into_iter().for_each(|address| device.close(address));
+                Err(error)
+            }
+        }
+    }
+
+    fn stop(&mut self, token: u64) {
+        // what the device has not been given yet ends here
+        let waits = self.waiting.iter().position(|order| order.token == token);
+        match waits {
+            Some(at) => {
+                self.waiting.remove(at).expect("just found");
+                self.end(token, 0, CopyMiss::Stopped, "the memory is being closed".to_owned());
+            }
+            None => self.transfers.stop(token),
+        }
+    }
+
+    /// Nothing has moved, and nothing will, after an error.
+    fn copy(&mut self, order: CopyOrder) -> Result<(), Error> {
+        let memory = &self.memories[&order.memory];
+        let table: Vec<i32> =
+            order.table.as_chunks::<4>().0.iter().map(|page| i32::from_le_bytes(*page)).collect();
+        let (pages, layers) = (memory.pages.clone(), memory.layers(&order.layer_ranges));
+        let rows = |(at, block): (usize, &CopyBlock)| {
+            memory.rows(order.first_block + at as u32, block.tokens, &table, order.into_pages)
+        };
+        let rows: Vec<_> = order.blocks.iter().enumerate().map(rows).collect::<Result<_, _>>()?;
+        let mut items = Vec::with_capacity(rows.len());
+        for (block, rows) in order.blocks.iter().zip(rows) {
+            items.push(self.item(block, rows, order.into_pages.then(|| pages.parts(layers.clone())))?);
+        }
+        let direction = if order.into_pages { Direction::Load } else { Direction::Store };
+        self.copies.insert(order.token, order.memory);
+        self.memories.get_mut(&order.memory).expect("open").copies.insert(order.token);
+        self.waiting.push_back(transfer::Order {
+            token: order.token,
+            direction,
+            pages,
+            layers,
+            items,
+            checksums_wanted: false,
+            fence: None,
+        });
+        Ok(())
+    }
+
+    /// A block, in memory that the device reaches. `loaded`: the parts that must have their checksums.
+    fn item(
+        &mut self,
+        block: &CopyBlock,
+        rows: Vec<u64>,
+        loaded: Option<impl Iterator<Item = u16>>,
+    ) -> Result<Item, Error> {
+        let (segment, slot) = (self.dram.get(block.slot.segment), block.slot.slot);
+        let pinned = self.transfers.device_mut().pin(&segment.payload);
+        pinned.map_err(|error| {
+            let fix = "raise the limit of locked memory (ulimit -l, LimitMEMLOCK)";
+            Error::new(Code::Unavailable, "device", error.to_string(), fix)
+        })?;
+        let checksums = loaded.map(|parts| {
+            let header = segment.table().read(slot).map(|(_, header)| header);
+            let known = header.filter(|header| header.flags & FLAG_CHECKSUMMED != 0);
+            // of a block that was committed moments ago: they are computed from what it was just put into
+            let all = known.map_or_else(|| segment.checksums(slot), |header| header.part_checksums);
+            parts.map(|part| all[usize::from(part)]).collect()
+        });
+        let offset = segment.geometry.slot_offset(slot) as usize;
+        let host = Some(HostSlot { mapping: segment.payload.clone(), offset });
+        Ok(Item { host, kept: None, rows, checksums })
+    }
+
+    fn submit_waiting(&mut self) {
+        while let Some(order) = self.waiting.pop_front() {
+            if let Err(order) = self.transfers.submit(order) {
+                self.waiting.push_front(order);
+                return;
+            }
+        }
+    }
+
+    fn ended(&mut self, outcome: Outcome) {
+        let Outcome::Ended(Ended { token, items, .. }) = outcome else { return };
+        let well = items.iter().take_while(|item| item.is_ok()).count();
+        let why = items.into_iter().nth(well).and_then(Result::err);
+        let (miss, reason) = match &why {
+            None => (CopyMiss::None, String::new()),
+            Some(Miss::Checksum(bad)) => (CopyMiss::Checksum, bad.to_string()),
+            Some(Miss::Stopped) => (CopyMiss::Stopped, "the memory is being closed".to_owned()),
+            Some(failed) => {
+                tracing::warn!(%failed, "a copy between slots and device memory");
+                (CopyMiss::Device, failed.to_string())
+            }
+        };
+        self.end(token, well as u32, miss, reason);
+    }
+
+    fn end(&mut self, token: u64, blocks: u32, miss: CopyMiss, reason: String) {
+        let id = self.copies.remove(&token).expect("a copy ends once");
+        let memory = self.memories.get_mut(&id).expect("it outlives its copies");
+        memory.copies.remove(&token);
+        let copied = Copied { blocks, miss, reason };
+        self.told.push(Input::Event(Event::Copied { token, result: Ok(copied) }));
+        self.close_if_idle(id);
+    }
+
+    fn close_if_idle(&mut self, id: u64) {
+        // the last copy that was stopped before its turn closes it already
+        let Some(memory) = self.memories.get(&id) else { return };
+        if !memory.closing || !memory.copies.is_empty() {
+            return;
+        }
+        let closed = self.memories.remove(&id).expect("just seen");
+        let device = self.transfers.device_mut();
+        closed.ranges.into_iter().for_each(|address| device.close(address));
+        self.told.push(Input::Event(Event::MemoryClosed { memory: id }));
+    }
+}
+
+impl Memory {
+    fn new(layout: &Layout, request: &wire::OpenMemoryRequest, pages: Pages, ranges: Vec<Address>) -> Self {
+        let group = &layout.groups()[request.group as usize];
+        let part_layers = group.layers / group.layer_ranges;
+        Self {
+            pages: Arc::new(pages),
+            page_tokens: request.page_tokens,
+            block_tokens: layout.block_tokens(),
+            states: group.kind == GroupKind::State,
+            first_layer_range: request.first_layer / part_layers,
+            part_layers,
+            ranges,
+            copies: BTreeSet::new(),
+            closing: false,
+        }
+    }
+
+    /// Layer ranges counted in the group, as layers counted in the memory.
+    fn layers(&self, ranges: &Range<u32>) -> Range<u32> {
+        let layer = |range: u32| (range - self.first_layer_range) * self.part_layers;
+        layer(ranges.start)..layer(ranges.end)
+    }
+
+    /// Where the rows of a block's first `tokens` are. A store needs all of them.
+    fn rows(&self, block: u32, tokens: u32, table: &[i32], into_pages: bool) -> Result<Vec<u64>, Error> {
+        let pages = PageTable {
+            table,
+            pages: self.pages.slice().pages,
+            page_tokens: self.page_tokens,
+            block_tokens: self.block_tokens,
+            last_only: self.states,
+            seamless: false,
+        };
+        let mut rows = vec![NO_PAGE; self.pages.rows() as usize];
+        let mut found = 0;
+        for span in pages.spans(block, tokens)? {
+            for row in 0..span.rows {
+                rows[(span.block_row + row) as usize] =
+                    u64::from(span.page) << 32 | u64::from(span.page_row + row);
+            }
+            found += span.rows;
+        }
+        let needed = if self.states { 1 } else { tokens };
+        if !into_pages && found < needed {
+            let what = format!("{} tokens of block {block} have no page", needed - found);
+            return Err(Error::invalid("table", what, "store blocks whose tokens all have pages"));
+        }
+        Ok(rows)
+    }
+}
+
+/// What was asked to be opened, as addresses of this device, each within what the engine handed over.
+fn pages(layout: &Layout, request: &wire::OpenMemoryRequest, opened: &[Address]) -> Result<Pages, Error> {
+    let states = layout.groups()[request.group as usize].kind == GroupKind::State;
+    let slice = Slice {
+        group: request.group as usize,
+        first_layer: request.first_layer,
+        layers: request.layers.len() as u32,
+        first_head: request.first_head,
+        heads: request.heads,
+        pages: request.pages,
+        page_rows: if states { 1 } else { request.page_tokens },
+    };
+    check_page_tokens(request.page_tokens, layout.block_tokens())?;
+    let mut vectors = Vec::new();
+    for (at, layer) in request.layers.iter().enumerate() {
+        for vector in &layer.vectors {
+            let range = request.ranges.get(vector.range as usize).filter(|range| vector.offset < range.bytes);
+            if range.is_none() {
+                let what = format!("byte {} of range {}", vector.offset, vector.range);
+                let fix = "count ranges from 0, and give offsets within them";
+                return Err(Error::invalid(format!("layers[{at}]"), what, fix));
+            }
+            vectors.push(Vector {
+                base: opened[vector.range as usize] + vector.offset,
+                page_stride: layer.page_stride,
+                head_stride: layer.head_stride,
+                token_stride: vector.token_stride,
+            });
+        }
+    }
+    let end = |(address, range): (&Address, &wire::DeviceRange)| *address..*address + range.bytes;
+    let ranges: Vec<_> = opened.iter().zip(&request.ranges).map(end).collect();
+    Pages::new(layout, slice, vectors, &ranges)
+}
+
+fn check_page_tokens(page: u32, block: u32) -> Result<(), Error> {
+    if page != 0 && (page.is_multiple_of(block) || block.is_multiple_of(page)) {
+        return Ok(());
+    }
+    let what = format!("pages of {page} tokens and blocks of {block} do not fit each other");
+    let fix = "register the space with block_tokens that the page divides or is a multiple of";
+    Err(Error::invalid("page_tokens", what, fix))
+}

@@ -1,0 +1,275 @@
+//! Engines whose pages are in a device's memory, which the daemon copies from and to, from another process: the stand-in for a device, as everybody has one.
+
+use crate::content;
+use crate::daemon::{Daemon, MIB, Setup};
+use crate::engine::{BLOCK_BYTES, Engine, space};
+use crate::victim::Victim;
+use crate::wait::{DEADLINE, until, within};
+use kvd_client::{
+    DeviceMemory, DevicePlace, DeviceRange, LayerMemory, Loaded, Loading, Match, PagedMemory, PagedShape,
+    Store, Storing, VectorMemory,
+};
+use kvd_proto::{Code, wire};
+use kvd_tiers::gpu::software::{SoftwareDevice, SoftwareOptions};
+use kvd_tiers::gpu::{Address, Device as _};
+use std::sync::Arc;
+use std::time::Duration;
+
+const PAGE_TOKENS: u32 = 16;
+/// Of one head and token: 64 numbers of two bytes.
+const ROW_BYTES: isize = 128;
+
+fn setup() -> Setup {
+    Setup { device: "software", dram_bytes: 64 * MIB, segment_bytes: 32 * MIB, ..Setup::default() }
+}
+
+/// An engine's paged KV in its own device's memory, token-first: all heads of a token lie side by side.
+pub(crate) struct Pages {
+    memory: Arc<DeviceMemory>,
+    /// The same bytes, as this process sees them.
+    seen: PagedMemory,
+    pages: u32,
+    loads: Vec<Loading>,
+    /// Last: what is dropped before may still read it.
+    _device: SoftwareDevice,
+}
+
+impl Pages {
+    pub(crate) fn open(engine: &Engine, pages: u32) -> Self {
+        let mut device = SoftwareDevice::open(SoftwareOptions::default()).unwrap();
+        let bytes = u64::from(pages) * BLOCK_BYTES as u64;
+        let address = device.allocate(bytes).unwrap();
+        let ranges = vec![DeviceRange { handle: device.export(address).unwrap(), bytes }];
+        let layers = (0..4).map(|layer| wire::LayerPlace {
+            page_stride: 16 * 4 * ROW_BYTES as i64,
+            head_stride: ROW_BYTES as i64,
+            vectors: (0..2)
+                .map(|vector| wire::VectorPlace {
+                    range: 0,
+                    offset: offset(pages, layer, vector),
+                    token_stride: 4 * ROW_BYTES as i64,
+                })
+                .collect(),
+        });
+        let place = DevicePlace { device: device.info().uuid, ranges, layers: layers.collect() };
+        let memory = DeviceMemory::new(&engine.space, shape(pages), place).unwrap();
+        let seen = seen(pages, address);
+        Self { memory: Arc::new(memory), seen, pages, loads: Vec::new(), _device: device }
+    }
+
+    fn table(&self) -> Vec<i32> {
+        (0..self.pages as i32).rev().collect()
+    }
+
+    fn group(&self) -> Vec<kvd_client::PagedGroup> {
+        vec![(kvd_client::Pages::Device(self.memory.clone()), self.table())]
+    }
+
+    async fn load(&self, found: &Arc<Match>) -> Loaded {
+        let runtime = tokio::runtime::Handle::current();
+        let loading =
+            Loading::begin(found.clone(), self.group(), 0..found.blocks(), Duration::from_secs(20), &runtime);
+        let ended = tokio::task::spawn_blocking(move || loading.wait(DEADLINE));
+        ended.await.unwrap().expect("a load ends")
+    }
+
+    /// Many loads of the same blocks, of which nobody waits for the end.
+    pub(crate) fn begin_loads(&mut self, found: &Arc<Match>, count: usize) {
+        let runtime = tokio::runtime::Handle::current();
+        let load = || Loading::begin(found.clone(), self.group(), 0..found.blocks(), DEADLINE, &runtime);
+        let loads: Vec<_> = (0..count).map(|_| load()).collect();
+        self.loads.extend(loads);
+    }
+
+    /// The block, as it lies in the pages now, as a slot would have it.
+    fn block(&self, block: u32) -> Vec<u8> {
+        let mut bytes = vec![0; BLOCK_BYTES];
+        for part in 0..4 {
+            let part_bytes = BLOCK_BYTES / 4;
+            let range = usize::from(part) * part_bytes..(usize::from(part) + 1) * part_bytes;
+            self.seen.gather(block, part, PAGE_TOKENS, &mut bytes[range], &self.table()).unwrap();
+        }
+        bytes
+    }
+
+    fn write(&self, block: u32, bytes: &[u8]) {
+        for part in 0..4 {
+            let part_bytes = bytes.len() / 4;
+            let range = usize::from(part) * part_bytes..(usize::from(part) + 1) * part_bytes;
+            self.seen.scatter(block, part, PAGE_TOKENS, &bytes[range], &self.table()).unwrap();
+        }
+    }
+}
+
+fn shape(pages: u32) -> PagedShape {
+    PagedShape { group: 0, first_layer: 0, first_head: 0, heads: 4, page_tokens: PAGE_TOKENS, pages }
+}
+
+/// Layers, and K and V, one behind the other.
+fn offset(pages: u32, layer: u64, vector: u64) -> u64 {
+    (layer * 2 + vector) * u64::from(pages) * (16 * 4 * ROW_BYTES as u64)
+}
+
+fn seen(pages: u32, address: Address) -> PagedMemory {
+    let layer = |layer| LayerMemory {
+        page_stride: 16 * 4 * ROW_BYTES,
+        head_stride: ROW_BYTES,
+        vectors: (0..2)
+            .map(|vector| VectorMemory {
+                base: (address + offset(pages, layer, vector)) as *mut u8,
+                token_stride: 4 * ROW_BYTES,
+                element_stride: None,
+            })
+            .collect(),
+    };
+    // SAFETY: the stand-in's addresses are this process's; the allocation is as long as the layers, lives as long as `Pages`, and tests read and write it
+    // while no copy goes on.
+    unsafe { PagedMemory::new(&space().layout, shape(pages), (0..4).map(layer).collect()).unwrap() }
+}
+
+async fn matched(engine: &Engine, names: &[u64]) -> Arc<Match> {
+    let found = engine.lease(b"", names).await.unwrap();
+    assert_eq!(found.blocks() as usize, names.len());
+    Arc::new(found)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn blocks_travel_between_slots_and_another_processes_device() {
+    let mut daemon = Daemon::start(&setup()).await;
+    let engine = Engine::open(&daemon.socket()).await;
+    let names: Vec<u64> = (0..40).collect();
+    assert_eq!(engine.put(&names).await, 40);
+    let pages = Pages::open(&engine, 40);
+    let loaded = pages.load(&matched(&engine, &names).await).await;
+    let bytes = 40 * BLOCK_BYTES as u64;
+    assert_eq!(loaded, Loaded { bytes, ..Loaded::default() });
+    (0..40).for_each(|block| content::check(u64::from(block), &pages.block(block)));
+
+    let others: Vec<u64> = (100..140).collect();
+    others.iter().enumerate().for_each(|(at, name)| pages.write(at as u32, &content::of(*name, BLOCK_BYTES)));
+    let (handle, chain) = (engine.clone(), engine.chain(&others));
+    let reserved = async move {
+        let root = crate::engine::root(&handle.space.fingerprint());
+        handle.space.reserve(b"", root, 0, &chain, Duration::from_secs(5)).await
+    };
+    let store = Store { space: engine.space.clone(), groups: pages.group(), tail_tokens: 0 };
+    let storing = Storing::begin(store, 40, reserved, &tokio::runtime::Handle::current());
+    let stored = tokio::task::spawn_blocking(move || storing.wait(DEADLINE)).await.unwrap();
+    let stored = stored.expect("a store ends").unwrap();
+    assert_eq!((stored.filled, stored.bytes), (40, bytes));
+    assert_eq!(engine.get(&others).await, 40, "whoever maps memory finds them as any block");
+    let status = daemon.status().await;
+    let counters = status.counters.unwrap();
+    assert_eq!((counters.pages_loaded_bytes, counters.pages_stored_bytes), (bytes, bytes));
+    assert_eq!((status.device_memories, status.device_copies), (1, 0));
+    within("the close", pages.memory.close()).await;
+    assert_eq!(daemon.status().await.device_memories, 0);
+    daemon.is_well().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_engine_killed_in_the_middle_of_its_copies_leaves_nothing_behind() {
+    let mut daemon = Daemon::start(&setup()).await;
+    let engine = Engine::open(&daemon.socket()).await;
+    let names: Vec<u64> = (0..400).collect();
+    assert_eq!(engine.put(&names).await, 400);
+    let leased = daemon.status().await.leased_bytes;
+    for _ in 0..3 {
+        let mut victim = Victim::start(&daemon.socket());
+        victim.tell("device 400");
+        victim.tell("match 0..400");
+        victim.tell("device-loads 64"); // 1.6 GiB to copy
+        until("a copy under way", DEADLINE, async || (daemon.status().await.device_copies > 0).then_some(()))
+            .await;
+        victim.kill();
+        until("the end of what was copied for it", DEADLINE, async || {
+            let now = daemon.status().await;
+            (now.device_memories == 0 && now.device_copies == 0 && now.leased_bytes == leased).then_some(())
+        })
+        .await;
+    }
+    assert_eq!(daemon.status().await.sessions, 1);
+    let pages = Pages::open(&engine, 400);
+    let loaded = pages.load(&matched(&engine, &names).await).await;
+    assert_eq!(loaded.failed_from, None, "the device goes on: {loaded:?}");
+    (0..400).for_each(|block| content::check(u64::from(block), &pages.block(block)));
+    daemon.is_well().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_daemon_killed_in_the_middle_is_a_miss_and_the_next_one_has_the_memory_opened_again() {
+    let mut daemon = Daemon::start(&setup()).await;
+    let engine = Engine::open(&daemon.socket()).await;
+    let names: Vec<u64> = (0..400).collect();
+    assert_eq!(engine.put(&names).await, 400);
+    let mut pages = Pages::open(&engine, 400);
+    let found = matched(&engine, &names).await;
+    pages.begin_loads(&found, 16);
+    until("a copy under way", DEADLINE, async || (daemon.status().await.device_copies > 0).then_some(()))
+        .await;
+    daemon.kill();
+    let loads = std::mem::take(&mut pages.loads);
+    let ended = tokio::task::spawn_blocking(move || {
+        let ended: Vec<_> = loads.iter().map(|load| load.wait(DEADLINE).expect("it ends")).collect();
+        ended
+    })
+    .await
+    .unwrap();
+    assert!(ended.iter().any(|loaded| loaded.failed_from.is_some()), "{ended:?}");
+    assert!(ended.iter().all(|loaded| loaded.refused.is_none()), "a lost node is a miss: {ended:?}");
+    drop(found);
+    daemon.start_again().await;
+    until("the session", DEADLINE, async || engine.session().connected().then_some(())).await;
+    assert_eq!(engine.put(&names).await, 400);
+    let loaded = pages.load(&matched(&engine, &names).await).await;
+    assert_eq!(loaded.failed_from, None, "{loaded:?}");
+    (0..400).for_each(|block| content::check(u64::from(block), &pages.block(block)));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn memory_that_cannot_be_opened_is_refused_with_what_to_do() {
+    let mut daemon = Daemon::start(&setup()).await;
+    let engine = Engine::open(&daemon.socket()).await;
+    let opened = |change: fn(&mut DevicePlace)| {
+        let mut device = SoftwareDevice::open(SoftwareOptions::default()).unwrap();
+        let address = device.allocate(MIB).unwrap();
+        let ranges = vec![DeviceRange { handle: device.export(address).unwrap(), bytes: MIB }];
+        let vector = |at: u64| wire::VectorPlace { range: 0, offset: at * 65536, token_stride: 512 };
+        let layer = |at: u64| wire::LayerPlace {
+            page_stride: 8192,
+            head_stride: 128,
+            vectors: vec![vector(2 * at), vector(2 * at + 1)],
+        };
+        let layers = (0..4).map(layer).collect();
+        let mut place = DevicePlace { device: device.info().uuid, ranges, layers };
+        change(&mut place);
+        (DeviceMemory::new(&engine.space, shape(8), place).unwrap(), device)
+    };
+    for (field, code, change) in [
+        ("device", Code::Unavailable, (|place| place.device[0] ^= 1) as fn(&mut DevicePlace)),
+        ("ranges[0]", Code::Invalid, |place| place.ranges[0].handle = [9; 64]),
+        ("ranges[0]", Code::Invalid, |place| place.ranges[0].bytes = 1 << 40),
+        ("layers[2]", Code::Invalid, |place| place.layers[2].vectors[1].range = 7),
+        ("vectors[7]", Code::Invalid, |place| place.layers[3].vectors[1].offset = MIB - 128),
+        ("vectors[0].token_stride", Code::Invalid, |place| place.layers[0].vectors[0].token_stride = 0),
+    ] {
+        let (memory, _device) = opened(change);
+        let error = within("an answer", memory.open()).await.unwrap_err();
+        assert_eq!((error.code, &error.field[..]), (code, field), "{error}");
+        assert!(!error.fix.is_empty());
+    }
+    let (memory, _device) = opened(|_| {});
+    within("an answer", memory.open()).await.unwrap();
+    daemon.is_well().await;
+}
+
+#[tokio::test]
+async fn a_node_without_devices_says_so() {
+    let mut daemon = Daemon::start(&Setup::default()).await;
+    let engine = Engine::open(&daemon.socket()).await;
+    let pages = Pages::open(&engine, 4);
+    let error = within("an answer", pages.memory.open()).await.unwrap_err();
+    assert_eq!((error.code, &error.field[..]), (Code::Unavailable, "device"));
+    assert!(error.fix.contains("hbm.device"), "{error}");
+    daemon.is_well().await;
+}
