@@ -417,6 +417,7 @@ class LayerMemory:
         token_stride: int,
         vector_stride: int = 0,
         keep: object = None,
+        device: bool = False,
     ) -> Self: ...
     @staticmethod
     def of_vectors(
@@ -444,6 +445,25 @@ class Pages:
         first_head: int = 0,
         heads: int = 0,
     ) -> Self: ...
+    @staticmethod
+    def on_device(
+        space: Space,
+        layers: Sequence[LayerMemory],
+        *,
+        device: bytes,
+        ranges: Sequence[tuple[int, int, bytes]],
+        page_tokens: int,
+        pages: int,
+        group: int = 0,
+        first_layer: int = 0,
+        first_head: int = 0,
+        heads: int = 0,
+    ) -> Pages:
+        """Pages in the memory of a device (its UUID), in allocations (address, bytes, CUipcMemHandle)."""
+    def open(self) -> None:
+        """Has the node open device pages now; raises what stands against it."""
+    def close(self) -> None:
+        """Returns when nothing of the node touches device pages any more."""
     @property
     def parts(self) -> list[int]: ...
     @property

@@ -11,8 +11,11 @@ use crate::lease::PyMatch;
 use crate::pending::seconds;
 use crate::runtime;
 use crate::space::{Space, Stored};
-use kvd_client::{PagedGroup, PagedMemory, PagedShape, Store, VectorMemory};
-use kvd_proto::{Group, GroupKind};
+use kvd_client::Pages as Paged;
+use kvd_client::{
+    DeviceMemory, DevicePlace, DeviceRange, PagedGroup, PagedMemory, PagedShape, Store, VectorMemory,
+};
+use kvd_proto::{Group, GroupKind, wire};
 use pyo3::prelude::*;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -24,6 +27,8 @@ pub(crate) struct LayerMemory {
     page_stride: isize,
     head_stride: isize,
     vectors: Vectors,
+    /// Addresses are a device's.
+    device: bool,
     keep: Option<Arc<Py<PyAny>>>,
 }
 
@@ -37,9 +42,9 @@ enum Vectors {
 #[pymethods]
 impl LayerMemory {
     /// A vector of page p, head h, token t, K/V v begins at `ptr + p*page_stride + h*head_stride + t*token_stride + v*vector_stride`, and its
-    /// numbers are contiguous. `keep`: an object whose life keeps the memory valid.
+    /// numbers are contiguous. `keep`: an object whose life keeps the memory valid. `device`: `ptr` is a device's address.
     #[new]
-    #[pyo3(signature = (ptr, *, page_stride, head_stride, token_stride, vector_stride=0, keep=None))]
+    #[pyo3(signature = (ptr, *, page_stride, head_stride, token_stride, vector_stride=0, keep=None, device=false))]
     fn new(
         ptr: usize,
         page_stride: isize,
@@ -47,10 +52,11 @@ impl LayerMemory {
         token_stride: isize,
         vector_stride: isize,
         keep: Option<Py<PyAny>>,
+        device: bool,
     ) -> PyResult<Self> {
         let first = vector((ptr, token_stride, None))?;
         let vectors = Vectors::Every { first, vector_stride };
-        Ok(Self { page_stride, head_stride, vectors, keep: keep.map(Arc::new) })
+        Ok(Self { page_stride, head_stride, vectors, device, keep: keep.map(Arc::new) })
     }
 
     /// K and V, or however many the group has, each with strides of its own: number n of page p, head h, token t lies at
@@ -64,7 +70,8 @@ impl LayerMemory {
         keep: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
         let vectors = Vectors::Each(vectors.into_iter().map(vector).collect::<PyResult<_>>()?);
-        Ok(Self { page_stride, head_stride, vectors, keep: keep.map(Arc::new) })
+        let device = false;
+        Ok(Self { page_stride, head_stride, vectors, device, keep: keep.map(Arc::new) })
     }
 }
 
@@ -90,7 +97,7 @@ fn vector((ptr, token_stride, element_stride): (usize, isize, Option<isize>)) ->
 #[pyclass(frozen, module = "kvd", from_py_object)]
 #[derive(Clone)]
 pub(crate) struct Pages {
-    pages: Arc<PagedMemory>,
+    pages: Paged,
     shape: PagedShape,
     _keep: Vec<Arc<Py<PyAny>>>,
 }
@@ -114,18 +121,64 @@ impl Pages {
         let kind = &layout.layout.groups()[group];
         let heads = if heads == 0 { kind.heads } else { heads };
         let shape = PagedShape { group, first_layer, first_head, heads, page_tokens, pages };
+        if layers.iter().any(|layer| layer.device) {
+            return Err(invalid("layers", "a device's addresses", "use Pages.on_device"));
+        }
         let memory = layers.iter().map(|layer| layer.of(kind)).collect();
         let keep = layers.iter().filter_map(|layer| layer.keep.clone()).collect();
         // SAFETY: the connector's promise, in the docstrings: the strides are those of memory that `keep` keeps alive, and the engine
         // leaves pages alone while a load or store of theirs goes on.
         let pages = unsafe { PagedMemory::new(&layout.layout, shape, memory) }.map_err(raise)?;
-        Ok(Self { pages: Arc::new(pages), shape, _keep: keep })
+        Ok(Self { pages: Paged::Host(Arc::new(pages)), shape, _keep: keep })
+    }
+
+    /// Pages in a device's memory, which the node copies from and to. `device`: its UUID, 16 bytes. `ranges`: the allocations that the layers
+    /// are in, each as (address, bytes, the 64 bytes of its CUipcMemHandle).
+    #[staticmethod]
+    #[pyo3(signature = (space, layers, *, device, ranges, page_tokens, pages, group=0, first_layer=0, first_head=0, heads=0))]
+    fn on_device(
+        space: &Space,
+        layers: Vec<LayerMemory>,
+        device: Vec<u8>,
+        ranges: Vec<(usize, u64, Vec<u8>)>,
+        page_tokens: u32,
+        pages: u32,
+        group: usize,
+        first_layer: u32,
+        first_head: u32,
+        heads: u32,
+    ) -> PyResult<Self> {
+        let kinds = space.handle().layout().groups();
+        let Some(kind) = kinds.get(group) else {
+            return Err(invalid("group", &format!("{group} of {}", kinds.len()), "count groups from 0"));
+        };
+        let heads = if heads == 0 { kind.heads } else { heads };
+        let shape = PagedShape { group, first_layer, first_head, heads, page_tokens, pages };
+        let place = place(kind, &layers, &device, &ranges)?;
+        let keep = layers.iter().filter_map(|layer| layer.keep.clone()).collect();
+        let memory = DeviceMemory::new(space.handle(), shape, place).map_err(raise)?;
+        Ok(Self { pages: Paged::Device(Arc::new(memory)), shape, _keep: keep })
+    }
+
+    /// Has the node open device pages now, and raises what stands against it; otherwise that is found with the first load or store.
+    fn open(&self, py: Python<'_>) -> PyResult<()> {
+        let Paged::Device(memory) = &self.pages else { return Ok(()) };
+        let runtime = runtime::handle()?;
+        py.detach(|| runtime.block_on(memory.open())).map_err(raise)
+    }
+
+    /// Returns when nothing of the node touches device pages any more, and their memory may be freed.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        let Paged::Device(memory) = &self.pages else { return Ok(()) };
+        let runtime = runtime::handle()?;
+        py.detach(|| runtime.block_on(memory.close()));
+        Ok(())
     }
 
     /// Indices, in the group, of the parts that are this rank's.
     #[getter]
     fn parts(&self) -> Vec<u16> {
-        self.pages.parts().collect()
+        self.pages.parts()
     }
 
     #[getter]
@@ -137,6 +190,67 @@ impl Pages {
     fn group(&self) -> usize {
         self.shape.group
     }
+}
+
+/// Addresses as places within allocations.
+fn place(
+    kind: &Group,
+    layers: &[LayerMemory],
+    device: &[u8],
+    ranges: &[(usize, u64, Vec<u8>)],
+) -> PyResult<DevicePlace> {
+    let uuid = device.try_into();
+    let device =
+        uuid.map_err(|_| invalid("device", &format!("{} bytes", device.len()), "give its UUID, 16 bytes"))?;
+    let within = |address: usize| {
+        let holds = |(base, bytes, _): &(usize, u64, Vec<u8>)| {
+            address.checked_sub(*base).is_some_and(|offset| (offset as u64) < *bytes)
+        };
+        let range = ranges.iter().position(holds)?;
+        Some((range as u32, (address - ranges[range].0) as u64))
+    };
+    let layer = |layer: &LayerMemory| {
+        if !layer.device {
+            return Err(invalid(
+                "layers",
+                "the host's addresses",
+                "use Pages, or LayerMemory with device=True",
+            ));
+        }
+        let memory = layer.of(kind);
+        let vector = |vector: &VectorMemory| {
+            let address = vector.base as usize;
+            if vector.element_stride.is_some() {
+                return Err(invalid(
+                    "element_stride",
+                    "on a device",
+                    "keep the numbers of a vector contiguous",
+                ));
+            }
+            let (range, offset) = within(address).ok_or_else(|| {
+                invalid(
+                    "ranges",
+                    &format!("{address:#x} is in none"),
+                    "give the allocations that the layers are in",
+                )
+            })?;
+            Ok(wire::VectorPlace { range, offset, token_stride: vector.token_stride as i64 })
+        };
+        let vectors = memory.vectors.iter().map(vector).collect::<PyResult<_>>()?;
+        let (page_stride, head_stride) = (memory.page_stride as i64, memory.head_stride as i64);
+        Ok(wire::LayerPlace { page_stride, head_stride, vectors })
+    };
+    let handle = |(_, bytes, handle): &(usize, u64, Vec<u8>)| {
+        let what = || {
+            invalid("ranges", &format!("a handle of {} bytes", handle.len()), "give CUipcMemHandle, 64 bytes")
+        };
+        Ok(DeviceRange { handle: handle[..].try_into().map_err(|_| what())?, bytes: *bytes })
+    };
+    Ok(DevicePlace {
+        device,
+        ranges: ranges.iter().map(handle).collect::<PyResult<_>>()?,
+        layers: layers.iter().map(layer).collect::<PyResult<_>>()?,
+    })
 }
 
 fn paged(layout: &kvd_proto::Layout, pages: &[Pages], tables: Vec<Vec<i32>>) -> PyResult<Vec<PagedGroup>> {
