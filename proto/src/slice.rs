@@ -8,7 +8,7 @@ use crate::layout::Group;
 use std::ops::Range;
 
 /// See the file's head.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Slice {
     /// Counted in the group.
     pub first_layer: u32,
@@ -56,6 +56,14 @@ impl Slice {
     pub fn parts(&self, layer_ranges: Range<u32>) -> impl Iterator<Item = u16> + use<> {
         let (heads, ranges) = (self.head_ranges(), self.head_ranges);
         layer_ranges.flat_map(move |layer| heads.clone().map(move |head| (layer * ranges + head) as u16))
+    }
+
+    /// Bytes of a slot from its first part to the end of its last; those of others between them are counted, too.
+    pub fn span(&self, part_stride: u32) -> Range<u32> {
+        let (layers, heads) = (self.layer_ranges(), self.head_ranges());
+        let first = layers.start * self.head_ranges + heads.start;
+        let end = (layers.end - 1) * self.head_ranges + heads.end;
+        first * part_stride..end * part_stride
     }
 
     /// First layer and head of a part, counted in the slice; `None`: it is another rank's.
@@ -106,6 +114,7 @@ mod tests {
         let slice = Slice::new(&layout.groups()[0], 2..6, 2..4).unwrap();
         assert_eq!((slice.layer_ranges(), slice.head_ranges()), (1..3, 1..2));
         assert_eq!(slice.parts(slice.layer_ranges()).collect::<Vec<_>>(), [3, 5]);
+        assert_eq!(slice.span(4096), 3 * 4096..6 * 4096);
         assert_eq!((slice.origin(3), slice.origin(5)), (Some((0, 0)), Some((2, 0))));
         assert_eq!((slice.origin(2), slice.origin(1), slice.origin(7)), (None, None, None));
     }

@@ -124,6 +124,12 @@ static NODE_AND_TIERS: &[Key] = &[
         default: |_, _| fixed("auto", "nothing is used of a device before an engine asks"),
     },
     Key {
+        name: "hbm.capacity_bytes",
+        kind: Kind::Size,
+        help: "Memory of each such device for copies of blocks that its engines load more than once: they come at the device's own speed then. It is taken as it is needed, 32MiB at a time, beside what the engines take; 0: blocks only pass through.",
+        default: |_, _| fixed(0, "a device's memory is the engines', unless somebody spares some"),
+    },
+    Key {
         name: "hbm.staging_bytes",
         kind: Kind::Size,
         help: "Memory of each such device through which blocks travel, 4MiB to 4GiB. It bounds the largest block.",

@@ -88,12 +88,14 @@ pub struct Listen {
     pub metrics_address: Option<SocketAddr>,
 }
 
-/// Devices on which engines have their pages.
+/// Devices on which engines have their pages, and the tier in their memory.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Hbm {
     /// Which devices engines' memory may be on.
     pub device: DeviceChoice,
+    /// Of each device, for copies of blocks.
+    pub capacity_bytes: u64,
     /// Of each device, for blocks on their way.
     pub staging_bytes: u64,
 }
@@ -339,6 +341,7 @@ impl Config {
     pub fn check(&self) -> Result<(), Error> {
         self.check_names()?;
         self.listen.check()?;
+        check_range("hbm.capacity_bytes", self.hbm.capacity_bytes, 0, 1 << 40)?;
         check_range("hbm.staging_bytes", self.hbm.staging_bytes, 4 << 20, 4 << 30)?;
         check_segments("dram", self.dram.capacity_bytes, self.dram.segment_bytes)?;
         if self.dram.keep_ms > 0 {

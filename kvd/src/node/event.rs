@@ -215,6 +215,13 @@ pub enum Event {
         /// What became of it, or what was wrong with the request.
         result: Result<Copied, Error>,
     },
+    /// Ends `Effect::OpenHbm`.
+    HbmOpened {
+        /// Which.
+        segment: SegmentId,
+        /// Or why not.
+        result: Result<(), String>,
+    },
     /// Time has passed; sent at least ten times a second.
     Tick,
 }
@@ -237,6 +244,19 @@ pub struct CopyBlock {
     pub slot: SlotRef,
     /// In it; fewer than the space's only in a tail.
     pub tokens: u32,
+    /// What of it is in HBM, or is to stay there; `None`: it passes through.
+    pub kept: Option<KeptSlot>,
+}
+
+/// A slot in a device's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KeptSlot {
+    /// A segment of that device.
+    pub segment: SegmentId,
+    /// Index in it.
+    pub slot: u32,
+    /// It has the bytes that are wanted; otherwise they go there, too.
+    pub there: bool,
 }
 
 /// A copy between slots and an engine's device memory.
@@ -475,6 +495,17 @@ pub enum Effect {
         memory: u64,
         /// Its device's UUID.
         device: [u8; 16],
+    },
+    /// Take memory of a device for copies; answered by `HbmOpened`.
+    OpenHbm {
+        /// Its id, new.
+        segment: SegmentId,
+        /// Its UUID.
+        device: [u8; 16],
+        /// Whole slots.
+        bytes: u64,
+        /// Of one slot: the span of a slice.
+        slot_bytes: u32,
     },
     /// Copy between DRAM slots and an engine's memory, and verify every part that goes there; answered by `Copied`.
     Copy(Box<CopyOrder>),

@@ -54,7 +54,8 @@ impl Node {
             change: self.tier_change(*tier),
             ..self.memory.status(*tier)
         };
-        Answer::Tiers(wire::ListTiersReply { tiers: tiers.map(status).collect() })
+        let hbm = self.hbm_status();
+        Answer::Tiers(wire::ListTiersReply { tiers: hbm.into_iter().chain(tiers.map(status)).collect() })
     }
 
     pub(super) fn tier_trouble(&self, tier: Tier) -> String {

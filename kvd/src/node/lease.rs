@@ -285,7 +285,9 @@ impl Node {
     ) -> Option<LeaseId> {
         let id = *self.sessions.get(session).by_key.get(&(kind, key.to_vec()))?;
         let lease = self.leases.get(id)?;
+        // one that nobody has any more stands for a device alone
         let same = !lease.ended
+            && !lease.askers.is_empty()
             && lease.space == space
             && lease.chain == chain
             && lease.skip_blocks == skip_blocks
@@ -439,6 +441,7 @@ impl Node {
     }
 
     fn doubt_copy(&mut self, handle: Handle) {
+        self.forget_kept(handle);
         if self.doubted.insert(handle) {
             self.counters.checksum_errors += 1;
             let id = self.catalog.get(handle).key().id;

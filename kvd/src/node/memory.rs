@@ -508,6 +508,9 @@ impl Node {
     pub(super) fn clear_copy(&mut self, handle: Handle, tier: Tier) -> SlotRef {
         let parent = self.catalog.get(handle).parent_handle();
         let slot = self.catalog.clear_copy(handle, tier);
+        if self.catalog.try_get(handle).is_none() {
+            self.forget_kept(handle); // before anybody else can be given the handle
+        }
         self.expose(parent, tier);
         slot
     }

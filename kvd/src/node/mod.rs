@@ -15,6 +15,7 @@ mod commit;
 pub mod event;
 mod filling;
 mod hand_off;
+mod hbm;
 mod inspect;
 mod lease;
 mod leaving;
@@ -62,6 +63,8 @@ const PINNED_SHARE: u64 = 2;
 pub struct NodeConfig {
     /// Differs from every earlier daemon's on this machine.
     pub epoch: u64,
+    /// Of each device, for copies, in bytes; 0: none.
+    pub hbm_bytes: u64,
     /// DRAM for slots, in bytes.
     pub dram_bytes: u64,
     /// Of one DRAM segment.
@@ -142,6 +145,7 @@ pub struct Node {
     recovered: Recovered,
     orphans: orphans::Orphans,
     pages: pages::Pages,
+    hbm: hbm::Hbm,
     /// Copies in DRAM of an earlier daemon, whose bytes nobody has looked at since.
     unverified: VecDeque<Handle>,
     telling: telling::Telling,
@@ -193,6 +197,7 @@ impl Node {
             recovered: Recovered::default(),
             orphans: orphans::Orphans::default(),
             pages: pages::Pages::new(config.epoch),
+            hbm: hbm::Hbm::default(),
             unverified: VecDeque::new(),
             telling: telling::Telling::default(),
             uploading: uploading::Uploading::default(),

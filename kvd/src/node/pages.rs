@@ -8,11 +8,13 @@
 
 use super::Node;
 use super::event::{Copied, CopyBlock, CopyOrder, Effect, MemberId};
+use super::hbm::{Class, Using};
 use super::lease::{ItemState, Lease, LeaseId, PartSet, RequestKind};
 use super::session::SessionId;
 use kvd_proto::limits::{COPIES_MAX, MEMORIES_MAX, MEMORY_RANGES_MAX};
 use kvd_proto::wire::{self, CopyMiss, node_frame::Body as Reply};
 use kvd_proto::{Code, Error, Slice};
+use kvd_tiers::catalog::Handle;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -56,6 +58,8 @@ struct Copy {
     memory: MemoryId,
     first_block: u32,
     bytes_a_block: u64,
+    /// Which pool of HBM, and what it does with copies there.
+    kept: Option<(usize, Vec<Using>)>,
 }
 
 /// Parts of a lease's blocks that are being copied.
@@ -252,8 +256,14 @@ impl Node {
         let into_pages = lease.kind == RequestKind::Match;
         let (first_block, blocks) = (blocks.start, blocks.start..blocks.start + ready);
         let items = &lease.items[lease.places(group, blocks.clone())];
-        let tokens = |item: &super::lease::Item| self.catalog.get(item.handle).tokens();
-        let slots = items.iter().map(|item| CopyBlock { slot: item.slot, tokens: tokens(item) }).collect();
+        let block = |item: &super::lease::Item| {
+            let tokens = self.catalog.get(item.handle).tokens();
+            (item.handle, CopyBlock { slot: item.slot, tokens, kept: None })
+        };
+        let mut slots: Vec<_> = items.iter().map(block).collect();
+        let class = Class { device, space, group, slice };
+        let kept = if into_pages { self.keep_some(class, &mut slots, parts) } else { None };
+        let slots = slots.into_iter().map(|(_, slot)| slot).collect();
         let part_bytes = u64::from(self.spaces[usize::from(space)].space.layout.part_stride(group.into()));
         let token = self.pages.next();
         let lease = request.lease;
@@ -262,7 +272,8 @@ impl Node {
         held.copying.push(Copying { token, group, blocks, parts });
         let bytes_a_block = part_bytes * u64::from(parts.len());
         let member = Some(member);
-        let copy = Copy { lease, member, request_id, memory: request.memory, first_block, bytes_a_block };
+        let memory = request.memory;
+        let copy = Copy { lease, member, request_id, memory, first_block, bytes_a_block, kept };
         self.pages.copies.insert(token, copy);
         self.pages.memories.get_mut(&request.memory).expect("open").copies += 1;
         let (memory, table) = (request.memory, request.table);
@@ -270,6 +281,23 @@ impl Node {
             CopyOrder { token, memory, device, into_pages, first_block, blocks: slots, table, layer_ranges };
         self.out.push(Effect::Copy(Box::new(order)));
         Ok(None)
+    }
+
+    /// Says for each block whether it comes from HBM, or is to stay there.
+    fn keep_some(
+        &mut self,
+        class: Class,
+        blocks: &mut [(Handle, CopyBlock)],
+        parts: PartSet,
+    ) -> Option<(usize, Vec<Using>)> {
+        let pool = self.hbm_pool(class)?;
+        let mut using = Vec::new();
+        for (at, (handle, block)) in blocks.iter_mut().enumerate() {
+            block.kept = self.use_kept(pool, *handle, parts);
+            let used = block.kept.map(|kept| Using { at: at as u32, handle: *handle, there: kept.there });
+            using.extend(used);
+        }
+        Some((pool, using))
     }
 
     /// How many of a match's blocks, from the first on, may be read now; and why not all.
@@ -293,6 +321,12 @@ impl Node {
         let at = lease.copying.iter().position(|copying| copying.token == token).expect("it was under way");
         let copying = lease.copying.swap_remove(at);
         let into_pages = lease.kind == RequestKind::Match;
+        if let Some((pool, using)) = &copy.kept {
+            let well = result.as_ref().map_or(0, |copied| copied.blocks);
+            let hits = using.iter().filter(|used| used.there && used.at < well).count() as u64;
+            self.counters.pages_hbm_bytes += hits * copy.bytes_a_block;
+            self.used_kept(*pool, using, copying.parts, well);
+        }
         if let Ok(copied) = &result {
             let blocks = copying.blocks.len() as u32;
             assert!(copied.blocks <= blocks, "{} copied of {blocks}", copied.blocks);

@@ -153,6 +153,7 @@ mod tests {
     fn node() -> Node {
         Node::new(NodeConfig {
             epoch: 9,
+            hbm_bytes: 0,
             dram_bytes: 16 << 20,
             dram_segment_bytes: SEGMENT_BYTES,
             dram_eviction: "lru".into(),

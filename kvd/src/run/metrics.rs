@@ -116,7 +116,7 @@ fn render(
 /// Name, explanation, value.
 type Count = (&'static str, &'static str, u64);
 
-fn counters(all: &Counters) -> [Count; 39] {
+fn counters(all: &Counters) -> [Count; 40] {
     [
         ("kvd_match_requests_total", "Match requests", all.match_requests),
         ("kvd_match_blocks_total", "Blocks asked for by match", all.match_blocks),
@@ -179,6 +179,11 @@ fn counters(all: &Counters) -> [Count; 39] {
         ("kvd_leases_expired_total", "Leases that ended before they were released", all.leases_expired),
         ("kvd_refused_requests_total", "Requests answered with an error", all.refused_requests),
         ("kvd_pages_loaded_bytes_total", "Bytes copied into engines' device memory", all.pages_loaded_bytes),
+        (
+            "kvd_pages_hbm_bytes_total",
+            "Bytes of these that came from the device's own memory",
+            all.pages_hbm_bytes,
+        ),
         ("kvd_pages_stored_bytes_total", "Bytes copied out of it", all.pages_stored_bytes),
         ("kvd_pages_errors_total", "Copies that a device did not do", all.pages_errors),
     ]

@@ -321,6 +321,7 @@ fn node_config(config: &Config) -> NodeConfig {
     let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     NodeConfig {
         epoch: since_1970.as_nanos() as u64,
+        hbm_bytes: config.hbm.capacity_bytes,
         dram_bytes: config.dram.capacity_bytes,
         dram_segment_bytes: config.dram.segment_bytes,
         dram_eviction: config.dram.eviction.name().to_owned(),

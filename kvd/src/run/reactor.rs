@@ -510,7 +510,10 @@ impl Reactor {
             Effect::Slice { ticket, runs, next } => {
                 self.teller.tell(Told::Slice { follower: ticket, runs, next });
             }
-            effect @ (Effect::OpenMemory { .. } | Effect::CloseMemory { .. } | Effect::Copy(_)) => {
+            effect @ (Effect::OpenMemory { .. }
+            | Effect::CloseMemory { .. }
+            | Effect::OpenHbm { .. }
+            | Effect::Copy(_)) => {
                 self.gpus.tell(effect);
             }
             Effect::Accessed(access) => self.lab.tell(access),

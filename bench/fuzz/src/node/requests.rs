@@ -32,6 +32,7 @@ pub fn config(material: &mut Material) -> NodeConfig {
     };
     NodeConfig {
         epoch: 7,
+        hbm_bytes: 0,
         dram_bytes: 3 * SEGMENT_BYTES,
         dram_segment_bytes: SEGMENT_BYTES,
         dram_eviction: if choice & 1 == 0 { "worth" } else { "s3fifo" }.to_owned(),

@@ -89,6 +89,7 @@ fn config(epoch: u64) -> NodeConfig {
     let segment_bytes = (NVME_SEGMENT_SLOTS + 1) * BLOCK_BYTES;
     NodeConfig {
         epoch,
+        hbm_bytes: 0,
         dram_bytes: DRAM_SEGMENTS * DRAM_SEGMENT_SLOTS * BLOCK_BYTES,
         dram_segment_bytes: DRAM_SEGMENT_SLOTS * BLOCK_BYTES,
         dram_eviction: worth::NAME.to_owned(),

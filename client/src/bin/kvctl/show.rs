@@ -66,10 +66,11 @@ impl Show for wire::StatusReply {
             (
                 "device pages",
                 format!(
-                    "{} memories open, {} copies under way; {} loaded, {} stored, {} failed copies",
+                    "{} memories open, {} copies under way; {} loaded ({} of it from HBM), {} stored, {} failed copies",
                     self.device_memories,
                     self.device_copies,
                     size(counters.pages_loaded_bytes),
+                    size(counters.pages_hbm_bytes),
                     size(counters.pages_stored_bytes),
                     count(counters.pages_errors)
                 ),
@@ -119,7 +120,7 @@ fn counters_object(counters: &wire::Counters) -> Value {
         "s3_skipped_blocks": counters.s3_skipped_blocks,
         "recomputed_blocks": counters.recomputed_blocks, "stalled_loads": counters.stalled_loads, "unwritten_blocks": counters.unwritten_blocks, "s3_unworthy_blocks": counters.s3_unworthy_blocks,
         "pages_loaded_bytes": counters.pages_loaded_bytes, "pages_stored_bytes": counters.pages_stored_bytes,
-        "pages_errors": counters.pages_errors,
+        "pages_errors": counters.pages_errors, "pages_hbm_bytes": counters.pages_hbm_bytes,
         "loads": counters.loads, "load_us": counters.load_us,
         "load_predicted_us": counters.load_predicted_us, "load_error_us": counters.load_error_us,
     })

@@ -95,6 +95,7 @@ pub(super) struct World {
 pub(super) fn config() -> NodeConfig {
     NodeConfig {
         epoch: 7,
+        hbm_bytes: 0,
         dram_bytes: 2 * SEGMENT_SLOTS * BLOCK_BYTES,
         dram_segment_bytes: SEGMENT_SLOTS * BLOCK_BYTES,
         dram_eviction: "lru".to_owned(),
@@ -312,9 +313,10 @@ impl World {
                     .for_each(|slot| assert!(!self.published.contains_key(slot), "{slot:?} holds a block"));
             }
             Effect::Verify { slot, .. } => unreachable!("{slot:?} is no earlier daemon's"),
-            effect @ (Effect::OpenMemory { .. } | Effect::CloseMemory { .. } | Effect::Copy(_)) => {
-                self.gpus.told(effect);
-            }
+            effect @ (Effect::OpenMemory { .. }
+            | Effect::CloseMemory { .. }
+            | Effect::OpenHbm { .. }
+            | Effect::Copy(_)) => self.gpus_told(effect),
             Effect::Accessed(access) => self.accesses.push(*access),
             Effect::Note { .. } | Effect::Space { .. } => {}
         }

@@ -1,5 +1,6 @@
 //! Engines' device memory: opened, copied from and to, closed; and who let go in the middle of it.
 
+use super::super::NodeConfig;
 use super::super::event::{Copied, CopyOrder, Effect, Event};
 use super::harness::{World, commit_of, config, id, layout, open_of, reserve_after};
 use kvd_proto::BlockId;
@@ -14,23 +15,82 @@ use std::ops::Range;
 #[derive(Default)]
 pub(super) struct Gpus {
     opening: Vec<u64>,
+    hbm_opening: Vec<u32>,
     pub(super) open: BTreeSet<u64>,
     closing: BTreeSet<u64>,
     pub(super) copies: BTreeMap<u64, CopyOrder>,
+    /// By segment and slot: whose bytes, and which layer ranges of them.
+    hbm: BTreeMap<(u32, u32), (Held, BTreeSet<u32>)>,
+    /// Who has opened it, or is about to, for which space.
+    owners: BTreeMap<u64, (u64, u32)>,
+    pub(super) asking: u64,
+    /// Blocks that came from there.
+    pub(super) hits: u64,
 }
 
+/// A block, by what its bytes are.
+type Held = (kvd_proto::Fingerprint, BlockId, u16);
+
 impl Gpus {
-    pub(super) fn told(&mut self, effect: Effect) {
+    /// A member's open memory for a space.
+    pub(super) fn of(&self, member: u64, space: u32) -> Option<u64> {
+        self.open.iter().copied().find(|memory| self.owners[memory] == (member, space))
+    }
+}
+
+impl World {
+    pub(super) fn gpus_told(&mut self, effect: Effect) {
+        let gpus = &mut self.gpus;
         match effect {
-            Effect::OpenMemory { memory, .. } => self.opening.push(memory),
-            Effect::CloseMemory { memory, .. } => {
-                assert!(self.open.remove(&memory) && self.closing.insert(memory), "{memory} is open");
+            Effect::OpenMemory { memory, request, .. } => {
+                gpus.opening.push(memory);
+                gpus.owners.insert(memory, (gpus.asking, request.space));
             }
+            Effect::CloseMemory { memory, .. } => {
+                assert!(gpus.open.remove(&memory) && gpus.closing.insert(memory), "{memory} is open");
+            }
+            Effect::OpenHbm { segment, .. } => gpus.hbm_opening.push(segment),
             Effect::Copy(order) => {
-                assert!(self.open.contains(&order.memory) && !order.blocks.is_empty(), "{order:?}");
-                assert!(self.copies.insert(order.token, *order).is_none(), "a token is one copy's");
+                assert!(gpus.open.contains(&order.memory) && !order.blocks.is_empty(), "{order:?}");
+                self.check_kept(&order);
+                assert!(self.gpus.copies.insert(order.token, *order).is_none(), "a token is one copy's");
             }
             other => unreachable!("{other:?}"),
+        }
+    }
+
+    /// What is read in HBM is the block, whole and in these layers; what is filled nobody else touches.
+    fn check_kept(&mut self, order: &CopyOrder) {
+        for block in &order.blocks {
+            let Some(kept) = block.kept else { continue };
+            let place = (kept.segment, kept.slot);
+            let others =
+                self.gpus.copies.values().flat_map(|copy| &copy.blocks).filter_map(|block| block.kept);
+            let same = others.filter(|other| (other.segment, other.slot) == place);
+            same.for_each(|other| {
+                assert!(other.there && kept.there, "{place:?} is filled under another copy")
+            });
+            if kept.there {
+                let (content, ranges) = &self.gpus.hbm[&place];
+                assert_eq!(Some(content), self.dram[&block.slot].as_ref(), "another block in HBM");
+                assert!(
+                    order.layer_ranges.clone().all(|range| ranges.contains(&range)),
+                    "{place:?} is not whole"
+                );
+                self.gpus.hits += 1;
+            }
+        }
+    }
+
+    fn landed(&mut self, order: &CopyOrder) {
+        for block in &order.blocks {
+            let Some(kept) = block.kept.filter(|kept| !kept.there) else { continue };
+            let content = self.dram[&block.slot].expect("a block that is read");
+            let held = self.gpus.hbm.entry((kept.segment, kept.slot)).or_insert((content, BTreeSet::new()));
+            if held.0 != content {
+                *held = (content, BTreeSet::new());
+            }
+            held.1.extend(order.layer_ranges.clone());
         }
     }
 }
@@ -67,16 +127,22 @@ pub(super) fn copy_of(lease: u64, memory: u64, blocks: Range<u32>) -> wire::Copy
 }
 
 impl World {
-    /// One thing that a device has under way ends.
-    pub(super) fn end_gpu_work(&mut self, which: usize, well: bool) {
+    /// One thing that a device has under way ends; `false`: there is nothing.
+    pub(super) fn end_gpu_work(&mut self, which: usize, well: bool) -> bool {
         let copies: Vec<_> = self.gpus.copies.keys().copied().collect();
         if !copies.is_empty() {
             self.end_copy(copies[which % copies.len()], if well { CopyMiss::None } else { CopyMiss::Device });
         } else if !self.gpus.opening.is_empty() {
             self.open_next_memory(if well { Ok(()) } else { Err(broken()) });
+        } else if let Some(segment) = self.gpus.hbm_opening.pop() {
+            let result = if well { Ok(()) } else { Err("no room".to_owned()) };
+            self.apply(Event::HbmOpened { segment, result });
         } else if let Some(memory) = self.gpus.closing.pop_first() {
             self.apply(Event::MemoryClosed { memory });
+        } else {
+            return false;
         }
+        true
     }
 
     fn open_next_memory(&mut self, result: Result<(), Error>) -> u64 {
@@ -91,6 +157,9 @@ impl World {
     fn end_copy(&mut self, token: u64, miss: CopyMiss) {
         let order = self.gpus.copies.remove(&token).expect("under way");
         let blocks = if miss == CopyMiss::None { order.blocks.len() as u32 } else { 0 };
+        if miss == CopyMiss::None {
+            self.landed(&order);
+        }
         self.apply(Event::Copied { token, result: Ok(Copied { blocks, miss, reason: String::new() }) });
     }
 
@@ -307,4 +376,63 @@ fn what_makes_no_sense_is_refused_by_name() {
         assert_eq!(refused(member, Ask::Copy(request)), said(Code::Invalid, field));
     }
     assert!(world.gpus.copies.is_empty());
+}
+
+/// As `matched`, with room for so many slots of HBM; everything has been used twice.
+fn matched_with_hbm(slots: u64) -> (World, u64, u32, u64) {
+    let hbm_bytes = slots * super::harness::BLOCK_BYTES;
+    let mut world = World::new(NodeConfig { hbm_bytes, ..config() });
+    let member = world.open("a");
+    let space = world.space(member);
+    world.put(member, space, &chain(6));
+    let memory = world.memory(member, space);
+    (world, member, space, memory)
+}
+
+impl World {
+    /// Loads these blocks of the chain, one layer range after the other; how many came from HBM.
+    fn load(&mut self, member: u64, space: u32, memory: u64, blocks: Range<u32>) -> u64 {
+        let (lease, before) = (self.matched(member, space, &chain(6)).lease, self.gpus.hits);
+        for range in 0..2 {
+            let half = copy_of(lease, memory, blocks.clone());
+            let half = wire::CopyRequest { first_layer_range: range, layer_ranges: 1, ..half };
+            self.begin(member, Ask::Copy(half));
+            self.end_copy(self.only_copy(), CopyMiss::None);
+            while !self.gpus.hbm_opening.is_empty() {
+                self.end_gpu_work(0, true);
+            }
+        }
+        self.release(member, lease);
+        (self.gpus.hits - before) / 2
+    }
+}
+
+#[test]
+fn what_is_loaded_again_comes_from_the_devices_own_memory() {
+    let (mut world, member, space, memory) = matched_with_hbm(4);
+    let loads: Vec<_> = (0..4).map(|_| world.load(member, space, memory, 0..3)).collect();
+    // a first block orders room, the first load fills what it can, and once it is whole it is there
+    assert_eq!(loads, [0, 1, 3, 3]);
+    let status = world.node.hbm_status().expect("a tier");
+    let block = super::harness::BLOCK_BYTES;
+    assert_eq!((status.copies, status.used_bytes, status.capacity_bytes), (3, 3 * block, 4 * block));
+    assert_eq!(world.counters().pages_hbm_bytes, 2 * 3 * block + 3 * block / 2);
+    // others take the place of what was used least lately
+    let loads: Vec<_> = (0..2).map(|_| world.load(member, space, memory, 3..6)).collect();
+    assert_eq!(loads, [0, 3]);
+    assert_eq!(world.load(member, space, memory, 0..1), 0);
+}
+
+#[test]
+fn a_copy_in_hbm_goes_with_the_last_other_copy_and_with_a_doubt() {
+    let (mut world, member, space, memory) = matched_with_hbm(6);
+    (0..3).for_each(|_| _ = world.load(member, space, memory, 0..6));
+    assert_eq!(world.node.hbm_status().expect("a tier").copies, 6);
+    let lease = world.matched(member, space, &chain(6)).lease;
+    world.begin(member, Ask::Doubt(wire::DoubtRequest { lease, block: 5, group: 0 }));
+    assert_eq!(world.node.hbm_status().expect("a tier").copies, 5);
+    world.release(member, lease);
+    // nothing of the chain stays in DRAM, and there is no NVMe
+    world.put(member, space, &(100..140).map(id).collect::<Vec<_>>());
+    assert_eq!(world.node.hbm_status().expect("a tier").copies, 0);
 }

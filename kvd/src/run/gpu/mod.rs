@@ -15,6 +15,7 @@ use kvd_tiers::gpu::transfer::Options;
 use kvd_tiers::gpu::{Device, DeviceInfo, GpuError};
 use kvd_tiers::mapping::Mapping;
 use kvd_tiers::media::Wake;
+use kvd_tiers::segment::SegmentId;
 use std::collections::HashMap;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, OnceLock};
@@ -33,6 +34,12 @@ enum Order {
         memory: u64,
     },
     Copy(Box<CopyOrder>),
+    /// Memory for copies.
+    Take {
+        segment: SegmentId,
+        bytes: u64,
+        slot_bytes: u32,
+    },
     /// The segment is given up.
     Unpin(Arc<Mapping>),
 }
@@ -117,6 +124,9 @@ impl Gpus {
             Effect::OpenMemory { memory, layout, request } => self.open(memory, layout, request),
             Effect::CloseMemory { memory, device } => self.thread(device).order(Order::Close { memory }),
             Effect::Copy(order) => self.thread(order.device).order(Order::Copy(order)),
+            Effect::OpenHbm { segment, device, bytes, slot_bytes } => {
+                self.thread(device).order(Order::Take { segment, bytes, slot_bytes });
+            }
             other => unreachable!("{other:?} is no device's"),
         }
     }

@@ -8,7 +8,7 @@
 use super::super::dram::DramSegments;
 use super::super::inbox::{Inbox, Input};
 use super::Order;
-use crate::node::event::{Copied, CopyBlock, CopyOrder, Event};
+use crate::node::event::{Copied, CopyBlock, CopyOrder, Event, KeptSlot};
 use kvd_client::paged::table::PageTable;
 use kvd_proto::slot_header::FLAG_CHECKSUMMED;
 use kvd_proto::wire::{self, CopyMiss};
@@ -18,6 +18,7 @@ use kvd_tiers::gpu::transfer::{self, Direction, Ended, HostSlot, Item, Miss, Opt
 use kvd_tiers::gpu::work::NO_PAGE;
 use kvd_tiers::gpu::{Address, Device, GpuError, Vector};
 use kvd_tiers::media::Wake;
+use kvd_tiers::segment::SegmentId;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
@@ -34,6 +35,8 @@ pub(super) struct Pump {
     copies: HashMap<u64, u64>,
     /// What the device has no room for yet.
     waiting: VecDeque<transfer::Order>,
+    /// Memory of the device's own for copies: where it begins, and how large a slot is.
+    hbm: HashMap<SegmentId, (Address, u32)>,
     dram: Arc<DramSegments>,
     inbox: Inbox,
     outcomes: Vec<Outcome>,
@@ -64,7 +67,8 @@ impl Pump {
         let transfers = Transfers::new(device, options)?;
         let (memories, copies, waiting) = (HashMap::new(), HashMap::new(), VecDeque::new());
         let (outcomes, told) = (Vec::new(), Vec::new());
-        Ok(Self { transfers, memories, copies, waiting, dram, inbox, outcomes, told })
+        let hbm = HashMap::new();
+        Ok(Self { transfers, memories, copies, waiting, hbm, dram, inbox, outcomes, told })
     }
 
     pub(super) fn waker(&self) -> Arc<dyn Wake> {
@@ -108,6 +112,12 @@ impl Pump {
                 if let Err(error) = self.copy(*order) {
                     self.told.push(Input::Event(Event::Copied { token, result: Err(error) }));
                 }
+            }
+            Order::Take { segment, bytes, slot_bytes } => {
+                let taken = self.transfers.device_mut().allocate(bytes);
+                let taken = taken.map(|address| _ = self.hbm.insert(segment, (address, slot_bytes)));
+                let result = taken.map_err(|error| error.to_string());
+                self.told.push(Input::Event(Event::HbmOpened { segment, result }));
             }
             Order::Unpin(mapping) => self.transfers.device_mut().unpin(&mapping),
         }
@@ -160,7 +170,8 @@ impl Pump {
         let rows: Vec<_> = order.blocks.iter().enumerate().map(rows).collect::<Result<_, _>>()?;
         let mut items = Vec::with_capacity(rows.len());
         for (block, rows) in order.blocks.iter().zip(rows) {
-            items.push(self.item(block, rows, order.into_pages.then(|| pages.parts(layers.clone())))?);
+            let parts = order.into_pages.then(|| pages.parts(layers.clone()));
+            items.push(self.item(block, rows, &pages, parts)?);
         }
         let direction = if order.into_pages { Direction::Load } else { Direction::Store };
         self.copies.insert(order.token, order.memory);
@@ -182,8 +193,13 @@ impl Pump {
         &mut self,
         block: &CopyBlock,
         rows: Vec<u64>,
+        pages: &Pages,
         loaded: Option<impl Iterator<Item = u16>>,
     ) -> Result<Item, Error> {
+        let kept = block.kept.map(|kept| self.kept(kept, pages));
+        if block.kept.is_some_and(|kept| kept.there) {
+            return Ok(Item { host: None, kept, rows, checksums: None });
+        }
         let (segment, slot) = (self.dram.get(block.slot.segment), block.slot.slot);
         let pinned = self.transfers.device_mut().pin(&segment.payload);
         pinned.map_err(|error| {
@@ -199,7 +215,15 @@ impl Pump {
         });
         let offset = segment.geometry.slot_offset(slot) as usize;
         let host = Some(HostSlot { mapping: segment.payload.clone(), offset });
-        Ok(Item { host, kept: None, rows, checksums })
+        Ok(Item { host, kept, rows, checksums })
+    }
+
+    /// A slot of HBM has a slice's span and no more: the address is that of the whole slot around it.
+    fn kept(&self, kept: KeptSlot, pages: &Pages) -> Address {
+        let (first, slot_bytes) = self.hbm[&kept.segment];
+        let span = pages.span(0..pages.slice().layers);
+        assert_eq!(span.len() as u32, slot_bytes, "a segment is of one slice");
+        (first + u64::from(kept.slot) * u64::from(slot_bytes)).wrapping_sub(span.start.into())
     }
 
     fn submit_waiting(&mut self) {
