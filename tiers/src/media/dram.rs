@@ -222,13 +222,13 @@ impl Got {
 
 /// Remembers one wake until a `reap` sees it.
 #[derive(Debug, Default)]
-pub(in crate::media) struct Signal {
+pub(crate) struct Signal {
     woken: Mutex<bool>,
     changed: Condvar,
 }
 
 impl Signal {
-    pub(in crate::media) fn wait(&self, wait: Duration) {
+    pub(crate) fn wait(&self, wait: Duration) {
         let woken = self.woken.lock().unwrap_or_else(PoisonError::into_inner);
         let waited = self.changed.wait_timeout_while(woken, wait, |woken| !*woken);
         *waited.unwrap_or_else(PoisonError::into_inner).0 = false;
