@@ -37,9 +37,10 @@ impl Room {
     }
 
     pub(super) fn give(&mut self, taken: Range<u64>) {
-        let at = self.free.partition_point(|extent| extent.end < taken.start);
+        let at = self.free.partition_point(|extent| extent.start < taken.start);
         let meets = |extent: &Range<u64>| extent.start < taken.end && taken.start < extent.end;
-        assert!(!self.free[at..].iter().take(2).any(meets), "{taken:?} was not taken");
+        let around = &self.free[at.saturating_sub(1)..self.free.len().min(at + 1)];
+        assert!(!around.iter().any(meets), "{taken:?} was not taken");
         self.free.insert(at, taken);
         for first in [at, at.saturating_sub(1)] {
             if first + 1 < self.free.len() && self.free[first].end == self.free[first + 1].start {
@@ -79,6 +80,30 @@ mod tests {
             let taken: Vec<_> = (0..4).map(|_| room.take(10, false).unwrap()).collect();
             order.iter().for_each(|at| room.give(taken[*at].clone()));
             assert_eq!(room.take(40, true), Some(0..40), "{order:?}");
+        }
+    }
+
+    #[test]
+    fn extents_are_those_of_a_map_of_all_places() {
+        let (mut room, mut map, mut held) = (Room::new(64), [false; 64], Vec::new());
+        let mut seed = 7_u32;
+        for _ in 0..5000 {
+            seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let (bytes, low) = (u64::from(seed >> 27) % 9 + 1, seed >> 8 & 1 == 0);
+            if seed >> 9 & 1 == 0 && !held.is_empty() {
+                let range: Range<u64> = held.swap_remove((seed >> 10) as usize % held.len());
+                map[range.start as usize..range.end as usize].fill(false);
+                room.give(range);
+            } else if let Some(range) = room.take(bytes, !low) {
+                let places = &mut map[range.start as usize..range.end as usize];
+                assert!(places.len() as u64 == bytes && !places.contains(&true));
+                places.fill(true);
+                held.push(range);
+            } else {
+                assert!(map.chunk_by(|a, b| a == b).all(|run| run[0] || (run.len() as u64) < bytes));
+            }
+            let runs = map.chunk_by(|a, b| a == b).filter(|run| !run[0]).count();
+            assert_eq!(room.free.len(), runs, "each run is one extent");
         }
     }
 
