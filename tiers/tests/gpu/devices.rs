@@ -18,15 +18,20 @@ pub(crate) fn software() -> SoftwareDevice {
         .unwrap()
 }
 
-/// Asks it of each device, one test at a time where the device is shared, as hardware is; says which are not there.
-pub(crate) fn each(mut ask: impl FnMut(&'static str, Box<dyn Device>)) {
+/// Asks each kind of device that is here, one test at a time where it is hardware; says which are not. Each call of what is passed opens a fresh one.
+pub(crate) fn each_kind(mut ask: impl FnMut(&dyn Fn() -> Box<dyn Device>)) {
     static HARDWARE: Mutex<()> = Mutex::new(());
     for (kind, open) in DEVICES {
         let _alone = (*kind != "software").then(|| HARDWARE.lock().unwrap_or_else(PoisonError::into_inner));
         match open() {
-            Ok(device) => ask(kind, device),
-            Err(error @ GpuError::Unavailable(_)) => println!("SKIPPED: no CUDA driver or device: {error}"),
+            Ok(device) => drop(device),
+            Err(GpuError::Unavailable(why)) => {
+                println!("SKIPPED: no CUDA driver or device: {why}");
+                continue;
+            }
             Err(error) => panic!("{kind} is there and does not open: {error}"),
         }
+        println!("{kind}");
+        ask(&|| open().expect("it opened a moment ago"));
     }
 }

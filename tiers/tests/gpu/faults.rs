@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 fn rig() -> (Rig, SoftwareControl) {
     let device = software();
     let control = device.control();
-    (Rig::new("software", Box::new(device)), control)
+    (Rig::new(Box::new(device)), control)
 }
 
 fn error(reason: &str) -> GpuError {
@@ -276,7 +276,7 @@ fn a_throttle_is_kept_and_ends_with_the_device() {
         ..SoftwareOptions::default()
     };
     let device = SoftwareDevice::open(options.clone()).unwrap();
-    let mut rig = Rig::new("software", Box::new(device));
+    let mut rig = Rig::new(Box::new(device));
     let host = rig.host(&vec![1; 4 << 20]);
     let memory = rig.device.allocate(4 << 20).unwrap();
     let started = Instant::now();

@@ -38,7 +38,7 @@ impl Other {
             lines.map_while(Result::ok).filter_map(ours).for_each(|line| drop(sender.send(line)));
         });
         let mut other = Self { child, orders, answers };
-        assert_eq!(other.tell(&format!("device {}", rig.kind)), "done");
+        assert_eq!(other.tell(if rig.is_software() { "device software" } else { "device cuda" }), "done");
         other
     }
 
@@ -104,8 +104,8 @@ struct Held {
 fn obey(held: &mut Option<Held>, order: &str, words: &[&str]) -> String {
     let number = |at: usize| words[at].parse::<u64>().unwrap();
     if order == "device" {
-        let (kind, open) = DEVICES.iter().find(|(kind, _)| *kind == words[0]).unwrap();
-        *held = Some(Held { rig: Rig::new(kind, open().unwrap()), memory: 0, host: None });
+        let (_, open) = DEVICES.iter().find(|(kind, _)| *kind == words[0]).unwrap();
+        *held = Some(Held { rig: Rig::new(open().unwrap()), memory: 0, host: None });
         return "done".into();
     }
     let Held { rig, memory, host } = held.as_mut().expect("a device first");
@@ -230,8 +230,8 @@ fn a_handle_of_no_memory_is_refused() {
 /// Which CUDA's driver does not do.
 #[test]
 fn the_stand_in_opens_its_own_process_s_handles_too() {
-    let mut rig = Rig::new("software", Box::new(crate::devices::software()));
-    let mut other = Rig::new("software", Box::new(crate::devices::software()));
+    let mut rig = Rig::new(Box::new(crate::devices::software()));
+    let mut other = Rig::new(Box::new(crate::devices::software()));
     let memory = rig.filled(&pattern(1, 10_000));
     let handle = rig.device.export(memory).unwrap();
     let (mine, theirs) =

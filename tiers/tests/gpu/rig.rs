@@ -1,6 +1,6 @@
 //! A device under test, and the few things that every test does with one.
 
-use crate::devices::each;
+use crate::devices::each_kind;
 use kvd_tiers::gpu::{Address, Device, GpuError, Mark, Piece, Stream, Way};
 use kvd_tiers::mapping::Mapping;
 use std::sync::Arc;
@@ -10,9 +10,8 @@ use std::time::{Duration, Instant};
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 const PAGE: usize = 4096;
 
-/// A device with a stream, and its kind.
+/// A device with a stream.
 pub(crate) struct Rig {
-    pub(crate) kind: &'static str,
     pub(crate) device: Box<dyn Device>,
     pub(crate) stream: Stream,
 }
@@ -33,13 +32,13 @@ impl Host {
 
 /// Each device of this machine, fresh.
 pub(crate) fn on_each(ask: impl Fn(&mut Rig)) {
-    each(|kind, device| ask(&mut Rig::new(kind, device)));
+    each_kind(|open| ask(&mut Rig::new(open())));
 }
 
 impl Rig {
-    pub(crate) fn new(kind: &'static str, mut device: Box<dyn Device>) -> Self {
+    pub(crate) fn new(mut device: Box<dyn Device>) -> Self {
         let stream = device.stream().unwrap();
-        Self { kind, device, stream }
+        Self { device, stream }
     }
 
     pub(crate) fn is_software(&self) -> bool {
