@@ -41,6 +41,8 @@ pub(crate) struct Setup {
     pub(crate) s3: String,
     /// Which devices.
     pub(crate) device: &'static str,
+    /// Of each, for copies.
+    pub(crate) hbm_bytes: u64,
 }
 
 impl Default for Setup {
@@ -60,6 +62,7 @@ impl Default for Setup {
             node_name: "node".to_owned(),
             s3: String::new(),
             device: "off",
+            hbm_bytes: 0,
         }
     }
 }
@@ -80,7 +83,7 @@ impl Setup {
              [dram]\ncapacity_bytes = {}\nsegment_bytes = {}\nkeep_ms = {}\n\
              [nvme]\npath = \"{}\"\ncapacity_bytes = {nvme_bytes}\nsegment_bytes = {}\n\
              [leases]\nttl_ms = {}\nbytes_max_per_session = {}\n\
-             [limits]\nsessions_max = {}\nmembers_max = {}\n[hbm]\ndevice = {:?}\n{}",
+             [limits]\nsessions_max = {}\nmembers_max = {}\n[hbm]\ndevice = {:?}\ncapacity_bytes = {}\n{}",
             folder.display(),
             self.node_name,
             self.grpc_address,
@@ -97,6 +100,7 @@ impl Setup {
             self.members_max,
             self.members_max,
             self.device,
+            self.hbm_bytes,
             self.s3,
         );
         let path = folder.join("kvd.toml");

@@ -168,6 +168,42 @@ async fn blocks_travel_between_slots_and_another_processes_device() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_loaded_again_comes_from_the_device_and_what_left_dram_from_nvme() {
+    const PROMPTS: u64 = 40;
+    const BLOCKS: u64 = 6;
+    // half of the blocks fit DRAM, a quarter HBM
+    let tiers = Setup {
+        dram_bytes: 8 * MIB,
+        segment_bytes: 4 * MIB,
+        nvme_bytes: 64 * MIB,
+        hbm_bytes: 4 * MIB,
+        ..setup()
+    };
+    let mut daemon = Daemon::start(&tiers).await;
+    let engine = Engine::open(&daemon.socket()).await;
+    let pages = Pages::open(&engine, BLOCKS as u32);
+    let prompt = |number: u64| -> Vec<u64> { (number * 100..number * 100 + BLOCKS).collect() };
+    for number in 0..PROMPTS {
+        daemon.has_room(BLOCKS * BLOCK_BYTES as u64).await;
+        assert_eq!(u64::from(engine.put(&prompt(number)).await), BLOCKS);
+    }
+    // all of them again and again, then a few that HBM has room for
+    let rounds = std::iter::repeat_n(0..PROMPTS, 3).chain(std::iter::repeat_n(0..PROMPTS / 10, 3)).flatten();
+    for number in rounds {
+        let names = prompt(number);
+        daemon.has_room(BLOCKS * BLOCK_BYTES as u64).await;
+        let loaded = pages.load(&matched(&engine, &names).await).await;
+        assert_eq!(loaded.failed_from, None, "{loaded:?}");
+        names.iter().enumerate().for_each(|(at, name)| content::check(*name, &pages.block(at as u32)));
+    }
+    let counters = daemon.status().await.counters.unwrap();
+    assert!(counters.nvme_read_bytes > 0 && counters.pages_hbm_bytes > 0, "{counters:?}");
+    let hbm = daemon.tier(wire::Tier::Hbm).await;
+    assert_eq!((hbm.capacity_bytes, hbm.copies), (4 * MIB, 64));
+    daemon.is_well().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_engine_killed_in_the_middle_of_its_copies_leaves_nothing_behind() {
     let mut daemon = Daemon::start(&setup()).await;
     let engine = Engine::open(&daemon.socket()).await;

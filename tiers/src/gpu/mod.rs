@@ -8,6 +8,7 @@
 //! Leaves to others: what lies where in that memory (`media::hbm`), what moves when (`transfer`).
 
 pub mod paged;
+pub mod shared;
 pub mod software;
 pub mod transfer;
 pub mod work;

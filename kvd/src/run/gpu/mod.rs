@@ -14,8 +14,9 @@ use kvd_tiers::gpu::software::{SoftwareDevice, SoftwareOptions};
 use kvd_tiers::gpu::transfer::Options;
 use kvd_tiers::gpu::{Device, DeviceInfo, GpuError};
 use kvd_tiers::mapping::Mapping;
-use kvd_tiers::media::Wake;
+use kvd_tiers::media::{MediumError, Wake};
 use kvd_tiers::segment::SegmentId;
+use pump::Pump;
 use std::collections::HashMap;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, OnceLock};
@@ -69,6 +70,7 @@ pub(super) struct Gpus {
     found: HashMap<[u8; 16], Found>,
     choice: DeviceChoice,
     options: Options,
+    capacity_bytes: u64,
     dram: Arc<DramSegments>,
     inbox: Inbox,
 }
@@ -115,7 +117,8 @@ impl Gpus {
             tracing::info!(device = info.name, driver = info.driver, "engines may have their pages there");
         }
         let found = found.into_iter().map(|info| (info.uuid, Found { info, thread: None })).collect();
-        Self { found, choice, options: transfer_options(config.hbm.staging_bytes), dram, inbox }
+        let options = transfer_options(config.hbm.staging_bytes);
+        Self { found, choice, options, capacity_bytes: config.hbm.capacity_bytes, dram, inbox }
     }
 
     /// Does what the node says, or answers why not.
@@ -171,10 +174,13 @@ impl Gpus {
         thread.get_or_insert_with(|| {
             let (orders, ordered) = channel();
             let waker = Arc::<OnceLock<_>>::default();
-            let (choice, info, options) = (self.choice, info.clone(), self.options);
+            let (choice, info) = (self.choice, info.clone());
+            let memory = (self.options, self.capacity_bytes);
             let (dram, inbox, told) = (self.dram.clone(), self.inbox.clone(), waker.clone());
             let name = format!("kvd-gpu-{}", info.ordinal);
-            super::workers::spawn(&name, move || run(choice, &info, options, &ordered, (dram, inbox), &told));
+            super::workers::spawn(&name, move || {
+                run((choice, &info), memory, &ordered, (dram, inbox), &told)
+            });
             Thread { orders, waker }
         })
     }
@@ -182,14 +188,15 @@ impl Gpus {
 
 /// A device's thread, until the reactor ends.
 fn run(
-    choice: DeviceChoice,
-    info: &DeviceInfo,
-    options: Options,
+    (choice, info): (DeviceChoice, &DeviceInfo),
+    (options, capacity_bytes): (Options, u64),
     ordered: &Receiver<Order>,
     (dram, inbox): (Arc<DramSegments>, Inbox),
     told: &OnceLock<Arc<dyn Wake>>,
 ) {
-    let opened = open(choice, info).and_then(|device| pump::Pump::new(device, options, dram, inbox.clone()));
+    let unusable = |error: GpuError| MediumError::Unusable(error.to_string());
+    let opened = open(choice, info).map_err(unusable);
+    let opened = opened.and_then(|device| Pump::new(device, options, capacity_bytes, (dram, inbox.clone())));
     match opened {
         Ok(mut pump) => {
             _ = told.set(pump.waker());
@@ -203,7 +210,7 @@ fn run(
 }
 
 /// Without a device nothing is ever open, so nothing else can be ordered.
-fn refuse_all(ordered: &Receiver<Order>, inbox: &Inbox, why: &GpuError) {
+fn refuse_all(ordered: &Receiver<Order>, inbox: &Inbox, why: &MediumError) {
     while let Ok(order) = ordered.recv() {
         if let Order::Open { memory, .. } = order {
             let fix = "see `kvd check`, and restart the node when the device is well";

@@ -14,10 +14,12 @@ use kvd_proto::slot_header::FLAG_CHECKSUMMED;
 use kvd_proto::wire::{self, CopyMiss};
 use kvd_proto::{Code, Error, GroupKind, Layout};
 use kvd_tiers::gpu::paged::{Pages, Slice};
+use kvd_tiers::gpu::shared::SharedDevice;
 use kvd_tiers::gpu::transfer::{self, Direction, Ended, HostSlot, Item, Miss, Options, Outcome, Transfers};
 use kvd_tiers::gpu::work::NO_PAGE;
 use kvd_tiers::gpu::{Address, Device, GpuError, Vector};
-use kvd_tiers::media::Wake;
+use kvd_tiers::media::hbm::{HbmMedium, HbmOptions};
+use kvd_tiers::media::{Medium as _, MediumError, Wake};
 use kvd_tiers::segment::SegmentId;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::ops::Range;
@@ -35,8 +37,9 @@ pub(super) struct Pump {
     copies: HashMap<u64, u64>,
     /// What the device has no room for yet.
     waiting: VecDeque<transfer::Order>,
-    /// Memory of the device's own for copies: where it begins, and how large a slot is.
-    hbm: HashMap<SegmentId, (Address, u32)>,
+    /// Memory of the device's own for copies, and how large a slot of each segment is.
+    hbm: HbmMedium,
+    slot_bytes: HashMap<SegmentId, u32>,
     dram: Arc<DramSegments>,
     inbox: Inbox,
     outcomes: Vec<Outcome>,
@@ -61,14 +64,17 @@ impl Pump {
     pub(super) fn new(
         device: Box<dyn Device>,
         options: Options,
-        dram: Arc<DramSegments>,
-        inbox: Inbox,
-    ) -> Result<Self, GpuError> {
-        let transfers = Transfers::new(device, options)?;
+        capacity_bytes: u64,
+        (dram, inbox): (Arc<DramSegments>, Inbox),
+    ) -> Result<Self, MediumError> {
+        let shared = SharedDevice::new(device);
+        let hbm = HbmMedium::new(Box::new(shared.clone()), HbmOptions { capacity_bytes, queue_depth: 1 })?;
+        let unusable = |error: GpuError| MediumError::Unusable(error.to_string());
+        let transfers = Transfers::new(Box::new(shared), options).map_err(unusable)?;
         let (memories, copies, waiting) = (HashMap::new(), HashMap::new(), VecDeque::new());
         let (outcomes, told) = (Vec::new(), Vec::new());
-        let hbm = HashMap::new();
-        Ok(Self { transfers, memories, copies, waiting, hbm, dram, inbox, outcomes, told })
+        let slot_bytes = HashMap::new();
+        Ok(Self { transfers, memories, copies, waiting, hbm, slot_bytes, dram, inbox, outcomes, told })
     }
 
     pub(super) fn waker(&self) -> Arc<dyn Wake> {
@@ -114,8 +120,8 @@ impl Pump {
                 }
             }
             Order::Take { segment, bytes, slot_bytes } => {
-                let taken = self.transfers.device_mut().allocate(bytes);
-                let taken = taken.map(|address| _ = self.hbm.insert(segment, (address, slot_bytes)));
+                let taken = self.hbm.open_segment(segment, bytes);
+                let taken = taken.map(|()| _ = self.slot_bytes.insert(segment, slot_bytes));
                 let result = taken.map_err(|error| error.to_string());
                 self.told.push(Input::Event(Event::HbmOpened { segment, result }));
             }
@@ -220,7 +226,8 @@ impl Pump {
 
     /// A slot of HBM has a slice's span and no more: the address is that of the whole slot around it.
     fn kept(&self, kept: KeptSlot, pages: &Pages) -> Address {
-        let (first, slot_bytes) = self.hbm[&kept.segment];
+        let first = self.hbm.address(kept.segment).expect("the node was told that it is open");
+        let slot_bytes = self.slot_bytes[&kept.segment];
         let span = pages.span(0..pages.slice().layers);
         assert_eq!(span.len() as u32, slot_bytes, "a segment is of one slice");
         (first + u64::from(kept.slot) * u64::from(slot_bytes)).wrapping_sub(span.start.into())
