@@ -7,6 +7,7 @@
 //! `reset`, so that nobody takes bytes for moved that were not; memory is freed, closed or unpinned only when no work touches it any more (the caller's part; `reached` says when).
 //! Leaves to others: what lies where in that memory (`media::hbm`), what moves when (`transfer`).
 
+pub mod cuda;
 pub mod work;
 
 use crate::mapping::Mapping;
