@@ -8,6 +8,8 @@
 //! Leaves to others: what lies where in that memory (`media::hbm`), what moves when (`transfer`).
 
 pub mod cuda;
+pub mod gds;
+pub mod probe;
 pub mod work;
 
 use crate::mapping::Mapping;
