@@ -7,7 +7,10 @@
 //! `reset`, so that nobody takes bytes for moved that were not; memory is freed, closed or unpinned only when no work touches it any more (the caller's part; `reached` says when).
 //! Leaves to others: what lies where in that memory (`media::hbm`), what moves when (`transfer`).
 
+pub mod cuda;
+pub mod gds;
 pub mod paged;
+pub mod probe;
 pub mod shared;
 pub mod software;
 pub mod transfer;

@@ -80,7 +80,7 @@ pub(crate) fn devices(choice: DeviceChoice) -> Result<Vec<DeviceInfo>, GpuError>
     match choice {
         DeviceChoice::Off => Ok(Vec::new()),
         DeviceChoice::Software => Ok(vec![software()?.info().clone()]),
-        DeviceChoice::Auto => Ok(Vec::new()),
+        DeviceChoice::Auto => kvd_tiers::gpu::cuda::devices(),
     }
 }
 
@@ -91,7 +91,7 @@ fn software() -> Result<SoftwareDevice, GpuError> {
 fn open(choice: DeviceChoice, info: &DeviceInfo) -> Result<Box<dyn Device>, GpuError> {
     Ok(match choice {
         DeviceChoice::Software => Box::new(software()?),
-        _ => unreachable!("{info:?}"),
+        _ => Box::new(kvd_tiers::gpu::cuda::CudaDevice::open(info.ordinal)?),
     })
 }
 
