@@ -3,6 +3,8 @@
 //! Invariants: looks by really trying (a segment, a ring, a direct write in the configured place, an object in the bucket),
 //! and leaves nothing behind that `serve` would not; ends, whatever a bucket does.
 
+mod gpus;
+
 use crate::config::{Config, S3, human_size};
 use crate::run::{dram_options, nvme_options};
 use kvd_proto::{Code, Error};
@@ -43,7 +45,10 @@ impl fmt::Display for Finding {
 
 /// Looks at everything a node of this config would use.
 pub fn run(config: &Config) -> Vec<Finding> {
-    vec![dram(config), descriptors(config), pidfd(), nvme(config), s3(&config.s3), tcp(config)]
+    let mut findings = vec![dram(config), descriptors(config), pidfd()];
+    findings.extend(gpus::run(config));
+    findings.extend([nvme(config), s3(&config.s3), tcp(config)]);
+    findings
 }
 
 fn dram(config: &Config) -> Finding {
