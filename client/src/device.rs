@@ -141,6 +141,7 @@ impl DeviceMemory {
         blocks: Range<u32>,
         table: &[i32],
         layer_ranges: Range<u32>,
+        fence: Option<wire::Fence>,
     ) -> Result<wire::CopyReply, Error> {
         let opened = self.opened(incarnation).await?;
         let inner = &self.space.session().inner;
@@ -151,6 +152,7 @@ impl DeviceMemory {
             table: table.iter().flat_map(|page| page.to_le_bytes()).collect::<Vec<_>>().into(),
             first_layer_range: layer_ranges.start,
             layer_ranges: layer_ranges.len() as u32,
+            fence,
         };
         match inner.call_of(incarnation, Ask::Copy(request)).await {
             Ok(Answer::Copy(reply)) => Ok(reply),

@@ -7,7 +7,7 @@
 use crate::device::DeviceMemory;
 use crate::lease::{Match, MissReason, OpenBlock, Read};
 use crate::paged::{PagedGroup, PagedMemory, Pages};
-use kvd_proto::wire::CopyMiss;
+use kvd_proto::wire::{CopyMiss, Fence};
 use kvd_proto::{Code, Error, Layout};
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -65,17 +65,19 @@ pub struct Loading {
 
 impl Loading {
     /// Loads the parts that are in `groups` (one for each of the layout's) of these blocks, on a thread of the runtime's for blocking work. What is
-    /// not ready within `patience` is given up.
+    /// not ready within `patience` is given up. `fence`: a word of the last group's device memory becomes its value, one more with each layer range that is in
+    /// all pages; the engine's own stream may wait for that. It says nothing of checksums: the end does. Where a range failed or was never begun, whoever waits lets the engine go on.
     pub fn begin(
         found: Arc<Match>,
         groups: Vec<PagedGroup>,
         blocks: Range<u32>,
         patience: Duration,
+        fence: Option<Fence>,
         runtime: &Handle,
     ) -> Self {
         let shared = Arc::new(Shared::default());
         let layout = found.layout().clone();
-        let job = Job { shared: shared.clone(), found, groups, until: Instant::now() + patience };
+        let job = Job { shared: shared.clone(), found, groups, fence, until: Instant::now() + patience };
         let waits = runtime.clone();
         runtime.spawn_blocking(move || job.run(blocks, &waits));
         Self { shared, layout }
@@ -120,6 +122,7 @@ struct Job {
     shared: Arc<Shared>,
     found: Arc<Match>,
     groups: Vec<PagedGroup>,
+    fence: Option<Fence>,
     until: Instant,
 }
 
@@ -238,7 +241,9 @@ impl Job {
             return Err((first, Stop::Miss(None)));
         }
         let asked = blocks.len() as u32;
-        let copy = memory.copy(self.found.lease_of(), blocks, table, range..range + 1);
+        let last = memory.group() + 1 == self.groups.len();
+        let fence = self.fence.filter(|_| last).map(|fence| Fence { value: fence.value + range, ..fence });
+        let copy = memory.copy(self.found.lease_of(), blocks, table, range..range + 1, fence);
         let reply = runtime.block_on(copy).map_err(|error| match error.code {
             Code::Invalid | Code::Limit => (first, Stop::Refused(error)),
             Code::LeaseEnded | Code::UnknownLease => (first, Stop::Miss(Some(MissReason::LeaseEnded))),

@@ -233,7 +233,8 @@ fn have_copied(
             break;
         }
         let blocks = run[0]..run[0] + run.len() as u32;
-        let reply = runtime.block_on(memory.copy(fill.lease_of(), blocks, table, memory.layer_ranges()))?;
+        let reply =
+            runtime.block_on(memory.copy(fill.lease_of(), blocks, table, memory.layer_ranges(), None))?;
         let copied = (reply.copied as usize).min(run.len());
         (done, bytes) = (done + copied, bytes + copied as u64 * each);
         if copied < run.len() {

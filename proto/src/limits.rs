@@ -66,6 +66,8 @@ pub const MEMORIES_MAX: usize = 256;
 pub const MEMORY_RANGES_MAX: usize = 1024;
 /// Copies between slots and device memory that one member has under way. At the limit: `Limit`.
 pub const COPIES_MAX: usize = 1024;
+/// The bit that a fence has after a copy that failed; its values are below. (Not the uppermost: a stream that waits for "greater or equal" compares cyclically.)
+pub const FENCE_FAILED: u32 = 1 << 30;
 /// Blocks in one delta of the location index. Longer runs go in several.
 pub const DELTA_BLOCKS_MAX: usize = 4096;
 /// Pieces of one batch on a data connection. At the limit: ask in several batches; a longer request ends the connection.

@@ -376,8 +376,10 @@ class Match:
         first: int,
         end: int,
         patience_s: float = 2.0,
+        fence: tuple[int, int, int] | None = None,
     ) -> Loading:
-        """`tables[g][i]`: the page of the prompt's tokens from `i * page_tokens` on; negative: not wanted."""
+        """`tables[g][i]`: the page of the prompt's tokens from `i * page_tokens` on; negative: not wanted. `fence`:
+        (range, offset, value) of a word of device pages, one more with each layer range that is there."""
 
     def release(self) -> None: ...
     def __enter__(self) -> Self: ...

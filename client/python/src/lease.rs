@@ -113,8 +113,9 @@ impl PyMatch {
 
     /// Begins to load blocks `first..end` into pages: one `Pages` and one page table for each of the layout's groups; `tables[g][i]` is
     /// the page of the prompt's tokens `[i * page_tokens, (i + 1) * page_tokens)`, negative where they are not wanted. What is not in memory
-    /// within `patience_s` is given up.
-    #[pyo3(signature = (pages, tables, *, first, end, patience_s=2.0))]
+    /// within `patience_s` is given up. `fence`: (range, offset, value) of a word of device pages that becomes `value`, one more with each layer range
+    /// that is in its pages, for the engine's own stream to wait for.
+    #[pyo3(signature = (pages, tables, *, first, end, patience_s=2.0, fence=None))]
     fn load_into(
         &self,
         pages: Vec<Pages>,
@@ -122,8 +123,9 @@ impl PyMatch {
         first: u32,
         end: u32,
         patience_s: f64,
+        fence: Option<(u32, u64, u32)>,
     ) -> PyResult<Loading> {
-        load_into(self, pages, tables, first, end, patience_s)
+        load_into(self, pages, tables, first, end, patience_s, fence)
     }
 
     /// Gives the lease back.

@@ -392,11 +392,13 @@ pub(crate) fn load_into(
     first: u32,
     end: u32,
     patience_s: f64,
+    fence: Option<(u32, u64, u32)>,
 ) -> PyResult<Loading> {
     let found = found.get()?;
     let patience = seconds("patience_s", Some(patience_s))?.unwrap_or_default();
     let groups = paged(found.layout(), &pages, tables)?;
-    let loading = kvd_client::Loading::begin(found, groups, first..end, patience, &runtime::handle()?);
+    let fence = fence.map(|(range, offset, value)| wire::Fence { range, offset, value });
+    let loading = kvd_client::Loading::begin(found, groups, first..end, patience, fence, &runtime::handle()?);
     Ok(Loading { loading, _keep: pages })
 }
 

@@ -278,6 +278,8 @@ pub struct CopyOrder {
     pub table: bytes::Bytes,
     /// Counted in the group.
     pub layer_ranges: std::ops::Range<u32>,
+    /// Into pages only.
+    pub fence: Option<wire::Fence>,
 }
 
 /// A block as an earlier daemon's header names it.

@@ -11,7 +11,7 @@ use super::event::{Copied, CopyBlock, CopyOrder, Effect, MemberId};
 use super::hbm::{Class, Using};
 use super::lease::{ItemState, Lease, LeaseId, PartSet, RequestKind};
 use super::session::SessionId;
-use kvd_proto::limits::{COPIES_MAX, MEMORIES_MAX, MEMORY_RANGES_MAX};
+use kvd_proto::limits::{COPIES_MAX, FENCE_FAILED, MEMORIES_MAX, MEMORY_RANGES_MAX};
 use kvd_proto::wire::{self, CopyMiss, node_frame::Body as Reply};
 use kvd_proto::{Code, Error, Slice};
 use kvd_tiers::catalog::Handle;
@@ -239,6 +239,7 @@ impl Node {
         let memory = self.open_memory_of(member, request.memory)?;
         let Memory { device, space, group, slice, .. } = *memory;
         let layer_ranges = wanted_ranges(&slice, &request)?;
+        check_fence(request.fence.as_ref())?;
         let lease = self.open_lease(member, request.lease)?;
         let blocks = wanted_blocks(lease, space, request.blocks)?;
         if self.pages.copies.values().filter(|copy| copy.member == Some(member)).count() >= COPIES_MAX {
@@ -277,8 +278,18 @@ impl Node {
         self.pages.copies.insert(token, copy);
         self.pages.memories.get_mut(&request.memory).expect("open").copies += 1;
         let (memory, table) = (request.memory, request.table);
-        let order =
-            CopyOrder { token, memory, device, into_pages, first_block, blocks: slots, table, layer_ranges };
+        let fence = request.fence.filter(|_| into_pages);
+        let order = CopyOrder {
+            token,
+            memory,
+            device,
+            into_pages,
+            first_block,
+            blocks: slots,
+            table,
+            layer_ranges,
+            fence,
+        };
         self.out.push(Effect::Copy(Box::new(order)));
         Ok(None)
     }
@@ -399,6 +410,19 @@ fn wanted_ranges(slice: &Slice, request: &wire::CopyRequest) -> Result<Range<u32
         Error::invalid("layer_ranges", what, "give layer ranges that the memory has, counted in the group")
     })?;
     Ok(first..end)
+}
+
+fn check_fence(fence: Option<&wire::Fence>) -> Result<(), Error> {
+    let Some(fence) = fence else { return Ok(()) };
+    if !fence.offset.is_multiple_of(4) {
+        let what = format!("at byte {}", fence.offset);
+        return Err(Error::invalid("fence.offset", what, "give the offset of a word: a multiple of 4"));
+    }
+    if fence.value >= FENCE_FAILED {
+        let what = format!("{}", fence.value);
+        return Err(Error::invalid("fence.value", what, "give less than 2^30: that bit says that it failed"));
+    }
+    Ok(())
 }
 
 fn wanted_blocks(lease: &Lease, space: u16, blocks: Option<wire::BlockRange>) -> Result<Range<u32>, Error> {

@@ -9,13 +9,18 @@ use kvd_client::{
     DeviceMemory, DevicePlace, DeviceRange, LayerMemory, Loaded, Loading, Match, PagedMemory, PagedShape,
     Store, Storing, VectorMemory,
 };
+use kvd_proto::limits::FENCE_FAILED;
+use kvd_proto::wire::Fence;
 use kvd_proto::{Code, wire};
 use kvd_tiers::gpu::software::{SoftwareDevice, SoftwareOptions};
 use kvd_tiers::gpu::{Address, Device as _};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 const PAGE_TOKENS: u32 = 16;
+/// Behind the pages.
+const FENCE_BYTES: u64 = 4096;
 /// Of one head and token: 64 numbers of two bytes.
 const ROW_BYTES: isize = 128;
 
@@ -29,6 +34,7 @@ pub(crate) struct Pages {
     /// The same bytes, as this process sees them.
     seen: PagedMemory,
     pages: u32,
+    address: Address,
     loads: Vec<Loading>,
     /// Last: what is dropped before may still read it.
     _device: SoftwareDevice,
@@ -37,7 +43,7 @@ pub(crate) struct Pages {
 impl Pages {
     pub(crate) fn open(engine: &Engine, pages: u32) -> Self {
         let mut device = SoftwareDevice::open(SoftwareOptions::default()).unwrap();
-        let bytes = u64::from(pages) * BLOCK_BYTES as u64;
+        let bytes = u64::from(pages) * BLOCK_BYTES as u64 + FENCE_BYTES;
         let address = device.allocate(bytes).unwrap();
         let ranges = vec![DeviceRange { handle: device.export(address).unwrap(), bytes }];
         let layers = (0..4).map(|layer| wire::LayerPlace {
@@ -54,7 +60,7 @@ impl Pages {
         let place = DevicePlace { device: device.info().uuid, ranges, layers: layers.collect() };
         let memory = DeviceMemory::new(&engine.space, shape(pages), place).unwrap();
         let seen = seen(pages, address);
-        Self { memory: Arc::new(memory), seen, pages, loads: Vec::new(), _device: device }
+        Self { memory: Arc::new(memory), seen, pages, address, loads: Vec::new(), _device: device }
     }
 
     fn table(&self) -> Vec<i32> {
@@ -66,9 +72,19 @@ impl Pages {
     }
 
     async fn load(&self, found: &Arc<Match>) -> Loaded {
+        self.load_fenced(found, None).await
+    }
+
+    async fn load_fenced(&self, found: &Arc<Match>, fence: Option<Fence>) -> Loaded {
         let runtime = tokio::runtime::Handle::current();
-        let loading =
-            Loading::begin(found.clone(), self.group(), 0..found.blocks(), Duration::from_secs(20), &runtime);
+        let loading = Loading::begin(
+            found.clone(),
+            self.group(),
+            0..found.blocks(),
+            Duration::from_secs(20),
+            fence,
+            &runtime,
+        );
         let ended = tokio::task::spawn_blocking(move || loading.wait(DEADLINE));
         ended.await.unwrap().expect("a load ends")
     }
@@ -76,7 +92,8 @@ impl Pages {
     /// Many loads of the same blocks, of which nobody waits for the end.
     pub(crate) fn begin_loads(&mut self, found: &Arc<Match>, count: usize) {
         let runtime = tokio::runtime::Handle::current();
-        let load = || Loading::begin(found.clone(), self.group(), 0..found.blocks(), DEADLINE, &runtime);
+        let load =
+            || Loading::begin(found.clone(), self.group(), 0..found.blocks(), DEADLINE, None, &runtime);
         let loads: Vec<_> = (0..count).map(|_| load()).collect();
         self.loads.extend(loads);
     }
@@ -164,6 +181,36 @@ async fn blocks_travel_between_slots_and_another_processes_device() {
     assert_eq!((status.device_memories, status.device_copies), (1, 0));
     within("the close", pages.memory.close()).await;
     assert_eq!(daemon.status().await.device_memories, 0);
+    daemon.is_well().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_word_of_the_engines_memory_says_how_far_a_load_is() {
+    let mut daemon = Daemon::start(&setup()).await;
+    let engine = Engine::open(&daemon.socket()).await;
+    let names: Vec<u64> = (0..40).collect();
+    assert_eq!(engine.put(&names).await, 40);
+    let pages = Pages::open(&engine, 40);
+    let offset = offset(40, 4, 0);
+    // SAFETY: a word of the allocation behind the pages, aligned; the stand-in's addresses are this process's.
+    let word = unsafe { AtomicU32::from_ptr((pages.address + offset) as *mut u32) };
+    for value in [1, 40] {
+        let loaded =
+            pages.load_fenced(&matched(&engine, &names).await, Some(Fence { range: 0, offset, value })).await;
+        assert_eq!(loaded.failed_from, None, "{loaded:?}");
+        assert_eq!(word.load(Ordering::Acquire), value + 1, "two layer ranges");
+    }
+    let found = matched(&engine, &names).await;
+    for (fence, field) in [
+        (Fence { range: 1, offset: 0, value: 1 }, "fence"),
+        (Fence { range: 0, offset: offset + FENCE_BYTES, value: 1 }, "fence"),
+        (Fence { range: 0, offset: offset + 2, value: 1 }, "fence.offset"),
+        (Fence { range: 0, offset, value: FENCE_FAILED }, "fence.value"),
+    ] {
+        let refused = pages.load_fenced(&found, Some(fence)).await.refused.expect("refused");
+        assert_eq!((refused.code, &refused.field[..]), (Code::Invalid, field), "{refused}");
+    }
+    assert_eq!(word.load(Ordering::Acquire), 41);
     daemon.is_well().await;
 }
 

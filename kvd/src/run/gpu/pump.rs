@@ -15,7 +15,9 @@ use kvd_proto::wire::{self, CopyMiss};
 use kvd_proto::{Code, Error, GroupKind, Layout};
 use kvd_tiers::gpu::paged::{Pages, Slice};
 use kvd_tiers::gpu::shared::SharedDevice;
-use kvd_tiers::gpu::transfer::{self, Direction, Ended, HostSlot, Item, Miss, Options, Outcome, Transfers};
+use kvd_tiers::gpu::transfer::{
+    self, Direction, Ended, Fence, HostSlot, Item, Miss, Options, Outcome, Transfers,
+};
 use kvd_tiers::gpu::work::NO_PAGE;
 use kvd_tiers::gpu::{Address, Device, GpuError, Vector};
 use kvd_tiers::media::hbm::{HbmMedium, HbmOptions};
@@ -55,7 +57,7 @@ struct Memory {
     states: bool,
     first_layer_range: u32,
     part_layers: u32,
-    ranges: Vec<Address>,
+    ranges: Vec<Range<Address>>,
     copies: BTreeSet<u64>,
     closing: bool,
 }
@@ -135,9 +137,9 @@ impl Pump {
         for (at, range) in request.ranges.iter().enumerate() {
             let handle = range.handle[..].try_into().expect("the node checked its length");
             match device.open(handle, range.bytes) {
-                Ok(address) => ranges.push(address),
+                Ok(address) => ranges.push(address..address + range.bytes),
                 Err(error) => {
-                    ranges.into_iter().for_each(|address| device.close(address));
+                    ranges.into_iter().for_each(|range| device.close(range.start));
                     let fix = "give handles of allocations that live, made by cuIpcGetMemHandle of their first byte, and their sizes";
                     return Err(Error::invalid(format!("ranges[{at}]"), error.to_string(), fix));
                 }
@@ -146,7 +148,7 @@ impl Pump {
         match pages(layout, request, &ranges) {
             Ok(pages) => Ok(Memory::new(layout, request, pages, ranges)),
             Err(error) => {
-                ranges.into_iter().for_each(|address| device.close(address));
+                ranges.into_iter().for_each(|range| device.close(range.start));
                 Err(error)
             }
         }
@@ -174,6 +176,7 @@ impl Pump {
             memory.rows(order.first_block + at as u32, block.tokens, &table, order.into_pages)
         };
         let rows: Vec<_> = order.blocks.iter().enumerate().map(rows).collect::<Result<_, _>>()?;
+        let fence = order.fence.map(|fence| memory.fence(fence)).transpose()?;
         let mut items = Vec::with_capacity(rows.len());
         for (block, rows) in order.blocks.iter().zip(rows) {
             let parts = order.into_pages.then(|| pages.parts(layers.clone()));
@@ -189,7 +192,7 @@ impl Pump {
             layers,
             items,
             checksums_wanted: false,
-            fence: None,
+            fence,
         });
         Ok(())
     }
@@ -275,13 +278,18 @@ impl Pump {
         }
         let closed = self.memories.remove(&id).expect("just seen");
         let device = self.transfers.device_mut();
-        closed.ranges.into_iter().for_each(|address| device.close(address));
+        closed.ranges.into_iter().for_each(|range| device.close(range.start));
         self.told.push(Input::Event(Event::MemoryClosed { memory: id }));
     }
 }
 
 impl Memory {
-    fn new(layout: &Layout, request: &wire::OpenMemoryRequest, pages: Pages, ranges: Vec<Address>) -> Self {
+    fn new(
+        layout: &Layout,
+        request: &wire::OpenMemoryRequest,
+        pages: Pages,
+        ranges: Vec<Range<Address>>,
+    ) -> Self {
         let group = &layout.groups()[request.group as usize];
         let part_layers = group.layers / group.layer_ranges;
         Self {
@@ -295,6 +303,20 @@ impl Memory {
             copies: BTreeSet::new(),
             closing: false,
         }
+    }
+
+    /// A word of what the engine handed over.
+    fn fence(&self, asked: wire::Fence) -> Result<Fence, Error> {
+        let range = self.ranges.get(asked.range as usize);
+        let address = range.and_then(|range| {
+            let address = range.start.checked_add(asked.offset)?;
+            (address.checked_add(4)? <= range.end).then_some(address)
+        });
+        let address = address.ok_or_else(|| {
+            let what = format!("byte {} of range {}", asked.offset, asked.range);
+            Error::invalid("fence", what, "give a word within one of the memory's ranges, counted from 0")
+        })?;
+        Ok(Fence { address, value: asked.value })
     }
 
     /// Layer ranges counted in the group, as layers counted in the memory.
@@ -332,7 +354,11 @@ impl Memory {
 }
 
 /// What was asked to be opened, as addresses of this device, each within what the engine handed over.
-fn pages(layout: &Layout, request: &wire::OpenMemoryRequest, opened: &[Address]) -> Result<Pages, Error> {
+fn pages(
+    layout: &Layout,
+    request: &wire::OpenMemoryRequest,
+    opened: &[Range<Address>],
+) -> Result<Pages, Error> {
     let states = layout.groups()[request.group as usize].kind == GroupKind::State;
     let slice = Slice {
         group: request.group as usize,
@@ -354,16 +380,14 @@ fn pages(layout: &Layout, request: &wire::OpenMemoryRequest, opened: &[Address])
                 return Err(Error::invalid(format!("layers[{at}]"), what, fix));
             }
             vectors.push(Vector {
-                base: opened[vector.range as usize] + vector.offset,
+                base: opened[vector.range as usize].start + vector.offset,
                 page_stride: layer.page_stride,
                 head_stride: layer.head_stride,
                 token_stride: vector.token_stride,
             });
         }
     }
-    let end = |(address, range): (&Address, &wire::DeviceRange)| *address..*address + range.bytes;
-    let ranges: Vec<_> = opened.iter().zip(&request.ranges).map(end).collect();
-    Pages::new(layout, slice, vectors, &ranges)
+    Pages::new(layout, slice, vectors, opened)
 }
 
 fn check_page_tokens(page: u32, block: u32) -> Result<(), Error> {

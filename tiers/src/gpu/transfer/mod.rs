@@ -71,7 +71,7 @@ pub struct Item {
 pub struct Fence {
     /// Of 32 bits, within memory that the engine has handed over (whoever orders has checked that).
     pub address: Address,
-    /// Written when the last byte of a load is in its page, with nothing said of checksums; with the uppermost bit set if the load has failed, which may come after the value without it.
+    /// Written when the last byte of a load is in its page, with nothing said of checksums; with `limits::FENCE_FAILED` set if the load has failed, which may come after the value without it.
     /// If the device fails, it may stay unwritten: after an end with errors, whoever ordered lets the engine go on.
     pub value: u32,
 }

@@ -50,7 +50,7 @@ enum FenceState {
 }
 
 /// Set in a fence's value when its load has failed.
-const FENCE_FAILED: u32 = 1 << 31;
+const FENCE_FAILED: u32 = kvd_proto::limits::FENCE_FAILED;
 
 /// What an order comes with beside itself.
 #[derive(Debug)]
