@@ -34,6 +34,8 @@ _DTYPES: dict[torch.dtype, str] = {
     torch.float8_e5m2: "f8_e5m2",
     torch.int8: "i8",
 }
+#: Of one layer.
+_KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 #: What a dimension of a tensor may be called. `batch` and `1` have one element.
 _DIMS = ("page", "head", "token", "vector", "dim", "batch", "1")
 #: Configs name their layers; these two keep the KV of tokens.
@@ -58,10 +60,10 @@ def layer_memory(
     must be known (`head=8`; in a product, `vector` is 2 unless said otherwise). `values`: the V of a layer
     whose K and V are two tensors.
     """
-    if tensor.device.type != "cpu":
+    if tensor.device.type not in ("cpu", "cuda"):
         raise _invalid(
             "tensor",
-            f"it is on {tensor.device}, and kvd reads and writes memory of the host",
+            f"it is on {tensor.device}, and kvd reads and writes memory of the host and of CUDA devices",
             "stage it through a CPU tensor (pinned for speed), as kvd.trtllm does",
         )
     spans = _spans(tensor, dims.split(), sizes)
@@ -79,7 +81,23 @@ def layer_memory(
         token_stride=stride.get("token", 0),
         vector_stride=stride.get("vector", 0),
         keep=(tensor, values),
+        device=tensor.is_cuda,
     )
+
+
+def device_pages(
+    space: kvd.Space, layers: Sequence[kvd.LayerMemory], tensors: Sequence[torch.Tensor], **shape: int
+) -> kvd.Pages:
+    """Pages in CUDA tensors, which the node copies from and to: `layers` made of them by `layer_memory`, and every
+    tensor that a layer lies in. `shape`: as of `kvd.Pages`. Close them before their tensors are freed."""
+    from kvd import _cuda
+
+    found = {one.address: one for one in (_cuda.allocation(tensor.data_ptr()) for tensor in tensors)}
+    devices = {one.device for one in found.values()}
+    if len(devices) != 1:
+        raise _invalid("tensors", f"on {len(devices)} devices", "make pages for each device of its own")
+    ranges = [(one.address, one.bytes, one.handle) for one in found.values()]
+    return kvd.Pages.on_device(space, layers, device=devices.pop(), ranges=ranges, **shape)
 
 
 def _same_shape(keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -188,8 +206,11 @@ class KvdCache:
         block_tokens: int = 32,
         dtype: torch.dtype | None = None,
         epoch: int = 0,
+        device: torch.device | str = "cpu",
     ) -> None:
+        """`device`: where caches are, "cpu" or a CUDA device that the node has, too."""
         self._config = config
+        self._device = torch.device(device)
         self._dtype = dtype or getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
         self._groups = _groups(config, self._dtype)
         self._layout = kvd.Layout([group for group, _ in self._groups], block_tokens)
@@ -237,8 +258,10 @@ class KvdCache:
         if len(chain) == 0:
             return 0
         groups = range(len(self._groups))
-        pages = [self._pages(number, self._of_cache(number, cache, len(chain)), len(chain)) for number in groups]
+        tensors = [self._of_cache(number, cache, len(chain)) for number in groups]
+        pages = [self._pages(number, tensors[number], len(chain)) for number in groups]
         tables = [list(range(len(chain))) for _ in groups]
+        self._computed()
         try:
             storing = self.space.store_from(key, chain.prefix(len(chain)), pages, tables)
             if not storing.wait(timeout_s):
@@ -248,6 +271,8 @@ class KvdCache:
             raise
         except kvd.KvdError:
             return 0
+        finally:
+            _close(pages)
         return 0 if stored is None else int(stored.stored + stored.present)
 
     def _empty(self) -> DynamicCache:
@@ -271,13 +296,16 @@ class KvdCache:
         pages, tables = [], []
         for number, tensors in enumerate(memory):
             first = self._first(number, blocks)
-            layers = [self._memory(tensor[:1], tensor[1:]) for tensor in tensors]
-            pages.append(self._pages(number, layers, blocks - first))
+            pages.append(self._pages(number, [(tensor[:1], tensor[1:]) for tensor in tensors], blocks - first))
             tables.append([-1] * first + list(range(blocks - first)))
-        loading = match.load_into(pages, tables, first=0, end=blocks, patience_s=timeout_s)
-        if not loading.wait(timeout_s):
-            loading.stop()
-        outcome = loading.outcome()
+        self._computed()
+        try:
+            loading = match.load_into(pages, tables, first=0, end=blocks, patience_s=timeout_s)
+            if not loading.wait(timeout_s):
+                loading.stop()
+            outcome = loading.outcome()
+        finally:
+            _close(pages)
         failed_from = 0 if outcome is None else outcome[0]
         return blocks if failed_from is None else int(failed_from)
 
@@ -286,7 +314,7 @@ class KvdCache:
         group, layers = self._groups[number]
         tokens = (blocks - self._first(number, blocks)) * self._block_tokens
         shape = (2, group.heads, tokens, group.head_size)
-        return [torch.empty(shape, dtype=self._dtype) for _ in layers]
+        return [torch.empty(shape, dtype=self._dtype, device=self._device) for _ in layers]
 
     def _cache(self, memory: list[list[torch.Tensor]], blocks: int) -> DynamicCache:
         cache, tokens = self._empty(), blocks * self._block_tokens
@@ -322,17 +350,33 @@ class KvdCache:
                     f"store such a model's prompts while they have fewer than {layer.sliding_window} tokens",
                 )
 
-    def _of_cache(self, number: int, cache: DynamicCache, blocks: int) -> list[kvd.LayerMemory]:
+    def _of_cache(self, number: int, cache: DynamicCache, blocks: int) -> list[_KeysAndValues]:
         tokens = blocks * self._block_tokens
         layers = (cache.layers[layer] for layer in self._groups[number][1])
-        return [self._memory(layer.keys[:, :, :tokens], layer.values[:, :, :tokens]) for layer in layers]
+        return [(layer.keys[:, :, :tokens], layer.values[:, :, :tokens]) for layer in layers]
+
+    def _computed(self) -> None:
+        """Until the device has written what is to be stored, and read what is to be written over: the node's copies know
+        nothing of this process's streams."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
 
     def _memory(self, keys: torch.Tensor, values: torch.Tensor) -> kvd.LayerMemory:
         """A block is a page: blocks lie one behind the other in each head."""
         return layer_memory(keys, "batch head page*token dim", values=values, token=self._block_tokens)
 
-    def _pages(self, number: int, layers: list[kvd.LayerMemory], pages: int) -> kvd.Pages:
-        return kvd.Pages(self._layout, layers, page_tokens=self._block_tokens, pages=pages, group=number)
+    def _pages(self, number: int, tensors: list[_KeysAndValues], pages: int) -> kvd.Pages:
+        layers = [self._memory(keys, values) for keys, values in tensors]
+        shape = {"page_tokens": self._block_tokens, "pages": pages, "group": number}
+        if self._device.type == "cuda":
+            return device_pages(self.space, layers, [one for both in tensors for one in both], **shape)
+        return kvd.Pages(self._layout, layers, **shape)
+
+
+def _close(pages: Sequence[kvd.Pages]) -> None:
+    """Their tensors may be freed afterwards."""
+    for one in pages:
+        one.close()
 
 
 def _adopt(layer: Any, tensor: torch.Tensor, tokens: int) -> None:

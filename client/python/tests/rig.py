@@ -66,6 +66,8 @@ class Daemon:
         nvme: int = 0,
         lease_ttl_ms: int = 30_000,
         keep_ms: int = 0,
+        device: str = "off",
+        hbm: int = 0,
     ) -> None:
         self.folder = folder
         self.socket = folder / "kvd.sock"
@@ -79,6 +81,7 @@ class Daemon:
             f"[dram]\ncapacity_bytes = {dram}\nsegment_bytes = {segment}\nkeep_ms = {keep_ms}\n"
             f'[nvme]\npath = "{path}"\ncapacity_bytes = {nvme or segment}\nsegment_bytes = {segment}\n'
             f"[leases]\nttl_ms = {lease_ttl_ms}\nbytes_max_per_session = {dram}\n"
+            f'[hbm]\ndevice = "{device}"\ncapacity_bytes = {hbm}\n'
         )
 
     def __enter__(self) -> Daemon:

@@ -253,10 +253,10 @@ impl Drop for SoftwareDevice {
 /// The machine's own: the same for every process until it starts again.
 fn uuid(ordinal: u32) -> [u8; 16] {
     // Unreadable, all stand-ins of one ordinal are one device: right on one machine, which is all that they can span.
-    let boot = std::fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let mut digest = blake3::Hasher::new();
-    digest.update(b"kvd software device").update(&ordinal.to_le_bytes()).update(&boot);
-    *digest.finalize().as_bytes().first_chunk().expect("32 bytes")
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let digits: String = boot.chars().filter(char::is_ascii_hexdigit).collect();
+    let boot = u128::from_str_radix(&digits, 16).unwrap_or_default();
+    (boot ^ u128::from(ordinal)).to_be_bytes()
 }
 
 /// A number that nobody else has.
