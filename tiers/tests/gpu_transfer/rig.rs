@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A test that waits for longer has failed.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
 const BOUNCE_BYTES: usize = 1 << 20;
 
 /// Numbers that are the same in every run.
@@ -294,6 +294,6 @@ impl Memory {
 }
 
 /// A slot in pinned memory.
-pub(crate) fn host(mapping: &Arc<Mapping>, offset: usize) -> Option<HostSlot> {
-    Some(HostSlot { mapping: mapping.clone(), offset })
+pub(crate) fn host(mapping: &Arc<Mapping>, offset: usize) -> HostSlot {
+    HostSlot { mapping: mapping.clone(), offset }
 }

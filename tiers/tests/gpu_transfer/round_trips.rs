@@ -120,7 +120,7 @@ impl Slots {
 
     fn item(&self, block: usize, way: Way, rows: Vec<u64>) -> Item {
         let at = self.range(block).start;
-        let host = if way == Way::Hbm { None } else { host(&self.pinned, at) };
+        let host = (way != Way::Hbm).then(|| host(&self.pinned, at));
         let kept = (way != Way::Pinned).then_some(self.hbm + at as u64);
         Item { host, kept, rows, checksums: None }
     }
