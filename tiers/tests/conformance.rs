@@ -1,11 +1,17 @@
-//! What every medium promises (`media/mod.rs`), asked of each: DRAM, NVMe by io_uring and by threads, these wrapped by
-//! `FaultMedium` without faults, and the device whose power can be cut; then what only faults and only NVMe promise.
+//! What every medium promises (`media/mod.rs`), asked of each: DRAM, NVMe by io_uring and by threads, HBM of each device that
+//! is here, these wrapped by `FaultMedium` without faults, and the device whose power can be cut; then what only faults and
+//! only NVMe promise.
+
+#[path = "gpu/devices.rs"]
+mod devices;
 
 use kvd_tiers::checksum::{part_checksums, verify};
+use kvd_tiers::gpu::Device;
 use kvd_tiers::mapping::Mapping;
 use kvd_tiers::media::dram::{DramMedium, DramOptions};
 use kvd_tiers::media::fault::power::{PowerMedium, PowerOptions};
 use kvd_tiers::media::fault::{Fault, FaultMedium, Plan, Rates};
+use kvd_tiers::media::hbm::{HbmMedium, HbmOptions};
 use kvd_tiers::media::nvme::{Engine, NvmeMedium, NvmeOptions};
 use kvd_tiers::media::{Buffer, Direction, Done, Io, Medium, MediumError};
 use kvd_tiers::segment::SegmentId;
@@ -55,6 +61,11 @@ fn nvme(scratch: &Scratch, engine: Engine) -> NvmeMedium {
     NvmeMedium::open(scratch.options(engine)).unwrap()
 }
 
+fn hbm(device: Box<dyn Device>) -> HbmMedium {
+    let capacity_bytes = u64::from(SEGMENTS) * SEGMENT_BYTES;
+    HbmMedium::new(device, HbmOptions { capacity_bytes, queue_depth: DEPTH }).unwrap()
+}
+
 /// Whether this machine lets us use io_uring; says so where not.
 fn has_uring() -> bool {
     match NvmeMedium::open(Scratch::new().options(Engine::Uring)) {
@@ -100,6 +111,16 @@ fn nvme_by_psync_conforms() {
 fn faultless_fault_media_conform() {
     conformance(|_| Box::new(FaultMedium::new(dram(), Plan::none())));
     conformance(|scratch| Box::new(FaultMedium::new(nvme(scratch, Engine::Auto), Plan::none())));
+}
+
+#[test]
+fn hbm_of_each_device_conforms() {
+    devices::each_kind(|open| conformance(|_| Box::new(hbm(open()))));
+}
+
+#[test]
+fn hbm_in_a_faultless_fault_medium_conforms() {
+    devices::each_kind(|open| conformance(|_| Box::new(FaultMedium::new(hbm(open()), Plan::none()))));
 }
 
 #[test]

@@ -11,6 +11,7 @@
 mod check;
 pub mod dram;
 pub mod fault;
+pub mod hbm;
 pub mod nvme;
 
 use crate::mapping::Mapping;

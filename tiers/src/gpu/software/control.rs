@@ -5,7 +5,7 @@
 
 use super::engine::Engine;
 use super::ranges::Kind;
-use crate::gpu::GpuError;
+use crate::gpu::{GpuError, Stream};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -131,9 +131,14 @@ impl SoftwareControl {
         self.0.lock().hold = Hold::After(pieces);
     }
 
-    /// Ends a hold.
+    /// As `hold`, of one stream alone.
+    pub fn hold_stream(&self, stream: Stream) {
+        self.0.lock().hold_stream(stream);
+    }
+
+    /// Ends every hold.
     pub fn release(&self) {
-        self.0.lock().hold = Hold::Free;
+        self.0.lock().release();
         self.0.wake_all();
     }
 

@@ -32,14 +32,24 @@ pub(super) enum Task {
     Fail(GpuError),
 }
 
+/// Whether a stream's thread is at work, without the lock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Run {
+    #[default]
+    Idle,
+    Running,
+    /// It is to end early.
+    Aborting,
+}
+
 #[derive(Debug, Default)]
 struct Lane {
     tasks: VecDeque<Task>,
-    running: bool,
+    run: Run,
     /// Of the work that failed first since the last `reset`.
     failed: Option<GpuError>,
-    /// What runs is to end early.
-    abort: bool,
+    /// Held for itself.
+    held: bool,
     /// It would go on, were there no hold.
     standing: bool,
 }
@@ -151,7 +161,9 @@ impl Engine {
         let dropped =
             GpuError::Driver { operation: "reset", reason: "dropped with its stream's work".into() };
         let error = gone.clone().or(lane.failed.clone()).unwrap_or(dropped);
-        lane.abort = true;
+        if lane.run == Run::Running {
+            lane.run = Run::Aborting;
+        }
         let tasks = std::mem::take(&mut lane.tasks);
         for task in tasks {
             if let Task::Record(mark) = task {
@@ -159,11 +171,11 @@ impl Engine {
             }
         }
         self.wake_all();
-        while state.lane(stream).running {
+        while state.lane(stream).run != Run::Idle {
             state = self.sleep(state);
         }
         let lane = state.lane(stream);
-        (lane.abort, lane.standing, lane.failed) = (false, false, None);
+        (lane.standing, lane.failed) = (false, None);
         self.signal.wake();
         gone.map_or(Ok(()), Err)
     }
@@ -196,7 +208,7 @@ impl Engine {
                     let result = self.execute(stream, &task);
                     state = self.lock();
                     let lane = state.lane(stream);
-                    lane.running = false;
+                    lane.run = Run::Idle;
                     if let Err(error) = result {
                         lane.failed.get_or_insert(error);
                     }
@@ -255,21 +267,16 @@ impl Engine {
     /// Waits out a hold; the bit to flip, if any.
     fn next_piece(&self, stream: Stream) -> Result<Option<u64>, GpuError> {
         let mut state = self.lock();
-        loop {
-            state.check_going_on(stream)?;
-            match state.hold {
-                Hold::Free => break,
-                Hold::After(0) => {
-                    if !std::mem::replace(&mut state.lane(stream).standing, true) {
-                        self.wake_all();
-                    }
-                    state = self.sleep(state);
-                }
-                Hold::After(pieces) => {
-                    state.hold = Hold::After(pieces - 1);
-                    break;
-                }
+        state.check_going_on(stream)?;
+        while state.is_held(stream) {
+            if !std::mem::replace(&mut state.lane(stream).standing, true) {
+                self.wake_all();
             }
+            state = self.sleep(state);
+            state.check_going_on(stream)?;
+        }
+        if let Hold::After(pieces) = &mut state.hold {
+            *pieces -= 1;
         }
         state.lane(stream).standing = false;
         Ok(state.script.flip.take())
@@ -297,6 +304,21 @@ impl State {
             .unwrap_or_else(|| panic!("{stream:?} is no stream of this device"))
     }
 
+    /// Stops one stream alone.
+    pub(super) fn hold_stream(&mut self, stream: Stream) {
+        self.lane(stream).held = true;
+    }
+
+    /// Ends every hold.
+    pub(super) fn release(&mut self) {
+        self.hold = Hold::Free;
+        self.lanes.iter_mut().for_each(|lane| lane.held = false);
+    }
+
+    fn is_held(&mut self, stream: Stream) -> bool {
+        self.hold == Hold::After(0) || self.lane(stream).held
+    }
+
     fn give(&mut self, stream: Stream, task: Task) -> Result<(), GpuError> {
         let tasks = &mut self.lane(stream).tasks;
         if tasks.len() == QUEUE_MAX {
@@ -310,7 +332,7 @@ impl State {
         if let Some(error) = &self.gone {
             return Err(error.clone());
         }
-        if self.stop || self.lane(stream).abort {
+        if self.stop || self.lane(stream).run == Run::Aborting {
             let reason = "ended early: the stream was reset, or the device dropped".to_owned();
             return Err(GpuError::Driver { operation: "copy", reason });
         }
@@ -319,7 +341,7 @@ impl State {
 
     /// Takes a stream's next task; does at once what needs no memory.
     fn next(&mut self, stream: Stream) -> Next {
-        let (held, gone) = (self.hold == Hold::After(0), self.gone.clone());
+        let (held, gone) = (self.is_held(stream), self.gone.clone());
         let lane = &mut self.lanes[stream.0 as usize];
         lane.standing = held && gone.is_none() && !lane.tasks.is_empty();
         if lane.standing {
@@ -341,7 +363,7 @@ impl State {
             }
             _ if error.is_some() => Next::Again,
             task => {
-                lane.running = true;
+                lane.run = Run::Running;
                 Next::Run(task)
             }
         }
