@@ -10,8 +10,8 @@ use kvd_tiers::gpu::transfer::{Direction, Fence, Miss, ORDERS_MAX, Options, Orde
 
 #[test]
 fn a_small_order_is_not_stuck_behind_a_large_one() {
-    devices::each(|_, device| {
-        let mut rig = Rig::new(device, small());
+    devices::each_kind(|open| {
+        let mut rig = Rig::new(open(), small());
         let mut house = House::new(&mut rig, 200);
         rig.transfers.submit(house.order(1, Direction::Load, 0..150)).unwrap();
         rig.transfers.submit(house.order(2, Direction::Load, 150..151)).unwrap();
@@ -49,10 +49,10 @@ fn orders_beyond_the_limit_are_handed_back() {
 
 #[test]
 fn both_directions_and_stops_in_any_order() {
-    devices::each(|kind, device| {
-        let mut rig = Rig::new(device, small());
+    devices::each_kind(|open| {
+        let mut rig = Rig::new(open(), small());
         for seed in 0..20 {
-            println!("{kind}: seed {seed}");
+            println!("seed {seed}");
             let mut dice = Dice(seed);
             let mut house = House::new(&mut rig, 120);
             let (mut first, mut orders) = (0, Vec::new());
@@ -115,8 +115,8 @@ fn largest(ranges: (u32, u32)) -> Layout {
 #[test]
 fn the_largest_slot_fits_the_usual_staging_area() {
     for ranges in [(1, 1), (4, 1), (2, 8)] {
-        devices::each(|_, device| {
-            let mut rig = Rig::new(device, Options::default());
+        devices::each_kind(|open| {
+            let mut rig = Rig::new(open(), Options::default());
             assert!(rig.transfers.crossover_bytes() >= 4096);
             let mut house = House::of(&mut rig, largest(ranges), 1);
             assert_eq!(house.model.slot_bytes(), SLOT_BYTES_MAX as usize);
@@ -132,8 +132,8 @@ fn the_largest_slot_fits_the_usual_staging_area() {
 
 #[test]
 fn a_slot_larger_than_was_said_is_refused() {
-    devices::each(|_, device| {
-        let mut rig = Rig::new(device, Options { slot_bytes_max: 32 << 10, ..small() });
+    devices::each_kind(|open| {
+        let mut rig = Rig::new(open(), Options { slot_bytes_max: 32 << 10, ..small() });
         let house = House::new(&mut rig, 1);
         rig.transfers.submit(house.order(1, Direction::Load, 0..1)).unwrap();
         let item = rig.ends(1).remove(0).items.remove(0);
@@ -143,8 +143,8 @@ fn a_slot_larger_than_was_said_is_refused() {
 
 #[test]
 fn an_engine_s_stream_hears_of_the_end_in_memory() {
-    devices::each(|_, device| {
-        let mut rig = Rig::new(device, small());
+    devices::each_kind(|open| {
+        let mut rig = Rig::new(open(), small());
         let mut house = House::new(&mut rig, 30);
         let word = rig.allocate(&[0; 64]);
         let number = |rig: &mut Rig| u32::from_le_bytes(*rig.get(word + 8, 4).first_chunk().unwrap());
