@@ -1,4 +1,4 @@
-//! A device of which one chosen call goes wrong.
+//! A stand-in of which one chosen call goes wrong, or that says it is none.
 
 use kvd_tiers::gpu::software::{Operation, SoftwareControl, SoftwareDevice};
 use kvd_tiers::gpu::{Address, Device, DeviceInfo, GpuError, Handle, Mark, Piece, Stream, Way, Work};
@@ -19,6 +19,7 @@ pub(crate) enum Fault {
 
 /// See the file's head.
 pub(crate) struct Faulty {
+    info: DeviceInfo,
     inner: SoftwareDevice,
     control: SoftwareControl,
     fault: Fault,
@@ -34,7 +35,15 @@ impl Faulty {
     /// And the number of calls until the fault.
     pub(crate) fn new(inner: SoftwareDevice, fault: Fault) -> (Self, Arc<AtomicI64>) {
         let left = Arc::new(AtomicI64::new(-1));
-        (Self { control: inner.control(), inner, fault, left: left.clone() }, left)
+        let info = inner.info().clone();
+        (Self { info, control: inner.control(), inner, fault, left: left.clone() }, left)
+    }
+
+    /// Says that it is hardware.
+    pub(crate) fn pretending(inner: SoftwareDevice) -> Self {
+        let (mut device, _) = Self::new(inner, Fault::Refused);
+        device.info.software = false;
+        device
     }
 
     fn before(&self, operation: Operation) -> Result<(), GpuError> {
@@ -53,7 +62,7 @@ impl Faulty {
 
 impl Device for Faulty {
     fn info(&self) -> &DeviceInfo {
-        self.inner.info()
+        &self.info
     }
     fn free_bytes(&mut self) -> Result<u64, GpuError> {
         self.inner.free_bytes()

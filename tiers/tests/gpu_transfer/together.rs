@@ -1,6 +1,7 @@
 //! Many orders at once, and large ones.
 
 use crate::devices;
+use crate::faulty::Faulty;
 use crate::house::House;
 use crate::rig::{Dice, PATIENCE, Rig, small};
 use kvd_proto::Layout;
@@ -114,7 +115,7 @@ fn largest(ranges: (u32, u32)) -> Layout {
 
 #[test]
 fn the_largest_slot_fits_the_usual_staging_area() {
-    for ranges in [(1, 1), (4, 1), (2, 8)] {
+    for ranges in [(1, 1), (2, 8)] {
         devices::each_kind(|open| {
             let mut rig = Rig::new(open(), Options::default());
             assert!(rig.transfers.crossover_bytes() >= 4096);
@@ -127,6 +128,21 @@ fn the_largest_slot_fits_the_usual_staging_area() {
             rig.run(vec![house.order(2, Direction::Store, 0..1)]);
             house.check(&mut rig, "stored");
         });
+    }
+}
+
+#[test]
+fn what_is_measured_is_some_length_and_leaves_nothing_behind() {
+    for staging_bytes in [1 << 20, 64 << 20] {
+        let device = Faulty::pretending(devices::software());
+        let options = Options { crossover_bytes: None, staging_bytes, ..small() };
+        let mut rig = Rig::new(Box::new(device), options);
+        let crossover = rig.transfers.crossover_bytes();
+        assert!([4 << 10, 16 << 10, 64 << 10, 256 << 10, u64::MAX].contains(&crossover), "{crossover}");
+        let mut house = House::new(&mut rig, 20);
+        (0..20).for_each(|block| house.loaded(block));
+        rig.run(vec![house.order(1, Direction::Load, 0..20)]);
+        house.check(&mut rig, "loaded");
     }
 }
 
