@@ -64,6 +64,26 @@ fn any_call_may_fail() {
 }
 
 #[test]
+fn work_without_a_mark_is_gone_before_its_order_ends() {
+    let device = software();
+    let control = device.control();
+    let (device, left) = Faulty::new(device, Fault::Refused);
+    let mut rig = Rig::new(Box::new(device), small());
+    let house = House::new(&mut rig, 1);
+    let untouched = vec![7; house.model.slot_bytes()];
+    let kept = rig.allocate(&untouched);
+    let mut order = house.order(1, Direction::Store, 0..1);
+    (order.items[0].host, order.items[0].kept) = (None, Some(kept));
+    control.hold();
+    // the arguments and the kernel are given, the mark is refused
+    left.store(2, Ordering::Relaxed);
+    rig.transfers.submit(order).unwrap();
+    assert_eq!(rig.ends(1).remove(0).items, [Err(Miss::Device(error()))]);
+    control.release();
+    assert!(rig.get(kept, untouched.len()) == untouched, "whoever has the slot now is not written over");
+}
+
+#[test]
 fn a_flipped_bit_is_a_miss_of_its_item_alone() {
     for item in 0..3_u64 {
         let (mut rig, control) = rig(Options { chunk_bytes: 512 << 10, ..small() });
