@@ -78,7 +78,7 @@ impl Script {
     }
 }
 
-/// Ranges that a stand-in holds.
+/// What a stand-in holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Held {
     /// By `allocate`.
@@ -87,6 +87,8 @@ pub struct Held {
     pub opened: usize,
     /// By `pin`.
     pub pinned: usize,
+    /// Marks recorded and not yet told as passed.
+    pub marks: usize,
 }
 
 /// See the file's head. Of one stand-in, from any thread, and harmless when it is gone.
@@ -155,6 +157,11 @@ impl SoftwareControl {
     /// What it holds now.
     pub fn held(&self) -> Held {
         let count = |kind| self.0.ranges.count(kind);
-        Held { allocated: count(Kind::Allocated), opened: count(Kind::Opened), pinned: count(Kind::Pinned) }
+        Held {
+            allocated: count(Kind::Allocated),
+            opened: count(Kind::Opened),
+            pinned: count(Kind::Pinned),
+            marks: self.0.lock().marks(),
+        }
     }
 }

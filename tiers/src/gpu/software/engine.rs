@@ -304,6 +304,11 @@ impl State {
             .unwrap_or_else(|| panic!("{stream:?} is no stream of this device"))
     }
 
+    /// Recorded and not yet told as passed.
+    pub(super) fn marks(&self) -> usize {
+        self.marks.len()
+    }
+
     /// Stops one stream alone.
     pub(super) fn hold_stream(&mut self, stream: Stream) {
         self.lane(stream).held = true;
