@@ -11,8 +11,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A test that waits for longer has failed.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
 const BOUNCE_BYTES: usize = 1 << 20;
+/// Random bytes come again after so many, which nothing else is a multiple of.
+const TILE_BYTES: usize = (1 << 20) + 7;
 
 /// Numbers that are the same in every run.
 #[derive(Debug, Clone)]
@@ -38,7 +40,11 @@ impl Dice {
     }
 
     pub(crate) fn bytes(&mut self, count: usize) -> Vec<u8> {
-        (0..count.div_ceil(8)).flat_map(|_| self.next().to_le_bytes()).take(count).collect()
+        let few = count.min(TILE_BYTES);
+        let tile: Vec<u8> = (0..few.div_ceil(8)).flat_map(|_| self.next().to_le_bytes()).take(few).collect();
+        let mut all = tile.repeat(count.div_ceil(few.max(1)));
+        all.truncate(count);
+        all
     }
 
     pub(crate) fn shuffle<T>(&mut self, all: &mut [T]) {
@@ -283,6 +289,7 @@ impl Memory {
     pub(crate) fn order(&self, token: u64, direction: Direction, items: Vec<Item>) -> Order {
         Order {
             token,
+            line: token,
             direction,
             pages: self.pages.clone(),
             layers: 0..self.pages.slice().layers,
@@ -294,6 +301,6 @@ impl Memory {
 }
 
 /// A slot in pinned memory.
-pub(crate) fn host(mapping: &Arc<Mapping>, offset: usize) -> Option<HostSlot> {
-    Some(HostSlot { mapping: mapping.clone(), offset })
+pub(crate) fn host(mapping: &Arc<Mapping>, offset: usize) -> HostSlot {
+    HostSlot { mapping: mapping.clone(), offset }
 }

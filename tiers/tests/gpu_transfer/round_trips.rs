@@ -120,7 +120,7 @@ impl Slots {
 
     fn item(&self, block: usize, way: Way, rows: Vec<u64>) -> Item {
         let at = self.range(block).start;
-        let host = if way == Way::Hbm { None } else { host(&self.pinned, at) };
+        let host = (way != Way::Hbm).then(|| host(&self.pinned, at));
         let kept = (way != Way::Pinned).then_some(self.hbm + at as u64);
         Item { host, kept, rows, checksums: None }
     }
@@ -243,10 +243,10 @@ fn back(rig: &mut Rig, dice: &mut Dice, model: &Model, slots: &mut Slots, stored
 
 #[test]
 fn what_was_stored_is_what_is_loaded_and_nothing_else_is_touched() {
-    devices::each(|kind, device| {
-        let mut rig = Rig::new(device, small());
+    devices::each_kind(|open| {
+        let mut rig = Rig::new(open(), small());
         for seed in 0..CASES {
-            println!("{kind}: seed {seed}");
+            println!("seed {seed}");
             trip(&mut rig, seed);
         }
     });
@@ -254,10 +254,10 @@ fn what_was_stored_is_what_is_loaded_and_nothing_else_is_touched() {
 
 #[test]
 fn batched_copies_do_what_kernels_do() {
-    devices::each(|kind, device| {
-        let mut rig = Rig::new(device, Options { crossover_bytes: Some(0), ..small() });
+    devices::each_kind(|open| {
+        let mut rig = Rig::new(open(), Options { crossover_bytes: Some(0), ..small() });
         for seed in 0..CASES {
-            println!("{kind}: seed {seed}");
+            println!("seed {seed}");
             trip(&mut rig, seed);
         }
     });
@@ -265,10 +265,10 @@ fn batched_copies_do_what_kernels_do() {
 
 #[test]
 fn chunks_of_one_part_do_it_too() {
-    devices::each(|kind, device| {
-        let mut rig = Rig::new(device, Options { chunk_bytes: 4096, ..small() });
+    devices::each_kind(|open| {
+        let mut rig = Rig::new(open(), Options { chunk_bytes: 4096, ..small() });
         for seed in 0..CASES / 3 {
-            println!("{kind}: seed {seed}");
+            println!("seed {seed}");
             trip(&mut rig, 1000 + seed);
         }
     });

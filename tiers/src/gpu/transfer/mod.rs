@@ -18,6 +18,8 @@ mod queue;
 mod room;
 mod shell;
 mod steps;
+#[cfg(test)]
+mod tests;
 
 use super::paged::Pages;
 use super::{Address, GpuError};
@@ -81,6 +83,8 @@ pub struct Fence {
 pub struct Order {
     /// The caller's name for it.
     pub token: u64,
+    /// Orders of one line and way are begun one after the other (a request's layer ranges, say); lines take turns.
+    pub line: u64,
     /// Which way.
     pub direction: Direction,
     /// The engine's memory.
@@ -89,13 +93,13 @@ pub struct Order {
     pub layers: Range<u32>,
     /// What moves.
     pub items: Vec<Item>,
-    /// Stores: whether the end is to say the checksums of all parts.
+    /// Whether the end is to say the checksums of all parts of items for which none are expected.
     pub checksums_wanted: bool,
     /// Loads only.
     pub fence: Option<Fence>,
 }
 
-/// Why an item has not moved. What its pages (of a load) or its slots (of a store) hold then is not said.
+/// Why an item has not moved. What it was to be moved to, pages or slots, `kept` included, holds anything then.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Miss {
     /// Its bytes are not those that were stored; the part is counted in `pages.parts(layers)`.

@@ -1,9 +1,10 @@
-//! What goes to the device next: lots of legs, order after order in turn, in both directions.
+//! What goes to the device next: lots of legs, line after line in turn, in three flows that do not wait for each other: in, out, and within the device.
 //!
 //! Owns the orders under way and what each lot takes: room in the staging area, a desk for its arguments. Plain: no device, no clock.
 //! Invariants:
-//! - a direction has at most half of the staging area under way, or one lot; an order's turn comes after one lot of each other's, so a small one waits for chunks and not for gigabytes;
-//! - who is at turn and finds no room keeps the other direction from taking it, so that whatever fits an empty area gets its room in the end;
+//! - a flow has at most half of the staging area under way, or one lot; a line's turn comes after one lot of each other's, so a small order waits for chunks and not for gigabytes;
+//! - orders of one line go one after the other;
+//! - who is at turn and finds no room keeps others from taking it, so that whatever fits an empty area gets its room in the end;
 //! - room and desk are given back when the lot is over, never before;
 //! - each order ends once.
 //!
@@ -39,13 +40,13 @@ pub(super) struct Lot {
     pub(super) serial: u64,
     /// The order's serial number.
     pub(super) order: u64,
-    pub(super) direction: Direction,
     pub(super) legs: Vec<Leg>,
     pub(super) staging: Option<Range<u64>>,
     /// Where its arguments are, of `LOTS_MAX`.
     pub(super) desk: usize,
     /// In place of legs.
     pub(super) fence: Option<Fence>,
+    flow: usize,
     bytes: u64,
 }
 
@@ -56,10 +57,10 @@ pub(super) struct Queue {
     chunk_bytes: u64,
     orders: BTreeMap<u64, Progress>,
     serial: u64,
-    flows: [Flow; 2],
+    flows: [Flow; FLOWS],
     /// Whose turn it is, of `flows`.
     turn: usize,
-    /// Who found no room.
+    /// Which of `flows` found no room.
     waiting: Option<usize>,
     room: Room,
     desks: Vec<usize>,
@@ -69,13 +70,48 @@ pub(super) struct Queue {
     outcomes: Vec<Outcome>,
 }
 
-/// One direction.
+/// Loads from pinned memory.
+const IN: usize = 0;
+/// Stores to pinned memory.
+const OUT: usize = 1;
+/// Between pages and HBM: they take no room, and are done long before anything has come in or gone out.
+const WITHIN: usize = 2;
+const FLOWS: usize = 3;
+
 #[derive(Debug, Default)]
 struct Flow {
-    /// Orders that have something to give out.
-    turns: VecDeque<u64>,
+    turns: VecDeque<Line>,
     /// Under way.
     bytes: u64,
+}
+
+/// Orders that go one after the other.
+#[derive(Debug)]
+struct Line {
+    name: u64,
+    orders: VecDeque<u64>,
+}
+
+impl Flow {
+    fn queue(&mut self, name: u64, order: u64) {
+        match self.turns.iter_mut().find(|line| line.name == name) {
+            Some(line) => line.orders.push_back(order),
+            None => self.turns.push_back(Line { name, orders: VecDeque::from([order]) }),
+        }
+    }
+
+    fn front(&self) -> Option<u64> {
+        self.turns.front().map(|line| line.orders[0])
+    }
+
+    /// The order at turn has nothing more to give out.
+    fn pop(&mut self) {
+        let line = self.turns.front_mut().expect("an order at turn");
+        line.orders.pop_front();
+        if line.orders.is_empty() {
+            self.turns.pop_front();
+        }
+    }
 }
 
 enum Picked {
@@ -130,7 +166,7 @@ impl Queue {
     pub(super) fn accept(&mut self, admitted: Admitted, now_us: u64) {
         let order = Progress::new(admitted, self.chunk_bytes, now_us);
         self.serial += 1;
-        self.flows[flow_of(order.direction())].turns.push_back(self.serial);
+        self.flows[flow_of(&order)].queue(order.order.line, self.serial);
         self.orders.insert(self.serial, order);
         self.look_at(self.serial, now_us);
     }
@@ -151,41 +187,36 @@ impl Queue {
                 return Some(lot);
             }
         }
-        let flows = match self.waiting {
-            Some(flow) => vec![flow],
-            None => vec![self.turn, 1 - self.turn],
-        };
-        for flow in flows {
+        let turn = self.turn;
+        for flow in (0..FLOWS).map(|after| (turn + after) % FLOWS) {
+            if flow != WITHIN && self.waiting.is_some_and(|waiting| waiting != flow) {
+                continue;
+            }
             match self.pick(flow) {
                 Picked::Lot(lot) => {
-                    (self.waiting, self.turn) = (None, 1 - flow);
+                    self.waiting = self.waiting.filter(|waiting| *waiting != flow);
+                    self.turn = (flow + 1) % FLOWS;
                     return Some(lot);
                 }
                 Picked::Nothing if self.waiting == Some(flow) => {
-                    // its order was stopped: the other direction's turn again
+                    // its order was stopped: everybody's turn again
                     self.waiting = None;
                     return self.next();
                 }
                 Picked::Nothing => {}
-                Picked::NoRoom => {
-                    self.waiting = Some(flow);
-                    return None;
-                }
+                Picked::NoRoom => self.waiting = Some(flow),
             }
         }
         None
     }
 
     fn pick(&mut self, flow: usize) -> Picked {
-        while let Some(serial) = self.flows[flow].turns.front().copied() {
-            let Some(order) = self.orders.get(&serial) else {
-                self.flows[flow].turns.pop_front();
-                continue;
-            };
-            if let Some(candidate) = self.candidate(order) {
-                return self.place(flow, serial, candidate);
+        while let Some(serial) = self.flows[flow].front() {
+            let candidate = self.orders.get(&serial).and_then(|order| self.candidate(order));
+            match candidate {
+                Some(candidate) => return self.place(flow, serial, candidate),
+                None => self.flows[flow].pop(),
             }
-            self.flows[flow].turns.pop_front();
         }
         Picked::Nothing
     }
@@ -194,7 +225,7 @@ impl Queue {
         let order = self.orders.get_mut(&serial)?;
         let fence = order.fence_due()?;
         order.give_fence(fence);
-        let flow = flow_of(order.direction());
+        let flow = flow_of(order);
         let lot = Lot { fence: Some(fence), ..self.lot(flow, serial, Candidate::default(), None) };
         self.lots.insert(lot.serial, lot.clone());
         Some(lot)
@@ -227,7 +258,7 @@ impl Queue {
         }
         let staging = match candidate.staged_bytes {
             0 => None,
-            bytes => match self.room.take(bytes, flow == flow_of(Direction::Store)) {
+            bytes => match self.room.take(bytes, flow == OUT) {
                 None => return Picked::NoRoom,
                 taken => taken,
             },
@@ -250,11 +281,11 @@ impl Queue {
         Lot {
             serial: self.serial,
             order,
-            direction: if flow == flow_of(Direction::Load) { Direction::Load } else { Direction::Store },
             legs: candidate.legs,
             staging,
             desk: self.desks.pop().expect("there is a desk"),
             fence: None,
+            flow,
             bytes: candidate.bytes,
         }
     }
@@ -275,7 +306,7 @@ impl Queue {
         if let Some(staging) = lot.staging {
             self.room.give(staging);
         }
-        self.flows[flow_of(lot.direction)].bytes -= lot.bytes;
+        self.flows[lot.flow].bytes -= lot.bytes;
         self.orders.get_mut(&lot.order).expect("a lot's order is under way").take(&lot.legs, result);
         self.look_at(lot.order, now_us);
     }
@@ -323,10 +354,13 @@ impl Queue {
     }
 }
 
-fn flow_of(direction: Direction) -> usize {
-    match direction {
-        Direction::Load => 0,
-        Direction::Store => 1,
+fn flow_of(order: &Progress) -> usize {
+    let mut items = order.order.items.iter().zip(&order.hosts);
+    let apart = items.any(|(item, host)| host.is_some() || item.kept.is_none());
+    match (apart, order.direction()) {
+        (false, _) => WITHIN,
+        (true, Direction::Load) => IN,
+        (true, Direction::Store) => OUT,
     }
 }
 

@@ -135,7 +135,7 @@ impl Transfers {
             self.queue.refuse(order.token, order.items.len(), &Miss::Invalid(error));
             return Ok(());
         }
-        let hosts = (0..order.items.len()).map(|at| self.host(&order, at)).collect();
+        let hosts = self.hosts(&order);
         let kernels = self.takes_kernels(&order);
         let now_us = self.now_us();
         self.queue.accept(Admitted { order, hosts, kernels }, now_us);
@@ -143,13 +143,21 @@ impl Transfers {
         Ok(())
     }
 
-    /// Where an item's slot in pinned memory is, as the device sees it.
-    fn host(&mut self, order: &Order, at: usize) -> Result<Option<Address>, Miss> {
-        let item = &order.items[at];
-        check::item(order, item)?;
-        let Some(host) = &item.host else { return Ok(None) };
-        let mapping = self.device.pin(&host.mapping)?;
-        Ok(Some(mapping + host.offset as u64))
+    /// Where each item's slot in pinned memory is, as the device sees it.
+    fn hosts(&mut self, order: &Order) -> Vec<Result<Option<Address>, Miss>> {
+        let mut last: Option<(&Arc<Mapping>, Address)> = None;
+        let mut host = |item| -> Result<Option<Address>, Miss> {
+            check::item(order, item)?;
+            let Some(host) = &item.host else { return Ok(None) };
+            let known = last.filter(|(mapping, _)| Arc::ptr_eq(mapping, &host.mapping));
+            let address = match known {
+                Some((_, address)) => address,
+                None => self.device.pin(&host.mapping)?,
+            };
+            last = Some((&host.mapping, address));
+            Ok(Some(address + host.offset as u64))
+        };
+        order.items.iter().map(&mut host).collect()
     }
 
     /// Copies by batches know no zeros: not those behind a part, not those for rows without a page.

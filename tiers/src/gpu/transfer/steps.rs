@@ -98,7 +98,7 @@ pub(super) fn plan(order: &Progress, lot: &Lot, places: Places) -> Plan {
         arguments: Vec::new(),
         steps: Vec::new(),
     };
-    let results = match (lot.fence, lot.direction) {
+    let results = match (lot.fence, order.direction()) {
         (Some(fence), _) => planner.fence(fence),
         (None, Direction::Load) => planner.load(),
         (None, Direction::Store) => planner.store(),
@@ -277,6 +277,7 @@ impl<'a> Planner<'a> {
         let count = runs.len();
         let runs = self.table(runs.into_iter());
         let results = self.arguments.len()..self.arguments.len() + 4 * count;
+        assert!(results.end as u64 <= DESK_BYTES, "{count} checksums behind {} bytes", results.start);
         let work = Checksums {
             runs,
             results: self.desk + results.start as u64,
