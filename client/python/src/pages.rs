@@ -150,7 +150,7 @@ impl Pages {
     ) -> PyResult<Self> {
         let kinds = space.handle().layout().groups();
         let Some(kind) = kinds.get(group) else {
-            return Err(invalid("group", &format!("{group} of {}", kinds.len()), "count groups from 0"));
+            return Err(invalid("group", format!("{group} of {}", kinds.len()), "count groups from 0"));
         };
         let heads = if heads == 0 { kind.heads } else { heads };
         let shape = PagedShape { group, first_layer, first_head, heads, page_tokens, pages };
@@ -201,7 +201,7 @@ fn place(
 ) -> PyResult<DevicePlace> {
     let uuid = device.try_into();
     let device =
-        uuid.map_err(|_| invalid("device", &format!("{} bytes", device.len()), "give its UUID, 16 bytes"))?;
+        uuid.map_err(|_| invalid("device", format!("{} bytes", device.len()), "give its UUID, 16 bytes"))?;
     let within = |address: usize| {
         let holds = |(base, bytes, _): &(usize, u64, Vec<u8>)| {
             address.checked_sub(*base).is_some_and(|offset| (offset as u64) < *bytes)
@@ -230,7 +230,7 @@ fn place(
             let (range, offset) = within(address).ok_or_else(|| {
                 invalid(
                     "ranges",
-                    &format!("{address:#x} is in none"),
+                    format!("{address:#x} is in none"),
                     "give the allocations that the layers are in",
                 )
             })?;
@@ -242,7 +242,7 @@ fn place(
     };
     let handle = |(_, bytes, handle): &(usize, u64, Vec<u8>)| {
         let what = || {
-            invalid("ranges", &format!("a handle of {} bytes", handle.len()), "give CUipcMemHandle, 64 bytes")
+            invalid("ranges", format!("a handle of {} bytes", handle.len()), "give CUipcMemHandle, 64 bytes")
         };
         Ok(DeviceRange { handle: handle[..].try_into().map_err(|_| what())?, bytes: *bytes })
     };

@@ -150,7 +150,6 @@ impl Gpus {
     }
 
     fn unknown(&self, uuid: &[u8; 16]) -> Error {
-        let shown: String = uuid.iter().map(|byte| format!("{byte:02x}")).collect();
         let (message, fix) = match (self.choice, self.found.len()) {
             (DeviceChoice::Off, _) => (
                 "this node uses no device".to_owned(),
@@ -161,7 +160,10 @@ impl Gpus {
                 "see `kvd check`; in a container the node needs the same devices as the engine",
             ),
             (_, count) => (
-                format!("{shown} is none of the {count} devices that this node has found"),
+                format!(
+                    "{:032x} is none of the {count} devices that this node has found",
+                    u128::from_be_bytes(*uuid)
+                ),
                 "give the node the same devices as the engine (CUDA_VISIBLE_DEVICES, the container's)",
             ),
         };
@@ -179,7 +181,7 @@ impl Gpus {
             let (dram, inbox, told) = (self.dram.clone(), self.inbox.clone(), waker.clone());
             let name = format!("kvd-gpu-{}", info.ordinal);
             super::workers::spawn(&name, move || {
-                run((choice, &info), memory, &ordered, (dram, inbox), &told)
+                run((choice, &info), memory, &ordered, (dram, inbox), &told);
             });
             Thread { orders, waker }
         })
