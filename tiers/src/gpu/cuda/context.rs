@@ -34,10 +34,7 @@ impl Context {
 
     /// Makes it the calling thread's. Asking is a read of a thread's variable; setting is not.
     pub(in crate::gpu) fn enter(&self) -> Result<(), Refusal> {
-        let mut current = std::ptr::null_mut();
-        // SAFETY: writes one handle, null if the thread has none.
-        check("cuCtxGetCurrent", unsafe { sys::cuCtxGetCurrent(&raw mut current) })?;
-        if current == self.raw {
+        if current() == Some(self.raw) {
             return Ok(());
         }
         // SAFETY: the context is retained, so it is there.
@@ -45,9 +42,21 @@ impl Context {
     }
 }
 
+/// The calling thread's context; `None` as well where the driver says that it had one that has ended.
+fn current() -> Option<sys::CUcontext> {
+    let mut current = std::ptr::null_mut();
+    // SAFETY: writes one handle, null if the thread has none.
+    check("cuCtxGetCurrent", unsafe { sys::cuCtxGetCurrent(&raw mut current) }).ok().map(|()| current)
+}
+
 impl Drop for Context {
     fn drop(&mut self) {
-        // SAFETY: gives back what `retain` took, once. A thread that has it current may not use it any more, and does not: all use goes through `enter`.
+        if current() == Some(self.raw) {
+            // So that this thread is not left with a context that may have ended. Another may be; `enter` there sets it anew.
+            // SAFETY: null is none.
+            let _ = unsafe { sys::cuCtxSetCurrent(std::ptr::null_mut()) };
+        }
+        // SAFETY: gives back what `retain` took, once; all use goes through `enter`, of whoever still holds it.
         let _ = unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) };
     }
 }

@@ -138,7 +138,6 @@ impl Refusal {
         matches!(
             self.code,
             Code::CUDA_ERROR_DEINITIALIZED
-                | Code::CUDA_ERROR_DEVICE_UNAVAILABLE
                 | Code::CUDA_ERROR_CONTEXT_IS_DESTROYED
                 | Code::CUDA_ERROR_ECC_UNCORRECTABLE
                 | Code::CUDA_ERROR_NVLINK_UNCORRECTABLE
@@ -155,7 +154,6 @@ impl Refusal {
                 | Code::CUDA_ERROR_TENSOR_MEMORY_LEAK
                 | Code::CUDA_ERROR_MPS_CLIENT_TERMINATED
                 | Code::CUDA_ERROR_EXTERNAL_DEVICE
-                | Code::CUDA_ERROR_UNKNOWN
         )
     }
 
@@ -197,25 +195,28 @@ pub(super) fn driver() -> Result<Driver, GpuError> {
     }
     let version = version()?;
     // SAFETY: `version` saw the function; 0 is the only flag there is; may be called again and from any thread.
-    if let Err(refusal) = check("cuInit", unsafe { sys::cuInit(0) }) {
-        let what = match refusal.code {
-            sys::CUresult::CUDA_ERROR_NO_DEVICE => {
-                "the CUDA driver finds no GPU; look at `nvidia-smi`, and at CUDA_VISIBLE_DEVICES"
-            }
-            sys::CUresult::CUDA_ERROR_SYSTEM_NOT_READY => {
-                "the CUDA driver is not ready; on machines with NVSwitch, start nvidia-fabricmanager"
-            }
-            sys::CUresult::CUDA_ERROR_STUB_LIBRARY => {
-                "the libcuda that was found is the toolkit's stub; take its folder out of LD_LIBRARY_PATH"
-            }
-            sys::CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH => {
-                "the CUDA library is not of the kernel module's version; restart after a driver update"
-            }
-            _ => "the CUDA driver does not begin; look at `nvidia-smi` and `dmesg`",
-        };
-        return Err(GpuError::Unavailable(format!("{what} (cuInit: {})", refusal.reason())));
-    }
+    check("cuInit", unsafe { sys::cuInit(0) }).map_err(unavailable)?;
     Ok(*FOUND.get_or_init(|| Driver { version, batch: batch(version) }))
+}
+
+/// Why a driver that is there does not begin.
+fn unavailable(refusal: Refusal) -> GpuError {
+    let what = match refusal.code {
+        sys::CUresult::CUDA_ERROR_NO_DEVICE => {
+            "the CUDA driver finds no GPU; look at `nvidia-smi`, and at CUDA_VISIBLE_DEVICES"
+        }
+        sys::CUresult::CUDA_ERROR_SYSTEM_NOT_READY => {
+            "the CUDA driver is not ready; on machines with NVSwitch, start nvidia-fabricmanager"
+        }
+        sys::CUresult::CUDA_ERROR_STUB_LIBRARY => {
+            "the libcuda that was found is the toolkit's stub; take its folder out of LD_LIBRARY_PATH"
+        }
+        sys::CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH => {
+            "the CUDA library is not of the kernel module's version; restart after a driver update"
+        }
+        _ => "the CUDA driver does not begin; look at `nvidia-smi` and `dmesg`",
+    };
+    GpuError::Unavailable(format!("{what} ({}: {})", refusal.operation, refusal.reason()))
 }
 
 /// The version of the driver's API, once all that is needed was seen. Begins nothing.
@@ -234,7 +235,7 @@ pub(super) fn version() -> Result<i32, GpuError> {
     }
     let mut version = 0;
     // SAFETY: the function was seen above; it writes one integer.
-    check("cuDriverGetVersion", unsafe { sys::cuDriverGetVersion(&raw mut version) })?;
+    check("cuDriverGetVersion", unsafe { sys::cuDriverGetVersion(&raw mut version) }).map_err(unavailable)?;
     if version < VERSION_LEAST {
         return Err(GpuError::Unavailable(format!(
             "the CUDA driver is of CUDA {}, which loads none of kvd's kernels; install one of CUDA 12.0 (525) or later",

@@ -115,6 +115,8 @@ impl Kernels {
 fn tasks(cells: &Cells) -> Option<u64> {
     assert!([16, 8, 4, 2, 1].contains(&cells.unit_bytes), "units of {} bytes", cells.unit_bytes);
     assert!(cells.row_bytes.is_multiple_of(cells.unit_bytes), "rows of {} bytes", cells.row_bytes);
+    let ends = [cells.part_bytes, cells.part_stride];
+    assert!(ends.iter().all(|bytes| bytes.is_multiple_of(cells.unit_bytes)), "parts of {ends:?} bytes");
     if [cells.blocks, cells.rows, cells.row_bytes, cells.vectors_per_layer, cells.layers, cells.heads]
         .contains(&0)
     {

@@ -170,7 +170,10 @@ struct Checksums {
  * what the schedulers can issue; and twice the needed bytes are under way. So the memory is the limit: 0.9 to 1.0 of memcpy for cells that are contiguous in pages, 0.85
  * to 0.95 for rows of 256 bytes. A row that is no multiple of 32 bytes at such an address costs the sectors at its ends.
  *
- * The grid is bounded (two blocks of 256 threads an SM) and its threads go on by strides, so that three quarters of the threads stay the engine's when both run.
+ * The grid is bounded (two blocks of 256 threads an SM) and its threads go on by strides, so that three quarters of the threads stay the engine's when both run. (An engine in
+ * another process runs in turns with these kernels and not beside them, unless both are clients of MPS: then what counts is that a launch is short.)
+ *
+ * Tables belong into HBM: each task reads its place, slot and strides there before it can begin, hundreds of bytes that neighbours share, and over PCIe each costs a microsecond.
  */
 #define KVD_LANES 32
 #define KVD_BATCH 8
@@ -225,17 +228,11 @@ KVD_INLINE void kvd_advance(Task *task, const Task *by, const struct Cells *work
     task->block += by->block + carry;
 }
 
-/* Zeros from the end of a part's bytes to the next part; by bytes in the odd case that its end is not a unit's. */
+/* Zeros from the end of a part's bytes to the next part. */
 KVD_INLINE void kvd_clear_end(const struct Cells *work, u64 part, u32 lane, const u32 unit_bytes) {
     const Unit zero = {{0, 0, 0, 0}};
-    if ((work->part_bytes | work->part_stride) % unit_bytes == 0) {
-        for (u64 at = work->part_bytes + lane * unit_bytes; at < work->part_stride; at += KVD_LANES * unit_bytes) {
-            kvd_store(part + at, zero, unit_bytes);
-        }
-    } else {
-        for (u64 at = work->part_bytes + lane; at < work->part_stride; at += KVD_LANES) {
-            kvd_store(part + at, zero, 1);
-        }
+    for (u64 at = work->part_bytes + lane * unit_bytes; at < work->part_stride; at += KVD_LANES * unit_bytes) {
+        kvd_store(part + at, zero, unit_bytes);
     }
 }
 
