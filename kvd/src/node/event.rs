@@ -264,6 +264,8 @@ pub struct KeptSlot {
 pub struct CopyOrder {
     /// To answer with.
     pub token: u64,
+    /// By whose word: copies of one lease are done in order, those of several in turns.
+    pub lease: u64,
     /// The engine's.
     pub memory: u64,
     /// The UUID of the device that it is on.

@@ -281,6 +281,7 @@ impl Node {
         let fence = request.fence.filter(|_| into_pages);
         let order = CopyOrder {
             token,
+            lease: request.lease,
             memory,
             device,
             into_pages,

@@ -71,7 +71,7 @@ def kvd_cache(socket: str, made: Any, layers: int, device: str) -> Any:
     import kvd
     import kvd.torch
 
-    client = kvd.connect(socket)
+    client = kvd.Client(socket)
     name = f"gpu-{layers}"
     options = {"model": name, "revision": "seed-7", "block_tokens": BLOCK_TOKENS, "device": device}
     return kvd.torch.KvdCache(client, made.config, **options)

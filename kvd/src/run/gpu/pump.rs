@@ -187,6 +187,7 @@ impl Pump {
         self.memories.get_mut(&order.memory).expect("open").copies.insert(order.token);
         self.waiting.push_back(transfer::Order {
             token: order.token,
+            line: order.lease,
             direction,
             pages,
             layers,
