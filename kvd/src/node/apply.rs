@@ -99,10 +99,7 @@ impl Node {
             Event::Slow { transfer_ms } => self.slow(transfer_ms),
             Event::Detached => self.detached(),
             Event::Profile { fingerprint, profile } => self.engine_profile(fingerprint, profile),
-            Event::MemoryOpened { memory, result } => self.memory_opened(memory, result),
-            Event::MemoryClosed { memory } => self.memory_closed(memory),
-            Event::HbmOpened { segment, result } => self.hbm_opened(segment, result),
-            Event::Copied { token, result } => self.pages_copied(token, result),
+            Event::Device(end) => self.device_ended(end),
             Event::Tick => self.tick(),
         }
     }

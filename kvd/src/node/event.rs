@@ -4,11 +4,12 @@
 //! file, socket or clock. Every `Effect` that starts something has the `Event` that ends it.
 
 use super::NvmeConfig;
+use super::device::{DeviceEnd, DeviceOrder};
 use super::telling::Run;
 use kvd_proto::cost::PrefillProfile;
 use kvd_proto::slot_header::SlotHeader;
 use kvd_proto::wire::{self, Tier, client_frame, node_frame};
-use kvd_proto::{BlockId, Error, Fingerprint, Space};
+use kvd_proto::{BlockId, Fingerprint, Space};
 use kvd_tiers::catalog::Handle;
 use kvd_tiers::segment::{Geometry, SegmentId, SlotRef};
 use kvd_tiers::table::Filler;
@@ -196,92 +197,10 @@ pub enum Event {
         /// What it measured.
         profile: PrefillProfile,
     },
-    /// Ends `Effect::OpenMemory`.
-    MemoryOpened {
-        /// Which.
-        memory: u64,
-        /// Or why not.
-        result: Result<(), Error>,
-    },
-    /// Ends `Effect::CloseMemory`, after the last `Copied` of it.
-    MemoryClosed {
-        /// Which.
-        memory: u64,
-    },
-    /// Ends `Effect::Copy`: nothing of it touches slots or pages any more.
-    Copied {
-        /// The order's.
-        token: u64,
-        /// What became of it, or what was wrong with the request.
-        result: Result<Copied, Error>,
-    },
-    /// Ends `Effect::OpenHbm`.
-    HbmOpened {
-        /// Which.
-        segment: SegmentId,
-        /// Or why not.
-        result: Result<(), String>,
-    },
+    /// Ends `Effect::Device`.
+    Device(DeviceEnd),
     /// Time has passed; sent at least ten times a second.
     Tick,
-}
-
-/// How a copy between slots and an engine's device memory ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Copied {
-    /// From the first on, whole and (into pages) verified.
-    pub blocks: u32,
-    /// Why not all.
-    pub miss: wire::CopyMiss,
-    /// For people.
-    pub reason: String,
-}
-
-/// One block of a copy.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct CopyBlock {
-    /// DRAM.
-    pub slot: SlotRef,
-    /// In it; fewer than the space's only in a tail.
-    pub tokens: u32,
-    /// What of it is in HBM, or is to stay there; `None`: it passes through.
-    pub kept: Option<KeptSlot>,
-}
-
-/// A slot in a device's memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct KeptSlot {
-    /// A segment of that device.
-    pub segment: SegmentId,
-    /// Index in it.
-    pub slot: u32,
-    /// It has the bytes that are wanted; otherwise they go there, too.
-    pub there: bool,
-}
-
-/// A copy between slots and an engine's device memory.
-#[derive(Debug)]
-pub struct CopyOrder {
-    /// To answer with.
-    pub token: u64,
-    /// By whose word: copies of one lease are done in order, those of several in turns.
-    pub lease: u64,
-    /// The engine's.
-    pub memory: u64,
-    /// The UUID of the device that it is on.
-    pub device: [u8; 16],
-    /// Or out of them.
-    pub into_pages: bool,
-    /// Index in the chain that the table is of.
-    pub first_block: u32,
-    /// From that on.
-    pub blocks: Vec<CopyBlock>,
-    /// The page table, as asked.
-    pub table: bytes::Bytes,
-    /// Counted in the group.
-    pub layer_ranges: std::ops::Range<u32>,
-    /// Into pages only.
-    pub fence: Option<wire::Fence>,
 }
 
 /// A block as an earlier daemon's header names it.
@@ -484,35 +403,8 @@ pub enum Effect {
         /// Where the next slice begins, if there is one.
         next: Option<Handle>,
     },
-    /// Open an engine's memory on one of this machine's devices; answered by `MemoryOpened`.
-    OpenMemory {
-        /// To answer with.
-        memory: u64,
-        /// What its blocks mean.
-        layout: Box<kvd_proto::Layout>,
-        /// As asked; its group is the layout's, its slice is of whole parts.
-        request: Box<wire::OpenMemoryRequest>,
-    },
-    /// Stop what is copied there, each copy answered by `Copied`, and close it; then answered by `MemoryClosed`.
-    CloseMemory {
-        /// Which.
-        memory: u64,
-        /// Its device's UUID.
-        device: [u8; 16],
-    },
-    /// Take memory of a device for copies; answered by `HbmOpened`.
-    OpenHbm {
-        /// Its id, new.
-        segment: SegmentId,
-        /// Its UUID.
-        device: [u8; 16],
-        /// Whole slots.
-        bytes: u64,
-        /// Of one slot: the span of a slice.
-        slot_bytes: u32,
-    },
-    /// Copy between DRAM slots and an engine's memory, and verify every part that goes there; answered by `Copied`.
-    Copy(Box<CopyOrder>),
+    /// Something for one of this machine's devices to do; each ends with an `Event::Device`.
+    Device(DeviceOrder),
     /// A request did something, for whoever records that.
     Accessed(Box<super::recording::Access>),
     /// Something worth telling whoever watches.

@@ -8,7 +8,8 @@
 //! Leaves to others: where a segment lies (the shell), which copies run (`pages`).
 
 use super::Node;
-use super::event::{Effect, KeptSlot};
+use super::device::{DeviceOrder, KeptSlot};
+use super::event::Effect;
 use super::lease::PartSet;
 use kvd_proto::Slice;
 use kvd_proto::wire::{self, Tier};
@@ -160,7 +161,7 @@ impl Node {
         let segment = self.hbm.last_segment;
         self.hbm.segments.insert(segment, pool);
         let (device, slot_bytes) = (state.class.device, state.slots.slot_bytes());
-        self.out.push(Effect::OpenHbm { segment, device, bytes, slot_bytes });
+        self.out.push(Effect::Device(DeviceOrder::Take { segment, device, bytes, slot_bytes }));
         true
     }
 

@@ -12,6 +12,7 @@ mod apply;
 mod askers;
 mod claiming;
 mod commit;
+pub mod device;
 pub mod event;
 mod filling;
 mod hand_off;

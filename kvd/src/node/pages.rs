@@ -7,7 +7,8 @@
 //! Leaves to others: page tables, addresses, devices (the shell), who may lease what (`lease`).
 
 use super::Node;
-use super::event::{Copied, CopyBlock, CopyOrder, Effect, MemberId};
+use super::device::{Copied, CopyBlock, CopyOrder, DeviceEnd, DeviceOrder};
+use super::event::{Effect, MemberId};
 use super::hbm::{Class, Using};
 use super::lease::{ItemState, Lease, LeaseId, PartSet, RequestKind};
 use super::session::SessionId;
@@ -114,6 +115,15 @@ impl Lease {
 }
 
 impl Node {
+    pub(super) fn device_ended(&mut self, end: DeviceEnd) {
+        match end {
+            DeviceEnd::Opened { memory, result } => self.memory_opened(memory, result),
+            DeviceEnd::Closed { memory } => self.memory_closed(memory),
+            DeviceEnd::Taken { segment, result } => self.hbm_opened(segment, result),
+            DeviceEnd::Copied { token, result } => self.pages_copied(token, result),
+        }
+    }
+
     /// Answered by `memory_opened`.
     pub(super) fn open_memory(
         &mut self,
@@ -144,16 +154,16 @@ impl Node {
         let (member, group) = (Some(member), request.group as u8);
         let memory = Memory { member, device, space, group, slice, phase, copies: 0 };
         self.pages.memories.insert(id, memory);
-        self.out.push(Effect::OpenMemory {
+        self.out.push(Effect::Device(DeviceOrder::Open {
             memory: id,
             layout: Box::new(layout),
             request: Box::new(request),
-        });
+        }));
         Ok(())
     }
 
     /// The shell has opened it, or not.
-    pub(super) fn memory_opened(&mut self, id: MemoryId, result: Result<(), Error>) {
+    fn memory_opened(&mut self, id: MemoryId, result: Result<(), Error>) {
         let memory = self.pages.memories.get_mut(&id).expect("it was ordered");
         let Phase::Opening { request_id } = memory.phase else { unreachable!("memory {id} is opened once") };
         let member = memory.member;
@@ -202,10 +212,10 @@ impl Node {
         let memory = self.pages.memories.get_mut(&id).expect("an open memory");
         assert!(memory.phase == Phase::Open, "memory {id} is closed once");
         memory.phase = Phase::Closing { request_id };
-        self.out.push(Effect::CloseMemory { memory: id, device: memory.device });
+        self.out.push(Effect::Device(DeviceOrder::Close { memory: id, device: memory.device }));
     }
 
-    pub(super) fn memory_closed(&mut self, id: MemoryId) {
+    fn memory_closed(&mut self, id: MemoryId) {
         let memory = self.pages.memories.remove(&id).expect("it was ordered");
         assert_eq!(memory.copies, 0, "copies of memory {id} have all ended");
         let Phase::Closing { request_id } = memory.phase else {
@@ -291,7 +301,7 @@ impl Node {
             layer_ranges,
             fence,
         };
-        self.out.push(Effect::Copy(Box::new(order)));
+        self.out.push(Effect::Device(DeviceOrder::Copy(Box::new(order))));
         Ok(None)
     }
 
@@ -326,7 +336,7 @@ impl Node {
     }
 
     /// A copy has ended: nothing of it touches slots or pages any more.
-    pub(super) fn pages_copied(&mut self, token: u64, result: Result<Copied, Error>) {
+    fn pages_copied(&mut self, token: u64, result: Result<Copied, Error>) {
         let copy = self.pages.copies.remove(&token).expect("a copy ends once");
         self.pages.memories.get_mut(&copy.memory).expect("memory outlives its copies").copies -= 1;
         let lease = self.leases.get_mut(copy.lease).expect("a lease outlives its copies");

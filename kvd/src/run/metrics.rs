@@ -84,8 +84,9 @@ fn render(
 ) -> Result<Vec<u8>, prometheus::Error> {
     let registry = Registry::new();
     registry.register(Box::new(timings.round.clone()))?;
-    let own = counters(&status.counters.unwrap_or_default());
-    for (name, help, value) in own.into_iter().chain(counts.iter().copied()) {
+    let all = status.counters.unwrap_or_default();
+    let own = counters(&all).into_iter().chain(page_counters(&all));
+    for (name, help, value) in own.chain(counts.iter().copied()) {
         let counter = IntCounter::new(name, help)?;
         counter.inc_by(value);
         registry.register(Box::new(counter))?;
@@ -116,7 +117,7 @@ fn render(
 /// Name, explanation, value.
 type Count = (&'static str, &'static str, u64);
 
-fn counters(all: &Counters) -> [Count; 40] {
+fn counters(all: &Counters) -> [Count; 36] {
     [
         ("kvd_match_requests_total", "Match requests", all.match_requests),
         ("kvd_match_blocks_total", "Blocks asked for by match", all.match_blocks),
@@ -178,6 +179,12 @@ fn counters(all: &Counters) -> [Count; 40] {
         ),
         ("kvd_leases_expired_total", "Leases that ended before they were released", all.leases_expired),
         ("kvd_refused_requests_total", "Requests answered with an error", all.refused_requests),
+    ]
+}
+
+/// Of engines' device memory.
+fn page_counters(all: &Counters) -> [Count; 4] {
+    [
         ("kvd_pages_loaded_bytes_total", "Bytes copied into engines' device memory", all.pages_loaded_bytes),
         (
             "kvd_pages_hbm_bytes_total",

@@ -106,9 +106,9 @@ pub fn serve_over(config: &Config, made: impl FnOnce(NvmeMedium) -> Box<dyn Medi
     };
     let (servers, teller) = Servers::start(shared, listeners)?;
     say_what_serves(config, mover.as_ref());
-    let attach = Attach::new(config.clone(), epoch, inbox.clone());
-    let gpus = Gpus::find(config, dram.clone(), inbox.clone());
     let parts = Parts {
+        attach: Attach::new(config.clone(), epoch, inbox.clone()),
+        gpus: Gpus::find(config, dram.clone(), inbox.clone()),
         poll,
         listener,
         inbox,
@@ -124,9 +124,7 @@ pub fn serve_over(config: &Config, made: impl FnOnce(NvmeMedium) -> Box<dyn Medi
         keeping,
         reattached,
         moving,
-        attach,
         lab,
-        gpus,
     };
     let ran = Reactor::new(parts).and_then(Reactor::run);
     servers.stop();

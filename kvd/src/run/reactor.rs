@@ -510,12 +510,7 @@ impl Reactor {
             Effect::Slice { ticket, runs, next } => {
                 self.teller.tell(Told::Slice { follower: ticket, runs, next });
             }
-            effect @ (Effect::OpenMemory { .. }
-            | Effect::CloseMemory { .. }
-            | Effect::OpenHbm { .. }
-            | Effect::Copy(_)) => {
-                self.gpus.tell(effect);
-            }
+            Effect::Device(order) => self.gpus.tell(order),
             Effect::Accessed(access) => self.lab.tell(access),
             Effect::Note { kind, text } => {
                 let at_ms = self.started.elapsed().as_millis() as u64;

@@ -303,12 +303,7 @@ impl World {
             }
             Effect::Accessed(_) => unreachable!("nobody records here"),
             Effect::Verify { slot, .. } => unreachable!("{slot:?} is no earlier daemon's"),
-            Effect::OpenMemory { .. }
-            | Effect::CloseMemory { .. }
-            | Effect::OpenHbm { .. }
-            | Effect::Copy(_) => {
-                unreachable!("nobody has a device here")
-            }
+            Effect::Device(_) => unreachable!("nobody has a device here"),
             Effect::Upload { from, .. } => unreachable!("{from:?} is read out for no bucket"),
             Effect::CloseSegment { .. } | Effect::Resize { .. } | Effect::Attach { .. } | Effect::Detach => {
                 unreachable!("nobody changes tiers here")

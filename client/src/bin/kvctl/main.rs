@@ -6,6 +6,7 @@
 //! says; errors go to stderr with exit code 1, answers to stdout.
 
 mod compare;
+mod counters;
 mod curve;
 mod node;
 mod planner;

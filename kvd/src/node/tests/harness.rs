@@ -313,10 +313,7 @@ impl World {
                     .for_each(|slot| assert!(!self.published.contains_key(slot), "{slot:?} holds a block"));
             }
             Effect::Verify { slot, .. } => unreachable!("{slot:?} is no earlier daemon's"),
-            effect @ (Effect::OpenMemory { .. }
-            | Effect::CloseMemory { .. }
-            | Effect::OpenHbm { .. }
-            | Effect::Copy(_)) => self.gpus_told(effect),
+            Effect::Device(order) => self.gpus_told(order),
             Effect::Accessed(access) => self.accesses.push(*access),
             Effect::Note { .. } | Effect::Space { .. } => {}
         }

@@ -1,7 +1,8 @@
 //! Engines' device memory: opened, copied from and to, closed; and who let go in the middle of it.
 
 use super::super::NodeConfig;
-use super::super::event::{Copied, CopyOrder, Effect, Event};
+use super::super::device::{Copied, CopyOrder, DeviceEnd, DeviceOrder};
+use super::super::event::Event;
 use super::harness::{World, commit_of, config, id, layout, open_of, reserve_after};
 use kvd_proto::BlockId;
 use kvd_proto::wire::client_frame::Body as Ask;
@@ -39,23 +40,22 @@ impl Gpus {
 }
 
 impl World {
-    pub(super) fn gpus_told(&mut self, effect: Effect) {
+    pub(super) fn gpus_told(&mut self, order: DeviceOrder) {
         let gpus = &mut self.gpus;
-        match effect {
-            Effect::OpenMemory { memory, request, .. } => {
+        match order {
+            DeviceOrder::Open { memory, request, .. } => {
                 gpus.opening.push(memory);
                 gpus.owners.insert(memory, (gpus.asking, request.space));
             }
-            Effect::CloseMemory { memory, .. } => {
+            DeviceOrder::Close { memory, .. } => {
                 assert!(gpus.open.remove(&memory) && gpus.closing.insert(memory), "{memory} is open");
             }
-            Effect::OpenHbm { segment, .. } => gpus.hbm_opening.push(segment),
-            Effect::Copy(order) => {
+            DeviceOrder::Take { segment, .. } => gpus.hbm_opening.push(segment),
+            DeviceOrder::Copy(order) => {
                 assert!(gpus.open.contains(&order.memory) && !order.blocks.is_empty(), "{order:?}");
                 self.check_kept(&order);
                 assert!(self.gpus.copies.insert(order.token, *order).is_none(), "a token is one copy's");
             }
-            other => unreachable!("{other:?}"),
         }
     }
 
@@ -136,9 +136,9 @@ impl World {
             self.open_next_memory(if well { Ok(()) } else { Err(broken()) });
         } else if let Some(segment) = self.gpus.hbm_opening.pop() {
             let result = if well { Ok(()) } else { Err("no room".to_owned()) };
-            self.apply(Event::HbmOpened { segment, result });
+            self.apply(Event::Device(DeviceEnd::Taken { segment, result }));
         } else if let Some(memory) = self.gpus.closing.pop_first() {
-            self.apply(Event::MemoryClosed { memory });
+            self.apply(Event::Device(DeviceEnd::Closed { memory }));
         } else {
             return false;
         }
@@ -150,7 +150,7 @@ impl World {
         if result.is_ok() {
             self.gpus.open.insert(memory);
         }
-        self.apply(Event::MemoryOpened { memory, result });
+        self.apply(Event::Device(DeviceEnd::Opened { memory, result }));
         memory
     }
 
@@ -160,7 +160,10 @@ impl World {
         if miss == CopyMiss::None {
             self.landed(&order);
         }
-        self.apply(Event::Copied { token, result: Ok(Copied { blocks, miss, reason: String::new() }) });
+        self.apply(Event::Device(DeviceEnd::Copied {
+            token,
+            result: Ok(Copied { blocks, miss, reason: String::new() }),
+        }));
     }
 
     /// A member's memory, open.

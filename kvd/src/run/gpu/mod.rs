@@ -8,7 +8,8 @@ mod pump;
 use super::dram::DramSegments;
 use super::inbox::{Inbox, Input};
 use crate::config::{Config, DeviceChoice};
-use crate::node::event::{CopyOrder, Effect, Event};
+use crate::node::device::{CopyOrder, DeviceEnd, DeviceOrder};
+use crate::node::event::Event;
 use kvd_proto::{Code, Error, Layout, wire};
 use kvd_tiers::gpu::software::{SoftwareDevice, SoftwareOptions};
 use kvd_tiers::gpu::transfer::Options;
@@ -122,15 +123,14 @@ impl Gpus {
     }
 
     /// Does what the node says, or answers why not.
-    pub(super) fn tell(&mut self, effect: Effect) {
-        match effect {
-            Effect::OpenMemory { memory, layout, request } => self.open(memory, layout, request),
-            Effect::CloseMemory { memory, device } => self.thread(device).order(Order::Close { memory }),
-            Effect::Copy(order) => self.thread(order.device).order(Order::Copy(order)),
-            Effect::OpenHbm { segment, device, bytes, slot_bytes } => {
+    pub(super) fn tell(&mut self, order: DeviceOrder) {
+        match order {
+            DeviceOrder::Open { memory, layout, request } => self.open(memory, layout, request),
+            DeviceOrder::Close { memory, device } => self.thread(device).order(Order::Close { memory }),
+            DeviceOrder::Copy(order) => self.thread(order.device).order(Order::Copy(order)),
+            DeviceOrder::Take { segment, device, bytes, slot_bytes } => {
                 self.thread(device).order(Order::Take { segment, bytes, slot_bytes });
             }
-            other => unreachable!("{other:?} is no device's"),
         }
     }
 
@@ -144,7 +144,7 @@ impl Gpus {
         let uuid = <[u8; 16]>::try_from(&request.device[..]).expect("the node checked its length");
         if !self.found.contains_key(&uuid) {
             let result = Err(self.unknown(&uuid));
-            return self.inbox.push(Input::Event(Event::MemoryOpened { memory, result }));
+            return self.inbox.push(Input::Event(Event::Device(DeviceEnd::Opened { memory, result })));
         }
         self.thread(uuid).order(Order::Open { memory, layout, request });
     }
@@ -217,7 +217,7 @@ fn refuse_all(ordered: &Receiver<Order>, inbox: &Inbox, why: &MediumError) {
         if let Order::Open { memory, .. } = order {
             let fix = "see `kvd check`, and restart the node when the device is well";
             let result = Err(Error::new(Code::Unavailable, "device", why.to_string(), fix));
-            inbox.push(Input::Event(Event::MemoryOpened { memory, result }));
+            inbox.push(Input::Event(Event::Device(DeviceEnd::Opened { memory, result })));
         }
     }
 }

@@ -8,7 +8,8 @@
 use super::super::dram::DramSegments;
 use super::super::inbox::{Inbox, Input};
 use super::Order;
-use crate::node::event::{Copied, CopyBlock, CopyOrder, Event, KeptSlot};
+use crate::node::device::{Copied, CopyBlock, CopyOrder, DeviceEnd, KeptSlot};
+use crate::node::event::Event;
 use kvd_client::paged::table::PageTable;
 use kvd_proto::slot_header::FLAG_CHECKSUMMED;
 use kvd_proto::wire::{self, CopyMiss};
@@ -101,12 +102,16 @@ impl Pump {
         }
     }
 
+    fn tell(&mut self, end: DeviceEnd) {
+        self.told.push(Input::Event(Event::Device(end)));
+    }
+
     fn order(&mut self, order: Order) {
         match order {
             Order::Open { memory, layout, request } => {
                 let opened = self.open(&layout, &request);
                 let result = opened.map(|opened| _ = self.memories.insert(memory, opened));
-                self.told.push(Input::Event(Event::MemoryOpened { memory, result }));
+                self.tell(DeviceEnd::Opened { memory, result });
             }
             Order::Close { memory } => {
                 let closing = self.memories.get_mut(&memory).expect("it is open");
@@ -118,14 +123,14 @@ impl Pump {
             Order::Copy(order) => {
                 let token = order.token;
                 if let Err(error) = self.copy(*order) {
-                    self.told.push(Input::Event(Event::Copied { token, result: Err(error) }));
+                    self.tell(DeviceEnd::Copied { token, result: Err(error) });
                 }
             }
             Order::Take { segment, bytes, slot_bytes } => {
                 let taken = self.hbm.open_segment(segment, bytes);
                 let taken = taken.map(|()| _ = self.slot_bytes.insert(segment, slot_bytes));
                 let result = taken.map_err(|error| error.to_string());
-                self.told.push(Input::Event(Event::HbmOpened { segment, result }));
+                self.tell(DeviceEnd::Taken { segment, result });
             }
             Order::Unpin(mapping) => self.transfers.device_mut().unpin(&mapping),
         }
@@ -267,7 +272,7 @@ impl Pump {
         let memory = self.memories.get_mut(&id).expect("it outlives its copies");
         memory.copies.remove(&token);
         let copied = Copied { blocks, miss, reason };
-        self.told.push(Input::Event(Event::Copied { token, result: Ok(copied) }));
+        self.tell(DeviceEnd::Copied { token, result: Ok(copied) });
         self.close_if_idle(id);
     }
 
@@ -280,7 +285,7 @@ impl Pump {
         let closed = self.memories.remove(&id).expect("just seen");
         let device = self.transfers.device_mut();
         closed.ranges.into_iter().for_each(|range| device.close(range.start));
-        self.told.push(Input::Event(Event::MemoryClosed { memory: id }));
+        self.tell(DeviceEnd::Closed { memory: id });
     }
 }
 
