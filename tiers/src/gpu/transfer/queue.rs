@@ -300,7 +300,7 @@ impl Queue {
     }
 
     /// Nothing of the lot can touch anything any more; after `leave_pages`.
-    pub(super) fn end(&mut self, lot: u64, result: Result<Vec<u32>, GpuError>, now_us: u64) {
+    pub(super) fn end(&mut self, lot: u64, result: Result<Vec<u32>, Miss>, now_us: u64) {
         let lot = self.lots.remove(&lot).expect("a lot ends once");
         self.desks.push(lot.desk);
         if let Some(staging) = lot.staging {
@@ -316,11 +316,15 @@ impl Queue {
         self.drop_rest(|order| order.order.token == token, &Miss::Stopped, now_us);
     }
 
-    /// There is no device any more, and no lot under way.
+    /// There is no device any more; before the ends of the lots that were under way.
+    pub(super) fn lose_device(&mut self) {
+        self.orders.values_mut().for_each(Progress::lose_device);
+    }
+
+    /// As above, and no lot is under way any more.
     pub(super) fn lose(&mut self, error: &GpuError, now_us: u64) {
         assert!(self.lots.is_empty(), "{} lots under way without a device", self.lots.len());
-        self.orders.values_mut().for_each(Progress::forget_fence);
-        self.drop_rest(|_| true, &Miss::Device(error.clone()), now_us);
+        self.drop_rest(|_| true, &Miss::Gone(error.clone()), now_us);
         assert!(self.orders.is_empty(), "an order without lots is over");
     }
 
