@@ -10,7 +10,7 @@ use kvd_proto::{Error, Group, GroupKind, Layout};
 use std::ops::Range;
 
 /// Vectors of a memory, all layers: 32 bytes each travel with every launch. At the limit: the memory is refused.
-pub const VECTORS_MAX: usize = 4096;
+pub const VECTORS_MAX: usize = 2048;
 /// Pages of a memory: what engines' tables of `i32` can name. At the limit: the memory is refused.
 pub const PAGES_MAX: u32 = i32::MAX as u32;
 /// Rows of one page. At the limit: the memory is refused.

@@ -145,7 +145,7 @@ pub enum Outcome {
 /// What is taken of the device, and how it is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Options {
-    /// Of HBM, for what is on its way: half of it for each direction, as long as both want it.
+    /// Of HBM, for what is on its way: at most half of it for either direction, so that neither waits for the other, unless one run needs more.
     pub staging_bytes: u64,
     /// What goes at once, but for a single run that is longer. Small: more calls; large: an order waits longer for its turn, and for its first byte to be verified.
     pub chunk_bytes: u64,

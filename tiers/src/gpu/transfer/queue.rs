@@ -20,10 +20,12 @@ use kvd_proto::limits::{BLOCK_TOKENS_MAX, PARTS_MAX};
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 
-/// Lots under way. At the limit: the next waits.
-pub(super) const LOTS_MAX: usize = 32;
+/// Lots of one flow under way. At the limit: its next waits, and no other flow's.
+const FLOW_LOTS_MAX: usize = 16;
+/// All lots under way, fences included. At the limit: the next waits.
+pub(super) const LOTS_MAX: usize = FLOWS * FLOW_LOTS_MAX;
 /// Arguments and results of one lot. At the limit: its last leg goes with the next one.
-pub(super) const DESK_BYTES: u64 = 256 << 10;
+pub(super) const DESK_BYTES: u64 = 128 << 10;
 /// Of a vector in its table.
 const VECTOR_BYTES: u64 = 32;
 /// For tables to begin at multiples of 16, four of a leg.
@@ -83,6 +85,7 @@ struct Flow {
     turns: VecDeque<Line>,
     /// Under way.
     bytes: u64,
+    lots: usize,
 }
 
 /// Orders that go one after the other.
@@ -252,8 +255,9 @@ impl Queue {
     }
 
     fn place(&mut self, flow: usize, serial: u64, candidate: Candidate) -> Picked {
-        let under_way = self.flows[flow].bytes;
-        if under_way > 0 && under_way + candidate.bytes > self.staging_bytes / 2 {
+        let Flow { bytes, lots, .. } = self.flows[flow];
+        let enough = bytes > 0 && bytes + candidate.bytes > self.staging_bytes / 2;
+        if enough || lots >= FLOW_LOTS_MAX {
             return Picked::Nothing;
         }
         let staging = match candidate.staged_bytes {
@@ -278,6 +282,7 @@ impl Queue {
 
     fn lot(&mut self, flow: usize, order: u64, candidate: Candidate, staging: Option<Range<u64>>) -> Lot {
         self.serial += 1;
+        self.flows[flow].lots += 1;
         Lot {
             serial: self.serial,
             order,
@@ -306,7 +311,9 @@ impl Queue {
         if let Some(staging) = lot.staging {
             self.room.give(staging);
         }
-        self.flows[lot.flow].bytes -= lot.bytes;
+        let flow = &mut self.flows[lot.flow];
+        flow.bytes -= lot.bytes;
+        flow.lots -= 1;
         self.orders.get_mut(&lot.order).expect("a lot's order is under way").take(&lot.legs, result);
         self.look_at(lot.order, now_us);
     }

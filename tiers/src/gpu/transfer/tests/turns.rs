@@ -99,6 +99,20 @@ fn what_stays_in_the_device_waits_for_no_room() {
 }
 
 #[test]
+fn many_small_lots_leave_room_on_the_desks_for_others() {
+    let mut queue = Queue::new(8 * STAGING_BYTES, CHUNK_BYTES);
+    for order in 0..100 {
+        queue.accept(Wish { degree: 4, ..Wish::load(order, 1) }.admitted(None), 0);
+    }
+    assert_eq!(given(&mut queue).len(), 16);
+    queue.accept(Wish::store(100, 1).admitted(None), 0);
+    queue.accept(Wish { pinned: false, kept: true, ..Wish::load(101, 1) }.admitted(None), 0);
+    let mut others: Vec<_> = given(&mut queue).iter().map(|lot| token(&queue, lot)).collect();
+    others.sort_unstable();
+    assert_eq!(others, [100, 101]);
+}
+
+#[test]
 fn a_run_as_long_as_the_staging_area_gets_it_though_others_keep_coming() {
     // its stripes are 16 KiB, a chunk is one, and so is the whole area
     let mut queue = Queue::new(16 << 10, 4 << 10);
