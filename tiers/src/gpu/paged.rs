@@ -10,13 +10,14 @@ use kvd_proto::{Error, Group, GroupKind, Layout};
 use std::ops::Range;
 
 /// Vectors of a memory, all layers: 32 bytes each travel with every launch. At the limit: the memory is refused.
-pub const VECTORS_MAX: usize = 4096;
+pub const VECTORS_MAX: usize = 2048;
 /// Pages of a memory: what engines' tables of `i32` can name. At the limit: the memory is refused.
 pub const PAGES_MAX: u32 = i32::MAX as u32;
 /// Rows of one page. At the limit: the memory is refused.
 pub const PAGE_ROWS_MAX: u32 = 65_536;
 /// Ranges of addresses that one engine hands over for one memory. At the limit: the memory is refused.
 pub const RANGES_MAX: usize = 4096;
+const _: () = assert!(RANGES_MAX <= u16::MAX as usize);
 /// The widest that a kernel copies at once.
 const UNIT_BYTES_MAX: u64 = 16;
 
@@ -44,6 +45,8 @@ pub struct Slice {
 pub struct Pages {
     slice: Slice,
     vectors: Vec<Vector>,
+    /// In which of the ranges each vector is: no copy goes from one allocation into the next.
+    homes: Vec<u16>,
     rows: u32,
     row_bytes: u64,
     vectors_per_layer: u32,
@@ -84,6 +87,7 @@ impl Pages {
         let mut made = Self {
             slice,
             vectors,
+            homes: Vec::new(),
             rows: if state { 1 } else { layout.block_tokens() },
             row_bytes: row_bytes(group)?,
             vectors_per_layer: if state { 1 } else { group.vectors },
@@ -96,9 +100,8 @@ impl Pages {
             unit_bytes: 1,
         };
         made.check_counts(state, ranges.len())?;
-        for at in 0..made.vectors.len() {
-            made.check_vector(at, ranges)?;
-        }
+        let vectors = 0..made.vectors.len();
+        made.homes = vectors.map(|at| made.check_vector(at, ranges)).collect::<Result<_, _>>()?;
         made.forget_lone_strides();
         made.unit_bytes = made.widest_unit();
         Ok(made)
@@ -128,8 +131,8 @@ impl Pages {
         Ok(())
     }
 
-    /// All that the vector's formula can give is within one range, and no two rows share a byte.
-    fn check_vector(&self, at: usize, ranges: &[Range<Address>]) -> Result<(), Error> {
+    /// All that the vector's formula can give is within one range, which is told, and no two rows share a byte.
+    fn check_vector(&self, at: usize, ranges: &[Range<Address>]) -> Result<u16, Error> {
         let vector = &self.vectors[at];
         if vector.base == 0 {
             let fix = "give the address of page 0, on this device";
@@ -144,18 +147,19 @@ impl Pages {
             to += last.max(0);
         }
         let holds = |range: &Range<Address>| i128::from(range.start) <= from && to <= i128::from(range.end);
-        if !ranges.iter().any(holds) {
+        let Some(home) = ranges.iter().position(holds) else {
             let what = format!(
                 "its rows reach from {from:#x} to {to:#x}, which is in none of the {} ranges handed over",
                 ranges.len()
             );
             let fix = "give base and strides in bytes, the number of pages there are, and the whole allocation that they are in";
             return Err(Error::invalid(format!("vectors[{at}]"), what, fix));
-        }
+        };
         check_apart(axes, self.row_bytes).map_err(|(name, what)| {
             let fix = "give byte strides of memory in which no two rows overlap";
             Error::invalid(format!("vectors[{at}].{name}"), what, fix)
-        })
+        })?;
+        Ok(home as u16)
     }
 
     /// Name, count and bytes from one to the next.
@@ -347,7 +351,7 @@ impl Pages {
         let spans = self.row_spans(rows);
         let cell_bytes = u64::from(self.rows) * self.row_bytes;
         let (part_layers, part_heads) = (self.part_layers, self.part_heads);
-        let first = pieces.len();
+        let (mut home, mut first) = (None, pieces.len());
         for stripe in layers.start / part_layers..layers.end / part_layers {
             let mut cell = slot.wrapping_add(u64::from(self.stripe_offset(stripe)));
             for head in 0..self.slice.heads {
@@ -356,7 +360,11 @@ impl Pages {
                 }
                 let layers = stripe * part_layers..(stripe + 1) * part_layers;
                 let vectors = layers.start * self.vectors_per_layer..layers.end * self.vectors_per_layer;
-                for vector in &self.vectors[vectors.start as usize..vectors.end as usize] {
+                for at in vectors.start as usize..vectors.end as usize {
+                    let vector = &self.vectors[at];
+                    if home.replace(self.homes[at]) != Some(self.homes[at]) {
+                        first = pieces.len();
+                    }
                     for span in &spans {
                         let from = cell + u64::from(span.row) * self.row_bytes;
                         let bytes = u64::from(span.rows) * self.row_bytes;
@@ -422,7 +430,7 @@ fn address(vector: &Vector, head: u32, span: &RowSpan) -> Address {
     vector.base.wrapping_add_signed(offset)
 }
 
-/// One more piece, or a longer one.
+/// One more piece, or a longer one of those from `first` on.
 fn push(pieces: &mut Vec<Piece>, first: usize, next: Piece) {
     let last = pieces[first..].last_mut();
     match last.filter(|last| last.from + last.bytes == next.from && last.to + last.bytes == next.to) {

@@ -16,8 +16,8 @@ fn rig(options: Options) -> (Rig, SoftwareControl) {
     (Rig::new(Box::new(device), options), control)
 }
 
-fn is_device(miss: &Miss) -> bool {
-    matches!(miss, Miss::Device(_))
+fn is_gone(miss: &Miss) -> bool {
+    matches!(miss, Miss::Gone(_))
 }
 
 /// Of three orders in both directions, one call goes wrong.
@@ -219,8 +219,9 @@ fn a_device_that_is_gone_ends_everything() {
     control.lose("pulled out");
     let ends = rig.ends(20);
     assert!(ends.iter().map(|ended| ended.token).eq(0..20));
+    assert!(rig.transfers.gone().is_some_and(|error| error.to_string().contains("pulled out")));
     let misses =
-        |items: &[Result<Vec<u32>, Miss>]| items.iter().all(|item| item.as_ref().is_err_and(is_device));
+        |items: &[Result<Vec<u32>, Miss>]| items.iter().all(|item| item.as_ref().is_err_and(is_gone));
     assert!(ends.iter().all(|ended| ended.items.len() == 60 && misses(&ended.items)));
     rig.transfers.submit(house.order(20, Direction::Load, 0..3)).unwrap();
     let mut told = Vec::new();
@@ -241,8 +242,11 @@ fn a_stream_that_cannot_be_put_right_is_a_device_that_is_gone() {
         rig.transfers.submit(house.order(token, Direction::Load, 0..30)).unwrap();
     }
     for ended in rig.ends(3) {
-        assert!(ended.items.iter().all(|item| item.as_ref().is_err_and(is_device)), "{ended:?}");
+        let moved_or_gone = |item: &Result<_, Miss>| item.as_ref().map_or_else(is_gone, |_| true);
+        assert!(ended.items.iter().all(moved_or_gone), "{ended:?}");
+        assert!(ended.items.iter().any(Result::is_err), "{ended:?}");
     }
+    assert_eq!(rig.transfers.gone(), Some(&GpuError::Unavailable("no more".into())));
 }
 
 #[test]
@@ -263,7 +267,8 @@ fn what_was_taken_is_given_back() {
     let control = device.control();
     let mut rig = Rig::new(Box::new(device), small());
     let house = House::new(&mut rig, 30);
-    assert_eq!(control.held(), Held { allocated: 3, opened: 0, pinned: 3 });
+    let held = control.held();
+    assert_eq!((held.allocated, held.opened, held.pinned, held.marks), (3, 0, 3, 0));
     control.hold();
     rig.transfers.submit(house.order(1, Direction::Load, 0..30)).unwrap();
     rig.transfers.submit(house.order(2, Direction::Store, 0..30)).unwrap();

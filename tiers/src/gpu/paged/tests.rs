@@ -91,6 +91,23 @@ fn whole_memory_up_to_its_last_byte_and_none_beyond() {
 }
 
 #[test]
+fn no_copy_goes_from_one_allocation_into_the_next() {
+    let layout = Layout::full(4, 1, 8, DataType::Bf16, (2, 1), 16).unwrap();
+    let slice = Slice { heads: 1, ..all(1, 16) };
+    let vector = |at: u64| Vector { base: BASE + at * 256, token_stride: 16, ..Vector::default() };
+    let rows: Vec<u64> = (0..16).collect();
+    let runs = |ranges: &[Range<Address>]| {
+        let pages = Pages::new(&layout, slice, (0..8).map(vector).collect(), ranges).unwrap();
+        let mut pieces = Vec::new();
+        pages.pieces(&(0..4), &rows, 1 << 40, &mut pieces);
+        pieces.iter().map(|piece| piece.to - BASE..piece.to - BASE + piece.bytes).collect::<Vec<_>>()
+    };
+    let (middle, end) = (BASE + 256, BASE + 2048);
+    assert_eq!(runs(&[0x1000..0x2000, BASE..end]), [0..1024, 1024..2048]);
+    assert_eq!(runs(&[BASE..middle, middle..end]), [0..256, 256..1024, 1024..2048]);
+}
+
+#[test]
 fn numbers_that_overflow_are_refused() {
     let slice = all(PAGES_MAX, 16);
     let wide =

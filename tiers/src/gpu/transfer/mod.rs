@@ -3,7 +3,7 @@
 //! Owns the words for such an order and for its end, and a device while it has one. What is decided is plain (`cut`, `progress`, `queue`, `room`, `steps`); the calls are in `shell`, and what is measured is in `crossover`.
 //! Invariants:
 //! - an item has moved only if every part of it that came from pinned memory has the checksum that was expected, as a kernel found it and the processor compared (law 1);
-//! - an order ends once, when nothing of it can touch pages or slots any more, whatever has failed (law 2);
+//! - an order ends once, when nothing of it can touch pages or slots any more, whatever has failed (law 2), or says that nobody knows (`Miss::Gone`);
 //! - nothing but `reap`, and `new` while it measures, waits for the device; nothing waits for longer than it was told;
 //! - what is under way is bounded, and all of it that waits is in turns.
 //!
@@ -108,9 +108,12 @@ pub enum Miss {
     /// `stop` came before its turn.
     #[error("stopped before its turn")]
     Stopped,
-    /// The device has failed.
+    /// The device has failed, and was put right.
     #[error(transparent)]
     Device(#[from] GpuError),
+    /// The device is gone. What was on its way when it went may still be, as far as anybody can tell, until the `Transfers` are dropped: what it would touch is quarantined until then.
+    #[error("{0}; its slots and pages are safe to use again when the device has been given up")]
+    Gone(GpuError),
     /// It cannot be done; nothing was touched.
     #[error(transparent)]
     Invalid(#[from] Error),
@@ -135,14 +138,14 @@ pub enum Outcome {
         /// The order's.
         token: u64,
     },
-    /// Nothing of the order touches anything any more.
+    /// Nothing of the order touches anything any more, unless it says `Miss::Gone`.
     Ended(Ended),
 }
 
 /// What is taken of the device, and how it is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Options {
-    /// Of HBM, for what is on its way: half of it for each direction, as long as both want it.
+    /// Of HBM, for what is on its way: at most half of it for either direction, so that neither waits for the other, unless one run needs more.
     pub staging_bytes: u64,
     /// What goes at once, but for a single run that is longer. Small: more calls; large: an order waits longer for its turn, and for its first byte to be verified.
     pub chunk_bytes: u64,

@@ -6,7 +6,7 @@
 use super::cut::{Cut, Leg};
 use super::{Direction, Fence, Item, Miss, Order};
 use crate::checksum::BadPart;
-use crate::gpu::{Address, GpuError};
+use crate::gpu::Address;
 
 /// See the file's head.
 #[derive(Debug)]
@@ -37,6 +37,15 @@ struct ItemProgress {
     stripes_moved: u64,
     sums: Vec<u32>,
     miss: Option<Miss>,
+}
+
+impl ItemProgress {
+    /// The first reason counts, but that nobody knows what still moves is more than any.
+    fn fail(&mut self, miss: &Miss) {
+        if self.miss.is_none() || matches!(miss, Miss::Gone(_)) {
+            self.miss = Some(miss.clone());
+        }
+    }
 }
 
 /// What the engine's stream waits for.
@@ -141,16 +150,13 @@ impl Progress {
     }
 
     /// A lot has ended; `sums` are those of its legs that are summed, in order.
-    pub(super) fn take(&mut self, legs: &[Leg], result: Result<Vec<u32>, GpuError>) {
+    pub(super) fn take(&mut self, legs: &[Leg], result: Result<Vec<u32>, Miss>) {
         self.lots = self.lots.checked_sub(1).expect("a lot ends once");
         match result {
             Ok(sums) => self.moved(legs, &sums),
-            Err(error) if legs.is_empty() => self.lose_fence(&Miss::Device(error)),
-            Err(error) => {
-                let miss = Miss::Device(error);
-                for leg in legs {
-                    self.items[leg.item].miss.get_or_insert_with(|| miss.clone());
-                }
+            Err(miss) if legs.is_empty() => self.lose_fence(&miss),
+            Err(miss) => {
+                legs.iter().for_each(|leg| self.items[leg.item].fail(&miss));
                 self.drop_rest(miss);
             }
         }
@@ -159,7 +165,7 @@ impl Progress {
     /// The engine's stream may still wait: an end with errors is what tells whoever ordered to let it go on.
     fn lose_fence(&mut self, miss: &Miss) {
         self.fence = FenceState::None;
-        self.items.iter_mut().for_each(|item| _ = item.miss.get_or_insert_with(|| miss.clone()));
+        self.items.iter_mut().for_each(|item| item.fail(miss));
     }
 
     fn moved(&mut self, legs: &[Leg], sums: &[u32]) {
@@ -223,9 +229,9 @@ impl Progress {
         self.pages_lots += 1;
     }
 
-    /// There is no device any more to write it.
-    pub(super) fn forget_fence(&mut self) {
-        self.fence = FenceState::None;
+    /// The device is gone: there is nothing to write a fence with, and nobody knows that the pages are free.
+    pub(super) fn lose_device(&mut self) {
+        (self.fence, self.pages_told) = (FenceState::None, true);
     }
 
     pub(super) fn is_over(&self) -> bool {

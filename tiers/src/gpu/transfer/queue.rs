@@ -20,10 +20,12 @@ use kvd_proto::limits::{BLOCK_TOKENS_MAX, PARTS_MAX};
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 
-/// Lots under way. At the limit: the next waits.
-pub(super) const LOTS_MAX: usize = 32;
+/// Lots of one flow under way. At the limit: its next waits, and no other flow's.
+const FLOW_LOTS_MAX: usize = 16;
+/// All lots under way, fences included. At the limit: the next waits.
+pub(super) const LOTS_MAX: usize = FLOWS * FLOW_LOTS_MAX;
 /// Arguments and results of one lot. At the limit: its last leg goes with the next one.
-pub(super) const DESK_BYTES: u64 = 256 << 10;
+pub(super) const DESK_BYTES: u64 = 128 << 10;
 /// Of a vector in its table.
 const VECTOR_BYTES: u64 = 32;
 /// For tables to begin at multiples of 16, four of a leg.
@@ -83,6 +85,7 @@ struct Flow {
     turns: VecDeque<Line>,
     /// Under way.
     bytes: u64,
+    lots: usize,
 }
 
 /// Orders that go one after the other.
@@ -252,8 +255,9 @@ impl Queue {
     }
 
     fn place(&mut self, flow: usize, serial: u64, candidate: Candidate) -> Picked {
-        let under_way = self.flows[flow].bytes;
-        if under_way > 0 && under_way + candidate.bytes > self.staging_bytes / 2 {
+        let Flow { bytes, lots, .. } = self.flows[flow];
+        let enough = bytes > 0 && bytes + candidate.bytes > self.staging_bytes / 2;
+        if enough || lots >= FLOW_LOTS_MAX {
             return Picked::Nothing;
         }
         let staging = match candidate.staged_bytes {
@@ -278,6 +282,7 @@ impl Queue {
 
     fn lot(&mut self, flow: usize, order: u64, candidate: Candidate, staging: Option<Range<u64>>) -> Lot {
         self.serial += 1;
+        self.flows[flow].lots += 1;
         Lot {
             serial: self.serial,
             order,
@@ -300,13 +305,15 @@ impl Queue {
     }
 
     /// Nothing of the lot can touch anything any more; after `leave_pages`.
-    pub(super) fn end(&mut self, lot: u64, result: Result<Vec<u32>, GpuError>, now_us: u64) {
+    pub(super) fn end(&mut self, lot: u64, result: Result<Vec<u32>, Miss>, now_us: u64) {
         let lot = self.lots.remove(&lot).expect("a lot ends once");
         self.desks.push(lot.desk);
         if let Some(staging) = lot.staging {
             self.room.give(staging);
         }
-        self.flows[lot.flow].bytes -= lot.bytes;
+        let flow = &mut self.flows[lot.flow];
+        flow.bytes -= lot.bytes;
+        flow.lots -= 1;
         self.orders.get_mut(&lot.order).expect("a lot's order is under way").take(&lot.legs, result);
         self.look_at(lot.order, now_us);
     }
@@ -316,11 +323,15 @@ impl Queue {
         self.drop_rest(|order| order.order.token == token, &Miss::Stopped, now_us);
     }
 
-    /// There is no device any more, and no lot under way.
+    /// There is no device any more; before the ends of the lots that were under way.
+    pub(super) fn lose_device(&mut self) {
+        self.orders.values_mut().for_each(Progress::lose_device);
+    }
+
+    /// As above, and no lot is under way any more.
     pub(super) fn lose(&mut self, error: &GpuError, now_us: u64) {
         assert!(self.lots.is_empty(), "{} lots under way without a device", self.lots.len());
-        self.orders.values_mut().for_each(Progress::forget_fence);
-        self.drop_rest(|_| true, &Miss::Device(error.clone()), now_us);
+        self.drop_rest(|_| true, &Miss::Gone(error.clone()), now_us);
         assert!(self.orders.is_empty(), "an order without lots is over");
     }
 

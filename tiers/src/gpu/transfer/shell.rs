@@ -1,7 +1,7 @@
 //! The device's side of transfers: gives lots to streams, sees marks pass, and puts streams right that have failed.
 //!
 //! Owns a device, its streams, the staging area and the desks. Invariants: a lot is over when every mark of it is passed, or its stream was reset, so nothing of it touches memory; a stream
-//! with work that has no mark behind it is reset before anybody hears of an end; once the device is gone, nothing is given to it.
+//! with work that has no mark behind it is reset before anybody hears of an end; once the device is gone, nothing is given to it, and whatever has not ended well by then is told as such.
 //! Leaves to others: what is given when (`queue`), what a lot is made of (`steps`).
 
 use super::progress::Admitted;
@@ -117,6 +117,11 @@ impl Transfers {
         self.device.waker()
     }
 
+    /// Why the device cannot be used any more; all orders have ended with it. What they would touch is free again when this is dropped.
+    pub fn gone(&self) -> Option<&GpuError> {
+        self.gone.as_ref()
+    }
+
     /// Orders accepted whose end nobody has heard of.
     pub fn in_flight(&self) -> usize {
         self.queue.in_flight()
@@ -128,7 +133,7 @@ impl Transfers {
             return Err(order);
         }
         if let Some(error) = &self.gone {
-            self.queue.refuse(order.token, order.items.len(), &Miss::Device(error.clone()));
+            self.queue.refuse(order.token, order.items.len(), &Miss::Gone(error.clone()));
             return Ok(());
         }
         if let Err(error) = check::order(&order, self.options.slot_bytes_max) {
@@ -259,11 +264,11 @@ impl Transfers {
             while let Some(waiting) = self.marks[lane as usize].front().copied() {
                 let Some(result) = self.device.reached(waiting.mark) else { break };
                 self.marks[lane as usize].pop_front();
-                let error = result.as_ref().err().cloned();
-                self.pass(waiting, result);
-                if let Some(error) = error {
-                    self.fail(lane, &error);
+                // first of all: a device that is gone tells a mark as passed that may not be
+                if let Err(error) = &result {
+                    self.fail(lane, error);
                 }
+                self.pass(waiting, result);
             }
         }
     }
@@ -288,15 +293,17 @@ impl Transfers {
             return;
         }
         let flight = self.flights.remove(&serial).expect("it was there");
+        let sums = self.results(&flight);
         if flight.on_pages {
             self.queue.leave_pages(serial);
         }
-        let result = match flight.error {
-            Some(error) => Err(error),
-            None => Ok(self.results(&flight)),
+        let result = match (flight.error, &self.gone) {
+            (None, _) => Ok(()),
+            (Some(error), None) => Err(Miss::Device(error)),
+            (Some(_), Some(gone)) => Err(Miss::Gone(gone.clone())),
         };
         let now_us = self.now_us();
-        self.queue.end(serial, result, now_us);
+        self.queue.end(serial, result.map(|()| sums), now_us);
     }
 
     fn results(&self, flight: &Flight) -> Vec<u32> {
@@ -306,7 +313,7 @@ impl Transfers {
         bytes.as_chunks().0.iter().map(|sum| u32::from_le_bytes(*sum)).collect()
     }
 
-    /// A lane's work has failed: puts it right. All that is on it has failed with it.
+    /// A lane's work has failed: puts it right.
     fn fail(&mut self, lane: Lane, error: &GpuError) {
         if self.gone.is_some() {
             return;
@@ -320,15 +327,19 @@ impl Transfers {
     /// Nothing of the lane's work touches memory any more: its marks are as good as passed.
     fn sweep(&mut self, lane: Lane, error: &GpuError) {
         while let Some(waiting) = self.marks[lane as usize].pop_front() {
-            // so that the device forgets it
-            let _ = self.device.reached(waiting.mark);
-            self.pass(waiting, Err(error.clone()));
+            // asked for its answer, which may be that it was passed in time, and so that the device forgets it
+            let result = match self.device.reached(waiting.mark) {
+                Some(Ok(())) => Ok(()),
+                _ => Err(error.clone()),
+            };
+            self.pass(waiting, result);
         }
     }
 
     /// The device is gone: everything ends, at the next `feed` what no lot is under way for.
     fn lose(&mut self, error: GpuError) {
         self.gone = Some(error.clone());
+        self.queue.lose_device();
         for lane in LANES {
             // whether it can be used any more is known; that nothing of it goes on is what is wanted
             let _ = self.device.reset(self.streams[lane as usize]);
@@ -342,6 +353,9 @@ impl Drop for Transfers {
         for stream in self.streams {
             // gone or not: nothing of it touches memory when this returns
             let _ = self.device.reset(stream);
+        }
+        for waiting in self.marks.iter().flatten() {
+            let _ = self.device.reached(waiting.mark);
         }
         self.device.unpin(&self.pinned_desks);
         self.device.free(self.places.desks);

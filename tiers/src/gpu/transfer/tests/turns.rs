@@ -17,6 +17,10 @@ fn error() -> GpuError {
     GpuError::Driver { operation: "test", reason: "scripted".into() }
 }
 
+fn failed() -> Miss {
+    Miss::Device(error())
+}
+
 /// What a lot's checksums would be if all were well.
 fn sums(queue: &Queue, lot: &Lot) -> Vec<u32> {
     let order = queue.order(lot.order);
@@ -95,6 +99,20 @@ fn what_stays_in_the_device_waits_for_no_room() {
 }
 
 #[test]
+fn many_small_lots_leave_room_on_the_desks_for_others() {
+    let mut queue = Queue::new(8 * STAGING_BYTES, CHUNK_BYTES);
+    for order in 0..100 {
+        queue.accept(Wish { degree: 4, ..Wish::load(order, 1) }.admitted(None), 0);
+    }
+    assert_eq!(given(&mut queue).len(), 16);
+    queue.accept(Wish::store(100, 1).admitted(None), 0);
+    queue.accept(Wish { pinned: false, kept: true, ..Wish::load(101, 1) }.admitted(None), 0);
+    let mut others: Vec<_> = given(&mut queue).iter().map(|lot| token(&queue, lot)).collect();
+    others.sort_unstable();
+    assert_eq!(others, [100, 101]);
+}
+
+#[test]
 fn a_run_as_long_as_the_staging_area_gets_it_though_others_keep_coming() {
     // its stripes are 16 KiB, a chunk is one, and so is the whole area
     let mut queue = Queue::new(16 << 10, 4 << 10);
@@ -138,9 +156,9 @@ fn a_lot_that_failed_fails_its_order_and_no_other() {
     queue.accept(Wish::load(2, 1).admitted(None), 0);
     let lots = given(&mut queue);
     queue.leave_pages(lots[0].serial);
-    queue.end(lots[0].serial, Err(error()), 0);
+    queue.end(lots[0].serial, Err(failed()), 0);
     let ended = ends(&mut queue).remove(0);
-    assert_eq!((ended.token, &ended.items[..]), (1, &vec![Err(Miss::Device(error())); 9][..]));
+    assert_eq!((ended.token, &ended.items[..]), (1, &vec![Err(failed()); 9][..]));
     end_well(&mut queue, &lots[1]);
     assert_eq!(ends(&mut queue).remove(0).items, [Ok(vec![])]);
 }
@@ -195,8 +213,8 @@ fn a_fence_is_written_behind_the_last_lot_and_again_if_that_was_too_good() {
     let lots = given(&mut queue);
     end_well(&mut queue, &lots[0]);
     queue.leave_pages(lots[1].serial);
-    queue.end(lots[1].serial, Err(error()), 0);
-    assert_eq!(ends(&mut queue).remove(0).items, [Err(Miss::Device(error()))], "an engine may wait for ever");
+    queue.end(lots[1].serial, Err(failed()), 0);
+    assert_eq!(ends(&mut queue).remove(0).items, [Err(failed())], "an engine may wait for ever");
 }
 
 #[test]
@@ -206,13 +224,18 @@ fn without_a_device_everything_ends() {
         let fence = Some(Fence { address: 64, value: 3 });
         queue.accept(Wish::load(order, 20).admitted(fence), 0);
     }
-    for lot in given(&mut queue) {
+    queue.accept(Wish::store(5, 1).admitted(None), 0);
+    let lots = given(&mut queue);
+    queue.leave_pages(lots[0].serial);
+    queue.end(lots[0].serial, Err(failed()), 0);
+    queue.lose_device();
+    for lot in &lots[1..] {
         queue.leave_pages(lot.serial);
-        queue.end(lot.serial, Err(error()), 0);
+        queue.end(lot.serial, Err(Miss::Gone(error())), 0);
     }
     queue.lose(&error(), 0);
     let ends = ends(&mut queue);
-    assert_eq!(ends.iter().map(|ended| ended.token).collect::<BTreeSet<_>>(), (0..5).collect());
+    assert_eq!(ends.iter().map(|ended| ended.token).collect::<BTreeSet<_>>(), (0..6).collect());
     assert!(ends.iter().flat_map(|ended| &ended.items).all(Result::is_err));
     assert_eq!(queue.in_flight(), 0);
 }
@@ -254,8 +277,8 @@ fn whatever_comes_and_ends_in_whatever_order() {
                 3..6 => under_way.extend(queue.next()),
                 _ if !under_way.is_empty() => {
                     let lot: Lot = under_way.swap_remove(dice.below(under_way.len() as u64) as usize);
-                    let failed = dice.below(20) == 0;
-                    let result = if failed { Err(error()) } else { Ok(sums(&queue, &lot)) };
+                    let fails = dice.below(20) == 0;
+                    let result = if fails { Err(failed()) } else { Ok(sums(&queue, &lot)) };
                     queue.leave_pages(lot.serial);
                     queue.end(lot.serial, result, 0);
                 }
