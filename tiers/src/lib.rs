@@ -1,8 +1,8 @@
 //! One node's memory hierarchy: the bytes of each tier, where they are, and which go first.
 //!
-//! Owns: the Medium seam and its media, segments and slots, the catalog, eviction, part checksums, measurements.
+//! Owns: the Medium seam and its media, the Device seam and what goes over it, segments and slots, the catalog, eviction, part checksums, measurements.
 //! Invariants: nothing here knows sockets, peers or requests, but for `s3`, which knows the way to a bucket; what decides (`slots`, `catalog`, `eviction`, `s3::{pack, index}`) has no
-//! clock, file or thread inside, except `catalog::{store, behind}`, which wait for the disk on a thread of their own; `unsafe` only in `mapping`, `table` and `media`.
+//! clock, file or thread inside, except `catalog::{store, behind}`, which wait for the disk on a thread of their own; `unsafe` only in `mapping`, `table`, `media` and `gpu`.
 //! Leaves to others: who may read what and when (kvd).
 
 pub mod catalog;

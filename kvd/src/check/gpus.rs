@@ -128,7 +128,7 @@ mod tests {
     }
 
     fn text(found: &Found, config: &Config) -> String {
-        of(found, config).iter().map(|finding| format!("{finding}\n")).collect()
+        of(found, config).iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
     }
 
     #[test]

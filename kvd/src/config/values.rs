@@ -203,7 +203,8 @@ fn nearest(name: &str) -> Option<&'static str> {
     let edits = |key: &Key| {
         if last(key.name) == last(name) { 1 } else { edit_distance(key.name, name) }
     };
-    let best = keys().min_by_key(|key| edits(key))?;
+    // of sections that all have such a key, the one whose name is nearer
+    let best = keys().min_by_key(|key| (edits(key), edit_distance(key.name, name)))?;
     (edits(best) <= name.len().div_ceil(3)).then_some(best.name)
 }
 

@@ -136,7 +136,7 @@ pub trait Device: Send {
     fn free(&mut self, address: Address);
     /// The allocation that begins at `address`, for another process to open.
     fn export(&mut self, address: Address) -> Result<Handle, GpuError>;
-    /// Another process's allocation, from its first byte on, at most as long as that; `bytes` is what the caller will use of it. (The driver knows the
+    /// Another process's allocation (CUDA opens none of its own process's), from its first byte on, at most as long as that; `bytes` is what the caller will use of it. (The driver knows the
     /// real size, and refuses one that is shorter.)
     fn open(&mut self, handle: &Handle, bytes: u64) -> Result<Address, GpuError>;
     /// Forgets what `open` gave; asserts that it did.
@@ -164,6 +164,7 @@ pub trait Device: Send {
     fn wait(&mut self, timeout: Duration);
     /// Wakes `wait`.
     fn waker(&self) -> Arc<dyn Wake>;
-    /// After work has failed: drops what the stream still has to do and makes it usable, or says that the whole device is not any more. Returns when nothing of the stream touches memory.
+    /// After work has failed: drops what the stream still has to do and makes it usable; returns when nothing of the stream touches memory. Marks of it that nobody asked after can be asked
+    /// once more. An error says that the whole device is gone: then only its end (the `Device` dropped) proves that it touches nothing.
     fn reset(&mut self, stream: Stream) -> Result<(), GpuError>;
 }

@@ -61,7 +61,7 @@ pub struct Cells {
     pub part_heads: u64,
     /// Head ranges of the group: parts from one layer range to the next.
     pub head_ranges: u64,
-    /// Bytes of a part with meaning.
+    /// Bytes of a part with meaning, a multiple of `unit_bytes`.
     pub part_bytes: u64,
     /// Bytes from a part to the next.
     pub part_stride: u64,
@@ -89,7 +89,7 @@ pub struct Vector {
 pub struct Checksums {
     /// Table of `count` addresses (u64), multiples of 16.
     pub runs: Address,
-    /// Where `count` checksums (u32) are written.
+    /// Where `count` checksums (u32) are written; `launch` clears them first, as blocks of long runs add to them.
     pub results: Address,
     /// How many runs.
     pub count: u64,

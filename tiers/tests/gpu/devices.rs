@@ -1,5 +1,6 @@
 //! The devices that this machine has, for every suite that asks something of each.
 
+use kvd_tiers::gpu::cuda::CudaDevice;
 use kvd_tiers::gpu::software::{SoftwareDevice, SoftwareOptions};
 use kvd_tiers::gpu::{Device, GpuError};
 use std::sync::{Mutex, PoisonError};
@@ -8,7 +9,8 @@ use std::sync::{Mutex, PoisonError};
 pub(crate) type Open = fn() -> Result<Box<dyn Device>, GpuError>;
 
 /// Every kind that there is, by name.
-pub(crate) const DEVICES: &[(&str, Open)] = &[("software", || Ok(Box::new(software())))];
+pub(crate) const DEVICES: &[(&str, Open)] =
+    &[("software", || Ok(Box::new(software()))), ("cuda", || Ok(Box::new(CudaDevice::open(0)?)))];
 
 /// Of the stand-in: no page of it is there before it is touched.
 pub(crate) const MEMORY_BYTES: u64 = 256 << 20;

@@ -68,7 +68,7 @@ impl World {
                 self.gpus.copies.values().flat_map(|copy| &copy.blocks).filter_map(|block| block.kept);
             let same = others.filter(|other| (other.segment, other.slot) == place);
             same.for_each(|other| {
-                assert!(other.there && kept.there, "{place:?} is filled under another copy")
+                assert!(other.there && kept.there, "{place:?} is filled under another copy");
             });
             if kept.there {
                 let (content, ranges) = &self.gpus.hbm[&place];

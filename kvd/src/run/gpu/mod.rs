@@ -4,13 +4,16 @@
 //! device; the reactor waits for none of it. Leaves to others: addresses and copies (`pump`), who may have what copied (the node).
 
 mod pump;
+#[cfg(test)]
+mod tests;
 
 use super::dram::DramSegments;
 use super::inbox::{Inbox, Input};
 use crate::config::{Config, DeviceChoice};
-use crate::node::device::{CopyOrder, DeviceEnd, DeviceOrder};
+use crate::node::device::{Copied, CopyOrder, DeviceEnd, DeviceOrder};
 use crate::node::event::Event;
-use kvd_proto::{Code, Error, Layout, wire};
+use kvd_proto::wire::{self, CopyMiss};
+use kvd_proto::{Code, Error, Layout};
 use kvd_tiers::gpu::software::{SoftwareDevice, SoftwareOptions};
 use kvd_tiers::gpu::transfer::Options;
 use kvd_tiers::gpu::{Device, DeviceInfo, GpuError};
@@ -200,24 +203,42 @@ fn run(
     let opened = open(choice, info).map_err(unusable);
     let opened = opened.and_then(|device| Pump::new(device, options, capacity_bytes, (dram, inbox.clone())));
     match opened {
-        Ok(mut pump) => {
+        Ok(pump) => {
             _ = told.set(pump.waker());
-            pump.run(ordered);
+            serve(pump, ordered, &inbox, &info.name);
         }
         Err(error) => {
             tracing::warn!(device = info.name, %error, "a device cannot be used");
-            refuse_all(ordered, &inbox, &error);
+            refuse_all(ordered, &inbox, &error.to_string());
         }
     }
 }
 
-/// Without a device nothing is ever open, so nothing else can be ordered.
-fn refuse_all(ordered: &Receiver<Order>, inbox: &Inbox, why: &MediumError) {
+fn serve(mut pump: Pump, ordered: &Receiver<Order>, inbox: &Inbox, device: &str) {
+    if let Some(why) = pump.run(ordered) {
+        tracing::error!(device, why, "a device is gone, and not used any more");
+        pump.give_up(&why);
+        refuse_all(ordered, inbox, &why);
+    }
+}
+
+/// Without a device: what engines still have open there is closed as soon as they want, and copies are misses.
+fn refuse_all(ordered: &Receiver<Order>, inbox: &Inbox, why: &str) {
     while let Ok(order) = ordered.recv() {
-        if let Order::Open { memory, .. } = order {
-            let fix = "see `kvd check`, and restart the node when the device is well";
-            let result = Err(Error::new(Code::Unavailable, "device", why.to_string(), fix));
-            inbox.push(Input::Event(Event::Device(DeviceEnd::Opened { memory, result })));
-        }
+        let end = match order {
+            Order::Open { memory, .. } => {
+                let fix = "see `kvd check`, and restart the node when the device is well";
+                let result = Err(Error::new(Code::Unavailable, "device", why, fix));
+                DeviceEnd::Opened { memory, result }
+            }
+            Order::Close { memory } => DeviceEnd::Closed { memory },
+            Order::Take { segment, .. } => DeviceEnd::Taken { segment, result: Err(why.to_owned()) },
+            Order::Copy(order) => {
+                let copied = Copied { blocks: 0, miss: CopyMiss::Device, reason: why.to_owned() };
+                DeviceEnd::Copied { token: order.token, result: Ok(copied) }
+            }
+            Order::Unpin(_) => continue,
+        };
+        inbox.push(Input::Event(Event::Device(end)));
     }
 }

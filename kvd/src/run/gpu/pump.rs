@@ -84,14 +84,14 @@ impl Pump {
         self.transfers.waker()
     }
 
-    /// Until nobody can order anything any more.
-    pub(super) fn run(&mut self, ordered: &Receiver<Order>) {
+    /// Until nobody can order anything any more; otherwise the device is gone, and why.
+    pub(super) fn run(&mut self, ordered: &Receiver<Order>) -> Option<String> {
         loop {
             loop {
                 match ordered.try_recv() {
                     Ok(order) => self.order(order),
                     Err(TryRecvError::Empty) => break,
-                    Err(TryRecvError::Disconnected) => return,
+                    Err(TryRecvError::Disconnected) => return None,
                 }
             }
             self.submit_waiting();
@@ -99,7 +99,24 @@ impl Pump {
             self.transfers.reap(Some(IDLE), &mut self.outcomes);
             let outcomes = std::mem::take(&mut self.outcomes);
             outcomes.into_iter().for_each(|outcome| self.ended(outcome));
+            if let Some(gone) = self.transfers.gone() {
+                return Some(gone.to_string());
+            }
         }
+    }
+
+    /// What was under way ends when the device was given up, and with it everything that it might still have done.
+    pub(super) fn give_up(mut self, why: &str) {
+        let Self { transfers, hbm, .. } = self;
+        drop((transfers, hbm));
+        for token in self.copies.into_keys() {
+            let copied = Copied { blocks: 0, miss: CopyMiss::Device, reason: why.to_owned() };
+            self.told.push(Input::Event(Event::Device(DeviceEnd::Copied { token, result: Ok(copied) })));
+        }
+        for (memory, _) in self.memories.into_iter().filter(|(_, memory)| memory.closing) {
+            self.told.push(Input::Event(Event::Device(DeviceEnd::Closed { memory })));
+        }
+        self.inbox.push_all(&mut self.told);
     }
 
     fn tell(&mut self, end: DeviceEnd) {
@@ -253,6 +270,9 @@ impl Pump {
 
     fn ended(&mut self, outcome: Outcome) {
         let Outcome::Ended(Ended { token, items, .. }) = outcome else { return };
+        if items.iter().any(|item| matches!(item, Err(Miss::Gone(_)))) {
+            return; // it ends when the device was given up
+        }
         let well = items.iter().take_while(|item| item.is_ok()).count();
         let why = items.into_iter().nth(well).and_then(Result::err);
         let (miss, reason) = match &why {

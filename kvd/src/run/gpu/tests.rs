@@ -1,0 +1,167 @@
+//! A device's thread on the stand-in, with the days that a daemon's own stand-in cannot be given.
+
+use super::pump::Pump;
+use super::*;
+use crate::node::device::{CopyBlock, CopyOrder};
+use kvd_proto::layout::DataType;
+use kvd_tiers::gpu::software::SoftwareControl;
+use kvd_tiers::media::dram::DramOptions;
+use kvd_tiers::segment::{Geometry, SlotRef};
+use std::collections::VecDeque;
+use std::time::Duration;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+const BLOCKS: u32 = 4;
+
+struct Rig {
+    orders: Sender<Order>,
+    inbox: Inbox,
+    control: SoftwareControl,
+    thread: Option<std::thread::JoinHandle<()>>,
+    layout: Layout,
+    heard: VecDeque<Input>,
+    _poll: mio::Poll,
+    _engine: SoftwareDevice,
+}
+
+/// A pump with an engine's memory open as number 1, and four slots of DRAM.
+fn rig() -> Rig {
+    let poll = mio::Poll::new().unwrap();
+    let inbox = Inbox::new(mio::Waker::new(poll.registry(), mio::Token(1)).unwrap());
+    let layout = Layout::full(2, 2, 64, DataType::Bf16, (2, 2), 16).unwrap();
+    let slot_bytes = layout.slot_bytes(0);
+    let options = DramOptions { capacity_bytes: 1 << 20, queue_depth: 1, huge_pages: false, lock: false };
+    let dram = Arc::new(DramSegments::new(options));
+    dram.open(0, Geometry::dram(slot_bytes, 4, u64::from(BLOCKS * slot_bytes)), None).unwrap();
+    let device = software().unwrap();
+    let control = device.control();
+    let pump =
+        Pump::new(Box::new(device), transfer_options(64 << 20), 0, (dram.clone(), inbox.clone())).unwrap();
+    let (orders, ordered) = channel();
+    let told = inbox.clone();
+    let thread = std::thread::spawn(move || serve(pump, &ordered, &told, "the device"));
+    let mut engine = software().unwrap();
+    let bytes = u64::from(BLOCKS) * u64::from(slot_bytes);
+    let address = engine.allocate(bytes).unwrap();
+    let handle = engine.export(address).unwrap().to_vec().into();
+    let vector = |at: u64| wire::VectorPlace { range: 0, offset: at * bytes / 4, token_stride: 256 };
+    let layer = |at: u64| wire::LayerPlace {
+        page_stride: 4096,
+        head_stride: 128,
+        vectors: vec![vector(2 * at), vector(2 * at + 1)],
+    };
+    let request = wire::OpenMemoryRequest {
+        device: engine.info().uuid.to_vec().into(),
+        ranges: vec![wire::DeviceRange { handle, bytes }],
+        heads: 2,
+        page_tokens: 16,
+        pages: BLOCKS,
+        layers: (0..2).map(layer).collect(),
+        ..wire::OpenMemoryRequest::default()
+    };
+    orders
+        .send(Order::Open { memory: 1, layout: Box::new(layout.clone()), request: Box::new(request) })
+        .unwrap();
+    let mut rig = Rig {
+        orders,
+        inbox,
+        control,
+        thread: Some(thread),
+        layout,
+        heard: VecDeque::new(),
+        _poll: poll,
+        _engine: engine,
+    };
+    assert!(matches!(rig.hear(), DeviceEnd::Opened { memory: 1, result: Ok(()) }));
+    rig
+}
+
+impl Rig {
+    fn copy(&self, token: u64) {
+        let block = |slot| CopyBlock { slot: SlotRef { segment: 0, slot }, tokens: 16, kept: None };
+        let table = (0..BLOCKS as i32).flat_map(i32::to_le_bytes).collect::<Vec<_>>().into();
+        let order = CopyOrder {
+            token,
+            lease: 1,
+            memory: 1,
+            device: [0; 16],
+            into_pages: false,
+            first_block: 0,
+            blocks: (0..BLOCKS).map(block).collect(),
+            table,
+            layer_ranges: 0..self.layout.groups()[0].layer_ranges,
+            fence: None,
+        };
+        self.orders.send(Order::Copy(Box::new(order))).unwrap();
+    }
+
+    /// The next end that the node is told of.
+    fn hear(&mut self) -> DeviceEnd {
+        let until = std::time::Instant::now() + PATIENCE;
+        let mut inputs = Vec::new();
+        while self.heard.is_empty() {
+            assert!(std::time::Instant::now() < until, "nothing is told");
+            self.inbox.drain(&mut inputs);
+            self.heard.extend(inputs.drain(..));
+            std::thread::yield_now();
+        }
+        let Some(Input::Event(Event::Device(end))) = self.heard.pop_front() else { panic!("something else") };
+        end
+    }
+
+    fn copied(&mut self, token: u64) -> Copied {
+        match self.hear() {
+            DeviceEnd::Copied { token: of, result: Ok(copied) } if of == token => copied,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        self.orders = channel().0;
+        self.thread.take().expect("it runs").join().unwrap();
+    }
+}
+
+#[test]
+fn a_device_that_goes_ends_what_was_under_way_and_refuses_the_rest() {
+    let mut rig = rig();
+    rig.copy(1);
+    assert_eq!(rig.copied(1), Copied { blocks: BLOCKS, miss: CopyMiss::None, reason: String::new() });
+    rig.control.hold();
+    rig.copy(2);
+    assert!(rig.control.wait_held(PATIENCE), "it is under way");
+    rig.control.lose("it fell off the bus");
+    let copied = rig.copied(2);
+    assert_eq!((copied.blocks, copied.miss), (0, CopyMiss::Device));
+    assert!(copied.reason.contains("fell off the bus"), "{copied:?}");
+    rig.copy(3);
+    assert_eq!(rig.copied(3).miss, CopyMiss::Device);
+    rig.orders.send(Order::Take { segment: 1, bytes: 4096, slot_bytes: 4096 }).unwrap();
+    assert!(matches!(rig.hear(), DeviceEnd::Taken { segment: 1, result: Err(_) }));
+    rig.orders.send(Order::Close { memory: 1 }).unwrap();
+    assert!(matches!(rig.hear(), DeviceEnd::Closed { memory: 1 }));
+}
+
+#[test]
+fn memory_that_is_closed_under_its_copies_is_closed_when_they_have_ended() {
+    let mut rig = rig();
+    rig.control.hold();
+    (1..40).for_each(|token| rig.copy(token));
+    assert!(rig.control.wait_held(PATIENCE), "one is under way");
+    rig.orders.send(Order::Close { memory: 1 }).unwrap();
+    rig.control.release();
+    let mut ended = 0;
+    loop {
+        match rig.hear() {
+            DeviceEnd::Copied { result, .. } => {
+                let miss = result.unwrap().miss;
+                assert!(matches!(miss, CopyMiss::None | CopyMiss::Stopped), "{miss:?}");
+                ended += 1;
+            }
+            DeviceEnd::Closed { memory } => break assert_eq!((memory, ended), (1, 39)),
+            other => panic!("{other:?}"),
+        }
+    }
+}
