@@ -174,11 +174,11 @@ fn an_engine_s_stream_hears_of_the_end_in_memory() {
         house.slots.copy_in(7 * house.model.slot_bytes(), &[!house.slot(7)[0]]);
         rig.transfers.submit(order(&house, 6)).unwrap();
         assert!(matches!(rig.ends(1)[0].items[7], Err(Miss::Checksum(_))));
-        assert_eq!(number(&mut rig), 6 | 1 << 31, "of a load that failed");
+        assert_eq!(number(&mut rig), 6 | 1 << 30, "of a load that failed");
         rig.transfers.submit(order(&house, 7)).unwrap();
         rig.transfers.stop(1);
         assert_eq!(rig.ends(1)[0].items[29], Err(Miss::Stopped));
-        assert_eq!(number(&mut rig), 7 | 1 << 31, "of one that was stopped");
+        assert_eq!(number(&mut rig), 7 | 1 << 30, "of one that was stopped");
         let empty = Order { fence: fence(8), ..house.order(1, Direction::Load, 0..0) };
         rig.run(vec![empty]);
         assert_eq!(number(&mut rig), 8, "of one with nothing to do");
