@@ -27,6 +27,7 @@ fn step(shell: &mut Shell, material: &mut Material) {
         2..=11 => request(shell, material),
         12..=14 => put(shell, material),
         15 => while shell.end_opening(true) || shell.end_checksum(1) || shell.end_move(0, Ok(()), 1) {},
+        16 if material.one_in(2) => _ = shell.end_device(!material.one_in(4), material.number32()),
         16 => raw(shell, material),
         17..=18 => _ = shell.end_opening(!material.one_in(4)),
         19..=20 => _ = shell.end_checksum(material.number()),

@@ -7,12 +7,13 @@
 
 pub mod requests;
 
+use kvd::node::device::{Copied, CopyOrder, DeviceEnd, DeviceOrder};
 use kvd::node::event::{Effect, Event, MemberId, MoveError, Offer, Wanted};
 use kvd::node::{EVENTS_PER_CALL_MAX, Node, NodeConfig};
 use kvd_proto::limits::FRAME_FDS_MAX;
 use kvd_proto::wire::node_frame::Body as Reply;
-use kvd_proto::wire::{self, HandOffState, Tier};
-use kvd_proto::{Code, frame};
+use kvd_proto::wire::{self, CopyMiss, HandOffState, Tier};
+use kvd_proto::{Code, Error, frame};
 use kvd_tiers::segment::{SegmentId, SlotRef};
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
@@ -47,6 +48,12 @@ pub struct Shell {
     /// Of them, those to the bucket, with their bytes.
     uploads: HashMap<u64, u32>,
     slot_bytes: HashMap<SegmentId, u32>,
+    /// Of devices: what is to be opened, taken or closed, in order.
+    devices: VecDeque<DeviceOrder>,
+    /// Copies under way.
+    copies: VecDeque<CopyOrder>,
+    /// By which requests name them.
+    pub memories: VecDeque<u64>,
     sought: BTreeMap<u64, Wanted>,
     offered: BTreeSet<u64>,
     /// Where the next slice of everything begins.
@@ -74,6 +81,9 @@ impl Shell {
             moves: BTreeMap::new(),
             uploads: HashMap::new(),
             slot_bytes: HashMap::new(),
+            devices: VecDeque::new(),
+            copies: VecDeque::new(),
+            memories: VecDeque::new(),
             sought: BTreeMap::new(),
             offered: BTreeSet::new(),
             slice_from: 0,
@@ -199,6 +209,33 @@ impl Shell {
         true
     }
 
+    /// A device has done something, well or not; `false`: nothing was asked of any. Copies end before what they copy is closed.
+    pub fn end_device(&mut self, well: bool, short: u32) -> bool {
+        if let Some(order) = self.copies.pop_front() {
+            let blocks = order.blocks.len() as u32;
+            let miss = [CopyMiss::Checksum, CopyMiss::Device, CopyMiss::Stopped][short as usize % 3];
+            let (blocks, miss) = if well { (blocks, CopyMiss::None) } else { (short % blocks, miss) };
+            let result = Ok(Copied { blocks, miss, reason: String::new() });
+            self.tell([Event::Device(DeviceEnd::Copied { token: order.token, result })]);
+            return true;
+        }
+        let end = match self.devices.pop_front() {
+            None => return false,
+            Some(DeviceOrder::Open { memory, .. }) => {
+                let result =
+                    if well { Ok(()) } else { Err(Error::invalid("ranges[0]", "no", "give others")) };
+                DeviceEnd::Opened { memory, result }
+            }
+            Some(DeviceOrder::Close { memory, .. }) => DeviceEnd::Closed { memory },
+            Some(DeviceOrder::Take { segment, .. }) => {
+                DeviceEnd::Taken { segment, result: if well { Ok(()) } else { Err("no room".to_owned()) } }
+            }
+            Some(DeviceOrder::Copy(_)) => unreachable!("copies have a queue of their own"),
+        };
+        self.tell([Event::Device(end)]);
+        true
+    }
+
     /// What other nodes are asked for, by ticket.
     pub fn sought(&self) -> Vec<u64> {
         self.sought.keys().copied().collect()
@@ -228,7 +265,10 @@ impl Shell {
     /// Everything ends well, everybody goes: nothing may be left that an event would be needed for.
     pub fn end(&mut self) {
         for _ in 0..1000 {
-            let more = self.end_opening(true) || self.end_checksum(1) || self.end_move(0, Ok(()), 1);
+            let more = self.end_opening(true)
+                || self.end_checksum(1)
+                || self.end_device(true, 0)
+                || self.end_move(0, Ok(()), 1);
             if let Some(ticket) = self.sought().first() {
                 self.offer(*ticket, None);
             } else if !more {
@@ -236,6 +276,7 @@ impl Shell {
             }
         }
         self.members().into_iter().for_each(|member| self.kill(member));
+        while self.end_device(true, 0) {}
         (0..3).for_each(|_| self.pass_us(1_000_000));
     }
 
@@ -274,6 +315,17 @@ impl Shell {
             Effect::Fetch { ticket, orders } => {
                 assert!(self.offered.remove(&ticket), "an offer is answered once");
                 orders.into_iter().for_each(|order| self.start(order.token, Some(order.to)));
+            }
+            Effect::Device(DeviceOrder::Copy(order)) => {
+                assert!(!order.blocks.is_empty(), "a copy of nothing: {order:?}");
+                self.copies.push_back(*order);
+            }
+            Effect::Device(order) => {
+                if let DeviceOrder::Open { memory, .. } = order {
+                    self.memories.push_back(memory);
+                    self.memories.truncate(REMEMBERED_MAX);
+                }
+                self.devices.push_back(order);
             }
             Effect::Slice { next, .. } => self.slice_from = next.unwrap_or(0),
             _ => {}

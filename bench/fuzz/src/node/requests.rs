@@ -32,7 +32,7 @@ pub fn config(material: &mut Material) -> NodeConfig {
     };
     NodeConfig {
         epoch: 7,
-        hbm_bytes: 0,
+        hbm_bytes: [0, 1 << 20][material.below(2)],
         dram_bytes: 3 * SEGMENT_BYTES,
         dram_segment_bytes: SEGMENT_BYTES,
         dram_eviction: if choice & 1 == 0 { "worth" } else { "s3fifo" }.to_owned(),
@@ -257,10 +257,54 @@ pub fn put(material: &mut Material, shell: &Shell) -> wire::ReserveRequest {
     wire::ReserveRequest { space: space(material, shell), parent, chain, ..wire::ReserveRequest::default() }
 }
 
+fn memory(material: &mut Material, shell: &Shell) -> u64 {
+    let known: Vec<u64> = shell.memories.iter().copied().collect();
+    if material.one_in(8) { material.number() } else { material.pick(&known).unwrap_or(0) }
+}
+
+/// Mostly all layers and heads of a space's first group.
+fn open_memory(material: &mut Material, shell: &Shell) -> wire::OpenMemoryRequest {
+    let odd = material.one_in(4);
+    let small = |material: &mut Material, usual: u32| if odd { material.number32() % 9 } else { usual };
+    let layers = small(material, 2) as usize;
+    wire::OpenMemoryRequest {
+        space: space(material, shell),
+        group: small(material, 0),
+        device: vec![7; if odd { material.below(18) } else { 16 }].into(),
+        ranges: vec![
+            wire::DeviceRange { handle: vec![1; 64].into(), bytes: material.number() };
+            1 + layers / 8
+        ],
+        first_layer: small(material, 0),
+        first_head: small(material, 0),
+        heads: small(material, 2),
+        page_tokens: material.number32(),
+        pages: material.number32(),
+        layers: vec![wire::LayerPlace::default(); layers],
+    }
+}
+
+fn copy(material: &mut Material, shell: &Shell) -> wire::CopyRequest {
+    let odd = material.one_in(4);
+    let count = if odd { material.number32() } else { 1 + material.below(4) as u32 };
+    wire::CopyRequest {
+        lease: lease(material, shell),
+        memory: memory(material, shell),
+        blocks: Some(wire::BlockRange { first: if odd { material.number32() } else { 0 }, count }),
+        table: material.take(4).to_vec().into(),
+        first_layer_range: if odd { material.number32() } else { 0 },
+        layer_ranges: if odd { material.number32() } else { material.below(3) as u32 },
+        fence: odd.then(|| wire::Fence { range: 0, offset: material.number(), value: material.number32() }),
+    }
+}
+
 /// Anything a member may ask on its socket.
 pub fn ask(material: &mut Material, shell: &Shell) -> Ask {
     let session = 0;
-    match material.below(24) {
+    match material.below(27) {
+        24 => Ask::OpenMemory(open_memory(material, shell)),
+        25 => Ask::Copy(copy(material, shell)),
+        26 => Ask::CloseMemory(wire::CloseMemoryRequest { memory: memory(material, shell) }),
         0..=1 => Ask::RegisterSpace(register(material)),
         2..=6 => Ask::Match(matching(material, shell)),
         7..=12 => Ask::Reserve(reserve(material, shell)),
