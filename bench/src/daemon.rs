@@ -7,7 +7,7 @@
 use crate::disk::BadDisk;
 use crate::failure::Failure;
 use crate::usage::Usage;
-use kvd::config::Eviction;
+use kvd::config::{DeviceChoice, Eviction};
 use kvd_tiers::eviction::NAMES;
 use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal};
 use std::net::SocketAddr;
@@ -66,6 +66,9 @@ pub(crate) struct Args {
     /// What writing a GiB to NVMe costs; else what the daemon assumes.
     #[arg(long)]
     wear_us_per_gib: Option<u32>,
+    /// Which devices engines may have their pages on; none, as most benchmarks have no use for one.
+    #[arg(long, value_parser = device, default_value = "off")]
+    device: DeviceChoice,
     /// HTTP, for /metrics.
     #[arg(long)]
     metrics_address: Option<SocketAddr>,
@@ -83,6 +86,16 @@ pub(crate) struct Args {
 /// A policy by its name in the config.
 pub(crate) fn eviction(name: &str) -> Result<Eviction, String> {
     Eviction::named(name).ok_or_else(|| format!("the policies are {}", NAMES.join(", ")))
+}
+
+/// As `hbm.device` names them.
+fn device(name: &str) -> Result<DeviceChoice, String> {
+    match name {
+        "auto" => Ok(DeviceChoice::Auto),
+        "software" => Ok(DeviceChoice::Software),
+        "off" => Ok(DeviceChoice::Off),
+        _ => Err("devices are auto, software, off".to_owned()),
+    }
 }
 
 /// What holds the memory of a daemon that a benchmark kills.
@@ -123,6 +136,7 @@ pub(crate) fn serve(args: &Args) -> Result<(), Failure> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
     let mut config = kvd::config::Config::embedded(&args.data_dir, args.dram_bytes, args.nvme_bytes)?;
     config.dram.keep_ms = args.keep_ms;
+    config.hbm.device = args.device;
     config.listen.grpc_address = args.grpc_address;
     let any_port = args.grpc_address.map(|address| SocketAddr::new(address.ip(), 0));
     config.listen.data_address = args.data_address.or(any_port);

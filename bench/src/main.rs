@@ -17,6 +17,7 @@ mod failure;
 mod fleet;
 mod folder;
 mod front;
+mod gpu;
 mod link;
 mod local;
 mod million;
@@ -44,6 +45,7 @@ enum Command {
     Replay(replay::Args),
     Local(local::Args),
     Nvme(nvme::Args),
+    Gpu(gpu::Args),
     Peer(peer::Args),
     S3(s3::Args),
     Million(million::Args),
@@ -60,6 +62,9 @@ enum Command {
     /// What holds the memory of a daemon that a benchmark kills.
     #[command(hide = true)]
     Keeper(daemon::KeeperArgs),
+    /// An engine that `gpu` kills.
+    #[command(hide = true)]
+    GpuVictim(gpu::VictimArgs),
     /// The router that a fleet starts for itself.
     #[command(hide = true)]
     Router(fleet::ServiceArgs),
@@ -81,6 +86,8 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Nvme(args) => nvme::run(&args),
+        Command::Gpu(args) => gpu::run(&args),
+        Command::GpuVictim(args) => gpu::serve_victim(&args),
         Command::Sim(args) => sim::run(&args),
         Command::Policy(args) => policy::run(&args),
         Command::Peer(args) => block_on(peer::run(args)),
