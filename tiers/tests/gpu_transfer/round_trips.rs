@@ -252,6 +252,18 @@ fn what_was_stored_is_what_is_loaded_and_nothing_else_is_touched() {
     });
 }
 
+/// Half of them by kernels, half by batched copies.
+#[test]
+#[ignore = "slow: minutes on the stand-in"]
+fn ten_thousand_shapes_strides_and_tables() {
+    devices::each_kind(|open| {
+        for (crossover_bytes, seeds) in [(None, 10_000..15_000), (Some(0), 15_000..20_000)] {
+            let mut rig = Rig::new(open(), Options { crossover_bytes, ..small() });
+            seeds.for_each(|seed| trip(&mut rig, seed));
+        }
+    });
+}
+
 #[test]
 fn batched_copies_do_what_kernels_do() {
     devices::each_kind(|open| {
