@@ -345,7 +345,11 @@ impl Node {
 
     /// The lease's time is over, or a rank that filled by it is gone: no new reads, no commits; memory stays as it is.
     pub(super) fn end_lease(&mut self, id: LeaseId) {
-        let maps = self.leases.get(id).is_some_and(|lease| self.sessions.maps(lease.session));
+        // a device goes on for who mapped memory and is gone
+        let maps = self
+            .leases
+            .get(id)
+            .is_some_and(|lease| self.sessions.maps(lease.session) || !lease.copying.is_empty());
         if !maps && !self.leases.is_fill(id) {
             self.release_lease(id); // whoever maps nothing reads private copies, verified
             return;

@@ -3,7 +3,7 @@
 use super::super::NodeConfig;
 use super::super::device::{Copied, CopyOrder, DeviceEnd, DeviceOrder};
 use super::super::event::Event;
-use super::harness::{World, commit_of, config, id, layout, open_of, reserve_after};
+use super::harness::{LEASE_TTL_MS, World, commit_of, config, id, layout, open_of, reserve_after};
 use kvd_proto::BlockId;
 use kvd_proto::wire::client_frame::Body as Ask;
 use kvd_proto::wire::node_frame::Body as Reply;
@@ -245,6 +245,19 @@ fn a_killed_engine_leaves_session_and_memory_until_the_device_has_ended() {
     assert_eq!((world.node.sessions.counts(), world.node.pages.counts()), ((0, 0), (1, 0)));
     world.end_gpu_work(0, true);
     assert_eq!(world.node.pages.counts(), (0, 0));
+}
+
+#[test]
+fn a_lease_may_end_while_a_device_goes_on_for_a_killed_engine() {
+    let (mut world, member, space, memory, lease) = matched();
+    world.begin(member, Ask::Copy(copy_of(lease, memory, 0..3)));
+    world.kill(member);
+    world.pass_ms(LEASE_TTL_MS + 1000);
+    assert_eq!(world.node.leases.totals().0, 1, "its slots are still read");
+    world.end_copy(world.only_copy(), CopyMiss::Stopped);
+    assert_eq!((world.node.leases.totals().0, world.node.sessions.counts()), (0, (0, 0)));
+    let other = world.open("a");
+    assert_eq!((world.space(other), world.matched(other, space, &chain(3)).blocks), (space, 3));
 }
 
 #[test]
