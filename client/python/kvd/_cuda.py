@@ -22,7 +22,7 @@ class Allocation:
     """A whole allocation: where it begins in this process, how long it is, what others open it by."""
 
     address: int
-    bytes: int
+    size: int
     handle: bytes
     #: UUID of its device.
     device: bytes

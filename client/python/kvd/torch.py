@@ -96,7 +96,7 @@ def device_pages(
     devices = {one.device for one in found.values()}
     if len(devices) != 1:
         raise _invalid("tensors", f"on {len(devices)} devices", "make pages for each device of its own")
-    ranges = [(one.address, one.bytes, one.handle) for one in found.values()]
+    ranges = [(one.address, one.size, one.handle) for one in found.values()]
     return kvd.Pages.on_device(space, layers, device=devices.pop(), ranges=ranges, **shape)
 
 

@@ -157,9 +157,9 @@ def test_pages_are_opened_closed_and_refused_with_what_to_do(node: Daemon, tmp_p
             kvd.Pages.on_device(space, [layer] * 4, device=device_uuid(), ranges=[(1, 5, bytes(64))], **shape)
     with Daemon(tmp_path) as without, without.client() as session:
         space = session.space("none", "r1", LAYOUT)
-        with pytest.raises(kvd.UnavailableError, match="device") as refused:
+        with pytest.raises(kvd.UnavailableError, match="device") as without_device:
             DeviceRank(LAYOUT, 4).on(space).described().open()
-        assert "hbm.device" in refused.value.fix
+        assert "hbm.device" in without_device.value.fix
 
 
 def test_cuda_is_asked_only_where_it_is() -> None:
