@@ -71,18 +71,9 @@ impl Pages {
             let what = format!("{} of {} groups", slice.group, layout.groups().len());
             return Err(Error::invalid("group", what, "count groups from 0, in the layout's order"));
         };
-        check_slice(
-            ["first_layer", "layers", "layer_ranges"],
-            [group.layers, group.layer_ranges],
-            slice.first_layer,
-            slice.layers,
-        )?;
-        check_slice(
-            ["first_head", "heads", "head_ranges"],
-            [group.heads, group.head_ranges],
-            slice.first_head,
-            slice.heads,
-        )?;
+        let of = |first: u32, count: u32| first..first.saturating_add(count);
+        let (layers, heads) = (of(slice.first_layer, slice.layers), of(slice.first_head, slice.heads));
+        let cut = kvd_proto::Slice::new(group, layers, heads)?;
         let (state, part) = (group.kind == GroupKind::State, layout.part(slice.group, 0));
         let mut made = Self {
             slice,
@@ -91,9 +82,9 @@ impl Pages {
             rows: if state { 1 } else { layout.block_tokens() },
             row_bytes: row_bytes(group)?,
             vectors_per_layer: if state { 1 } else { group.vectors },
-            part_layers: group.layers / group.layer_ranges,
-            part_heads: group.heads / group.head_ranges,
-            head_ranges: group.head_ranges,
+            part_layers: cut.part_layers,
+            part_heads: cut.part_heads,
+            head_ranges: cut.head_ranges,
             part_bytes: part.bytes,
             part_stride: layout.part_stride(slice.group),
             slot_bytes: layout.slot_bytes(slice.group),
@@ -449,27 +440,6 @@ fn are_steps<'a>(vectors: impl Iterator<Item = &'a Vector> + Clone, bytes: u64) 
 
 fn common_divisor(a: u32, b: u32) -> u32 {
     if b == 0 { a } else { common_divisor(b, a % b) }
-}
-
-/// What a memory has of `[whole, ranges]` layers or heads must be whole ranges. `names`: of the first, of their number, of the cut.
-fn check_slice(names: [&str; 3], [whole, ranges]: [u32; 2], first: u32, count: u32) -> Result<(), Error> {
-    let each = whole / ranges;
-    let end = u64::from(first) + u64::from(count);
-    if count == 0 || end > u64::from(whole) {
-        let what = format!("{count} from {first} on, of {whole}");
-        return Err(Error::invalid(names[1], what, "give what this memory has of the group"));
-    }
-    for (name, edge) in [(names[0], u64::from(first)), (names[1], end)] {
-        if !edge.is_multiple_of(u64::from(each)) {
-            let what = format!("an edge at {edge}, and parts have {each} each, of {whole}");
-            let fix = format!(
-                "give a slice of whole parts, or register the space with more {}, for every engine that shares it",
-                names[2]
-            );
-            return Err(Error::invalid(name, what, fix));
-        }
-    }
-    Ok(())
 }
 
 /// Bytes of one row of a cell.
