@@ -187,7 +187,13 @@ impl DeviceMemory {
                 // a daemon that took its place has the lock on its folder, which goes with the process
                 None => inner.incarnation() != opened.incarnation,
             };
-            if gone || matches!(closed, Ok(Answer::MemoryClosed(_))) {
+            // a number that the daemon which gave it does not know is of memory that is closed: an answer before this one was lost
+            let closed = match closed {
+                Ok(Answer::MemoryClosed(_)) => true,
+                Ok(_) => false,
+                Err(error) => error.code == Code::UnknownMemory,
+            };
+            if gone || closed {
                 *open = None;
                 return;
             }
@@ -195,7 +201,7 @@ impl DeviceMemory {
         }
     }
 
-    /// Ends when nothing of the node touches it any more, and its owner may free it. Dropping it says so too, and waits for nothing.
+    /// Ends when nothing of the node touches it any more, and its owner may free it; may be given up, and asked again. Dropping it says so too, and waits for nothing.
     pub async fn close(&self) {
         let opened = self.open.lock().await.clone();
         if let Some(opened) = opened {

@@ -102,10 +102,15 @@ impl Loading {
         enough(&self.shared.wait(Instant::now() + timeout, enough))
     }
 
-    /// Gives up what is not loaded yet, and returns when nobody touches the pages any more.
-    pub fn stop(&self) {
+    /// Gives up what is not loaded yet; until the end pages may be touched all the same.
+    pub fn give_up(&self) {
         self.shared.lock().stopped = true;
         self.shared.stop.notify_one();
+    }
+
+    /// As `give_up`, and returns when nobody touches the pages any more.
+    pub fn stop(&self) {
+        self.give_up();
         let ended = |state: &mut State| !state.ended;
         drop(self.shared.changed.wait_while(self.shared.lock(), ended));
     }

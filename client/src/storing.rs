@@ -108,9 +108,14 @@ impl Storing {
         waited.unwrap_or_else(PoisonError::into_inner).0.ended.clone()
     }
 
+    /// Nothing more is stored, and what is being copied is left out; pages on a device are read until it has ended all the same.
+    pub fn give_up(&self) {
+        self.shared.lock().stopped = true;
+    }
+
     /// Returns when nobody reads the pages any more; what is not copied by then is left out.
     pub fn stop(&self) {
-        self.shared.lock().stopped = true;
+        self.give_up();
         let copying = |state: &mut State| state.copying;
         drop(self.shared.changed.wait_while(self.shared.lock(), copying));
     }
@@ -235,6 +240,9 @@ fn have_copied(
         let blocks = run[0]..run[0] + run.len() as u32;
         let reply =
             runtime.block_on(memory.copy(fill.lease_of(), blocks, table, memory.layer_ranges(), None))?;
+        if told.0.lock().stopped {
+            break; // whoever gave up may have changed the pages while they were read
+        }
         let copied = (reply.copied as usize).min(run.len());
         (done, bytes) = (done + copied, bytes + copied as u64 * each);
         if copied < run.len() {

@@ -193,7 +193,7 @@ fn blocks_go_down_to_nvme_and_up_again_as_they_were() {
 }
 
 #[test]
-fn a_segment_is_what_its_address_and_its_handle_say() {
+fn a_segment_is_what_its_address_says() {
     each_kind(|open| {
         let mut medium = hbm_of(open());
         let source = filled(1, 64 * PAGE);
@@ -206,9 +206,7 @@ fn a_segment_is_what_its_address_and_its_handle_say() {
         let mark = device.record(stream).unwrap();
         settle_mark(device, mark).unwrap();
         assert_eq!(crc(&target), crc(&source));
-        assert_eq!(medium.export(0).unwrap(), medium.export(0).unwrap());
         assert_eq!(medium.address(1), None);
-        assert!(matches!(medium.export(1), Err(MediumError::OutOfRange { segment: 1, .. })));
     });
 }
 

@@ -464,8 +464,8 @@ class Pages:
         """Pages in the memory of a device (its UUID), in allocations (address, bytes, CUipcMemHandle)."""
     def open(self) -> None:
         """Has the node open device pages now; raises what stands against it."""
-    def close(self) -> None:
-        """Returns when nothing of the node touches device pages any more."""
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Returns when nothing of the node touches device pages any more; `False`: not in that time."""
     @property
     def parts(self) -> list[int]: ...
     @property
@@ -480,6 +480,9 @@ class Loading:
     def done(self) -> bool: ...
     def wait_layer(self, layer: int, *, group: int = 0, timeout_s: float | None = None) -> bool: ...
     def wait(self, timeout_s: float | None = None) -> bool: ...
+    def give_up(self) -> None:
+        """Waits for nothing: pages on a device may be touched until it is `done`."""
+
     def stop(self) -> None: ...
     def outcome(self) -> tuple[int | None, Miss | None, int] | None:
         """(first block that is not there, why, bytes copied); `None`: it goes on."""
@@ -490,6 +493,9 @@ class Storing:
 
     def done(self) -> bool: ...
     def wait(self, timeout_s: float | None = None) -> bool: ...
+    def give_up(self) -> None:
+        """Waits for nothing: pages on a device may be read until it is `done`."""
+
     def stop(self) -> None: ...
     def outcome(self) -> Stored | None: ...
 

@@ -1,18 +1,18 @@
-"""kvd for PyTorch: tensors as paged memory, models' configs as layouts, `DynamicCache` to and from blocks.
+"""kvd for PyTorch: models' configs as layouts, `DynamicCache` to and from blocks.
 
-Owns what tensors and configs mean to kvd, for the connectors too. Bytes go straight between a block's slot
-and the tensors of the cache, once.
+Owns what configs mean to kvd, for the connectors too. Bytes go straight between a block's slot and the tensors of
+the cache, once.
 
 Invariants: what cannot be right is refused with an `InvalidError` that says what to do; what is not there, or
 is in doubt, is a shorter prefix or none. The last token of a prompt is never loaded: the model computes it.
 
-Left to others: block ids, checks and copies (the compiled part); generation (transformers).
+Left to others: what tensors mean to kvd (`_tensors`); block ids, checks and copies (the compiled part); generation
+(transformers).
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,136 +20,20 @@ import torch
 
 import kvd
 from kvd._errors import of
+from kvd._quarantine import Quarantine
+from kvd._tensors import device_pages, dtype_name, layer_memory
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
+__all__ = ["KvdCache", "device_pages", "dtype_name", "layer_memory", "layout_of"]
+
 _invalid = functools.partial(of, "invalid")
 
-_DTYPES: dict[torch.dtype, str] = {
-    torch.bfloat16: "bf16",
-    torch.float16: "f16",
-    torch.float32: "f32",
-    torch.float8_e4m3fn: "f8_e4m3",
-    torch.float8_e5m2: "f8_e5m2",
-    torch.int8: "i8",
-}
 #: Of one layer.
 _KeysAndValues = tuple[torch.Tensor, torch.Tensor]
-#: What a dimension of a tensor may be called. `batch` and `1` have one element.
-_DIMS = ("page", "head", "token", "vector", "dim", "batch", "1")
 #: Configs name their layers; these two keep the KV of tokens.
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """kvd's name of an element type."""
-    if dtype not in _DTYPES:
-        known = ", ".join(str(one) for one in _DTYPES)
-        raise _invalid("dtype", f"{dtype} is no element type of KV", f"keep the KV cache in one of {known}")
-    return _DTYPES[dtype]
-
-
-def layer_memory(
-    tensor: torch.Tensor, dims: str, *, values: torch.Tensor | None = None, **sizes: int
-) -> kvd.LayerMemory:
-    """One layer's KV as it lies in `tensor`, which is kept alive.
-
-    `dims` names the tensor's dimensions, outermost first: `"page vector token head dim"`. A dimension that
-    holds several is a product, outermost first too: `"page head token vector*dim"`; all but one of its sizes
-    must be known (`head=8`; in a product, `vector` is 2 unless said otherwise). `values`: the V of a layer
-    whose K and V are two tensors.
-    """
-    if tensor.device.type not in ("cpu", "cuda"):
-        raise _invalid(
-            "tensor",
-            f"it is on {tensor.device}, and kvd reads and writes memory of the host and of CUDA devices",
-            "stage it through a CPU tensor (pinned for speed), as kvd.trtllm does",
-        )
-    spans = _spans(tensor, dims.split(), sizes)
-    if spans.pop("dim", (1, 1))[1] != 1:
-        raise _invalid("tensor", "the elements of a vector are not side by side", "make the last dimension contiguous")
-    element = tensor.element_size()
-    stride = {name: span[1] * element for name, span in spans.items()}
-    if values is not None:
-        _same_shape(tensor, values)
-        stride["vector"] = values.data_ptr() - tensor.data_ptr()
-    return kvd.LayerMemory(
-        tensor.data_ptr(),
-        page_stride=stride.get("page", 0),
-        head_stride=stride.get("head", 0),
-        token_stride=stride.get("token", 0),
-        vector_stride=stride.get("vector", 0),
-        keep=(tensor, values),
-        device=tensor.is_cuda,
-    )
-
-
-def device_pages(
-    space: kvd.Space, layers: Sequence[kvd.LayerMemory], tensors: Sequence[torch.Tensor], **shape: int
-) -> kvd.Pages:
-    """Pages in CUDA tensors, which the node copies from and to: `layers` made of them by `layer_memory`, and every
-    tensor that a layer lies in. `shape`: as of `kvd.Pages`. Close them before their tensors are freed."""
-    from kvd import _cuda
-
-    found = {one.address: one for one in (_cuda.allocation(tensor.data_ptr()) for tensor in tensors)}
-    devices = {one.device for one in found.values()}
-    if len(devices) != 1:
-        raise _invalid("tensors", f"on {len(devices)} devices", "make pages for each device of its own")
-    ranges = [(one.address, one.size, one.handle) for one in found.values()]
-    return kvd.Pages.on_device(space, layers, device=devices.pop(), ranges=ranges, **shape)
-
-
-def _same_shape(keys: torch.Tensor, values: torch.Tensor) -> None:
-    if keys.shape != values.shape or keys.stride() != values.stride() or keys.dtype != values.dtype:
-        raise _invalid(
-            "values",
-            f"{tuple(values.shape)} of {values.dtype} does not lie as the keys do, {tuple(keys.shape)} of {keys.dtype}",
-            "make both contiguous, or keep K and V in one tensor",
-        )
-
-
-def _spans(tensor: torch.Tensor, dims: Sequence[str], sizes: dict[str, int]) -> dict[str, tuple[int, int]]:
-    """Size and stride, in elements, of each named dimension."""
-    if len(dims) != tensor.dim():
-        raise _invalid(
-            "dims",
-            f"{' '.join(dims)!r} names {len(dims)} dimensions of a tensor that has {tensor.dim()}",
-            "name each dimension once, products as a*b",
-        )
-    spans: dict[str, tuple[int, int]] = {}
-    for names, size, stride in zip(dims, tensor.shape, tensor.stride(), strict=True):
-        for name, part, its_stride in _factors(names, size, stride, sizes):
-            if name in spans or name not in _DIMS or (name in ("batch", "1") and part != 1):
-                raise _invalid(
-                    "dims",
-                    f"{name!r} of {part} does not fit here",
-                    f"use each of {', '.join(_DIMS)} once; batch and 1 have one element",
-                )
-            if name not in ("batch", "1"):
-                spans[name] = (part, its_stride)
-    return spans
-
-
-def _factors(names: str, size: int, stride: int, sizes: dict[str, int]) -> list[tuple[str, int, int]]:
-    """A dimension's factors with their sizes and strides, innermost first."""
-    factors = names.split("*")
-    known = {name: sizes.get(name, 2 if name == "vector" and len(factors) > 1 else 0) for name in factors}
-    unknown = [name for name in factors if not known[name]]
-    rest = math.prod(known[name] for name in factors if known[name])
-    if len(unknown) > 1 or size % rest != 0 or (not unknown and rest != size):
-        raise _invalid(
-            "dims",
-            f"a dimension of {size} does not split into {names} with {known}",
-            "give the sizes of all but one of its factors, as head=8",
-        )
-    for name in unknown:
-        known[name] = size // rest
-    out = []
-    for name in reversed(factors):
-        out.append((name, known[name], stride))
-        stride *= known[name]
-    return out
 
 
 def layout_of(config: Any, block_tokens: int, *, dtype: torch.dtype | None = None) -> kvd.Layout:
@@ -211,6 +95,7 @@ class KvdCache:
         """`device`: where caches are, "cpu" or a CUDA device that the node has, too."""
         self._config = config
         self._device = torch.device(device)
+        self._quarantine = Quarantine()
         self._dtype = dtype or getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
         self._groups = _groups(config, self._dtype)
         self._layout = kvd.Layout([group for group, _ in self._groups], block_tokens)
@@ -261,18 +146,20 @@ class KvdCache:
         tensors = [self._of_cache(number, cache, len(chain)) for number in groups]
         pages = [self._pages(number, tensors[number], len(chain)) for number in groups]
         tables = [list(range(len(chain))) for _ in groups]
+        if self._quarantine.is_full():
+            return 0
         self._computed()
+        storing = None
         try:
             storing = self.space.store_from(key, chain.prefix(len(chain)), pages, tables)
-            if not storing.wait(timeout_s):
-                storing.stop()
-            stored = storing.outcome()
+            ended = self._wait(storing, timeout_s)
+            stored = storing.outcome() if ended else None
         except kvd.InvalidError:
             raise
         except kvd.KvdError:
             return 0
         finally:
-            _close(pages)
+            self._quarantine.end(storing, pages, tensors, timeout_s)
         return 0 if stored is None else int(stored.stored + stored.present)
 
     def _empty(self) -> DynamicCache:
@@ -298,14 +185,15 @@ class KvdCache:
             first = self._first(number, blocks)
             pages.append(self._pages(number, [(tensor[:1], tensor[1:]) for tensor in tensors], blocks - first))
             tables.append([-1] * first + list(range(blocks - first)))
+        if self._quarantine.is_full():
+            return 0
         self._computed()
+        loading = None
         try:
             loading = match.load_into(pages, tables, first=0, end=blocks, patience_s=timeout_s)
-            if not loading.wait(timeout_s):
-                loading.stop()
-            outcome = loading.outcome()
+            outcome = loading.outcome() if self._wait(loading, timeout_s) else None
         finally:
-            _close(pages)
+            self._quarantine.end(loading, pages, memory, timeout_s)
         failed_from = 0 if outcome is None else outcome[0]
         return blocks if failed_from is None else int(failed_from)
 
@@ -365,18 +253,22 @@ class KvdCache:
         """A block is a page: blocks lie one behind the other in each head."""
         return layer_memory(keys, "batch head page*token dim", values=values, token=self._block_tokens)
 
+    def _wait(self, under_way: kvd.Loading | kvd.Storing, timeout_s: float) -> bool:
+        """Whether it has ended. On the host it ends at once when it is told to; on a device, with what the node copies."""
+        if under_way.wait(timeout_s):
+            return True
+        if self._device.type == "cuda":
+            under_way.give_up()
+            return False
+        under_way.stop()
+        return True
+
     def _pages(self, number: int, tensors: list[_KeysAndValues], pages: int) -> kvd.Pages:
         layers = [self._memory(keys, values) for keys, values in tensors]
         shape = {"page_tokens": self._block_tokens, "pages": pages, "group": number}
         if self._device.type == "cuda":
             return device_pages(self.space, layers, [one for both in tensors for one in both], **shape)
         return kvd.Pages(self._layout, layers, **shape)
-
-
-def _close(pages: Sequence[kvd.Pages]) -> None:
-    """Their tensors may be freed afterwards."""
-    for one in pages:
-        one.close()
 
 
 def _adopt(layer: Any, tensor: torch.Tensor, tokens: int) -> None:

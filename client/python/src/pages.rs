@@ -167,12 +167,15 @@ impl Pages {
         py.detach(|| runtime.block_on(memory.open())).map_err(raise)
     }
 
-    /// Returns when nothing of the node touches device pages any more, and their memory may be freed.
-    fn close(&self, py: Python<'_>) -> PyResult<()> {
-        let Paged::Device(memory) = &self.pages else { return Ok(()) };
-        let runtime = runtime::handle()?;
-        py.detach(|| runtime.block_on(memory.close()));
-        Ok(())
+    /// Returns when nothing of the node touches device pages any more, and their memory may be freed; `False`: not in that time.
+    #[pyo3(signature = (timeout_s=None))]
+    fn close(&self, py: Python<'_>, timeout_s: Option<f64>) -> PyResult<bool> {
+        let Paged::Device(memory) = &self.pages else { return Ok(true) };
+        let (runtime, timeout) = (runtime::handle()?, seconds("timeout_s", timeout_s)?);
+        let closed = |left: Duration| {
+            runtime.block_on(async { tokio::time::timeout(left, memory.close()).await }).ok()
+        };
+        Ok(patiently(py, timeout, closed)?.is_some())
     }
 
     /// Indices, in the group, of the parts that are this rank's.
@@ -318,6 +321,11 @@ impl Loading {
         Ok(patiently(py, seconds("timeout_s", timeout_s)?, ended)?.is_some())
     }
 
+    /// Gives up what is not loaded yet, and waits for nothing: pages on a device may be touched until it is `done`.
+    fn give_up(&self) {
+        self.loading.give_up();
+    }
+
     /// Gives up what is not loaded yet; afterwards nobody touches the pages.
     fn stop(&self, py: Python<'_>) {
         py.detach(|| self.loading.stop());
@@ -363,6 +371,13 @@ impl Storing {
     #[pyo3(signature = (timeout_s=None))]
     fn wait(&self, py: Python<'_>, timeout_s: Option<f64>) -> PyResult<bool> {
         Ok(patiently(py, seconds("timeout_s", timeout_s)?, |left| self.waited(left))?.is_some())
+    }
+
+    /// Nothing more is stored; pages on a device may be read until it is `done`.
+    fn give_up(&self) {
+        if let Some(storing) = self.storing.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
+            storing.give_up();
+        }
     }
 
     /// Returns when nobody reads the pages any more; what is not copied by then is left out.

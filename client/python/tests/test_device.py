@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from rig import DEADLINE_S, MIB, Daemon
 from standin import Memory, device_uuid
 
 import kvd
+from kvd._quarantine import Quarantine
 
 LAYOUT = kvd.Layout([kvd.Group("full", 4, 4, 64, "f16", layer_ranges=2, head_ranges=4)], 16)
 BLOCKS = 24
@@ -160,6 +163,38 @@ def test_pages_are_opened_closed_and_refused_with_what_to_do(node: Daemon, tmp_p
         with pytest.raises(kvd.UnavailableError, match="device") as without_device:
             DeviceRank(LAYOUT, 4).on(space).described().open()
         assert "hbm.device" in without_device.value.fix
+
+
+def test_a_node_that_stands_still_keeps_nobody_waiting(tmp_path: Path) -> None:
+    truth, table = Truth(LAYOUT, BLOCKS, seed=8), list(range(BLOCKS))
+    with Daemon(tmp_path, device="software") as node, node.client() as session:
+        space = session.space("still", "r1", LAYOUT)
+        chain = space.chain(list(range(BLOCKS * 16)))
+        rank = DeviceRank(LAYOUT, BLOCKS).on(space)
+        rank.fill(truth, table)
+        rank.store(space, "", chain, table, wait_s=DEADLINE_S)
+        pages = rank.described()
+        pages.open()
+        with space.match("", chain) as match:
+            os.kill(node.pid, signal.SIGSTOP)
+            try:
+                loading = match.load_into([pages], [table], first=0, end=BLOCKS, patience_s=DEADLINE_S)
+                assert not loading.wait(0.2)
+                loading.give_up()
+                assert not loading.done(), "the node may still write"
+                assert not pages.close(0.2)
+                quarantine = Quarantine()
+                while not quarantine.is_full():
+                    quarantine.end(loading, [pages], rank, 0.05)
+            finally:
+                os.kill(node.pid, signal.SIGCONT)
+            assert loading.wait(DEADLINE_S)
+            outcome = loading.outcome()
+        assert outcome is not None
+        assert outcome[0] is not None, "what was given up is not loaded"
+        assert pages.close(DEADLINE_S)
+        assert pages.close(DEADLINE_S), "and again"
+        assert not quarantine.is_full(), "all of it has ended"
 
 
 def test_cuda_is_asked_only_where_it_is() -> None:

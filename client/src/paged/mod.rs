@@ -218,7 +218,11 @@ fn check_pages(shape: &PagedShape, block_tokens: u32) -> Result<(), Error> {
         let what = format!("{}", shape.pages);
         return Err(Error::invalid("pages", what, "give 1 to 2147483647: how many the engine has"));
     }
-    let page = shape.page_tokens;
+    check_page_tokens(shape.page_tokens, block_tokens)
+}
+
+/// Whether pages and blocks of so many tokens fit each other.
+pub fn check_page_tokens(page: u32, block_tokens: u32) -> Result<(), Error> {
     if page == 0 || !(page.is_multiple_of(block_tokens) || block_tokens.is_multiple_of(page)) {
         let what = format!("pages of {page} tokens and blocks of {block_tokens} do not fit each other");
         return Err(Error::invalid(

@@ -26,6 +26,8 @@ const SEGMENT_BYTES: u64 = 32 << 20;
 const SCAN_MAX: usize = 64;
 /// Uses of a block that make a copy.
 const USES_MIN: u16 = 2;
+/// Pools: classes of copies on all devices. At the limit: blocks of further classes pass through.
+const POOLS_MAX: usize = 64;
 /// After a segment could not be had, how long not to try again.
 const REFUSED_US: u64 = 5_000_000;
 
@@ -81,7 +83,8 @@ pub(super) struct Using {
 
 impl Node {
     pub(super) fn hbm_pool(&mut self, class: Class) -> Option<usize> {
-        if self.config.hbm_bytes == 0 {
+        let known = self.hbm.by_class.contains_key(&class);
+        if self.config.hbm_bytes == 0 || (!known && self.hbm.pools.len() == POOLS_MAX) {
             return None;
         }
         let layout = &self.spaces[usize::from(class.space)].space.layout;

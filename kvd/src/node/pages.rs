@@ -24,6 +24,8 @@ pub(super) type MemoryId = u64;
 /// Bytes of a device's UUID, and of the name of an allocation.
 const UUID_BYTES: usize = 16;
 const HANDLE_BYTES: usize = 64;
+/// Of a page table: one i32.
+const TABLE_ENTRY_BYTES: usize = 4;
 
 /// All device memory that engines have handed over.
 pub(super) struct Pages {
@@ -34,8 +36,9 @@ pub(super) struct Pages {
 
 /// One slice of one group, of one member's.
 struct Memory {
-    /// `None`: gone; nobody is told when it is closed.
+    /// Who copies by it; `None`: gone.
     member: Option<MemberId>,
+    session: SessionId,
     device: [u8; UUID_BYTES],
     space: u16,
     group: u8,
@@ -46,9 +49,14 @@ struct Memory {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Phase {
-    Opening { request_id: u64 },
+    Opening {
+        request_id: u64,
+    },
     Open,
-    Closing { request_id: u64 },
+    /// And who is told when it is closed: the last who asked.
+    Closing {
+        asker: Option<(MemberId, u64)>,
+    },
 }
 
 struct Copy {
@@ -88,6 +96,15 @@ impl Pages {
         own.map(|(id, _)| *id)
     }
 
+    /// Copies under way from and to a member's memory.
+    fn copies_of(&self, member: MemberId) -> usize {
+        self.memories
+            .values()
+            .filter(|memory| memory.member == Some(member))
+            .map(|memory| memory.copies)
+            .sum()
+    }
+
     /// Memories open, and copies under way.
     pub(super) fn counts(&self) -> (usize, usize) {
         (self.memories.len(), self.copies.len())
@@ -101,7 +118,20 @@ impl Pages {
                 Phase::Opening { .. } | Phase::Closing { .. } => None, // its number was never told, or is given up
             };
         }
-        self.copies.values_mut().filter(|copy| copy.member == Some(old)).for_each(|copy| copy.member = None);
+        self.forget_asker(old);
+    }
+
+    /// Nothing is answered to this member any more.
+    fn forget_asker(&mut self, member: MemberId) {
+        self.copies
+            .values_mut()
+            .filter(|copy| copy.member == Some(member))
+            .for_each(|copy| copy.member = None);
+        for memory in self.memories.values_mut() {
+            if let Phase::Closing { asker } = &mut memory.phase {
+                asker.take_if(|asker| asker.0 == member);
+            }
+        }
     }
 }
 
@@ -151,8 +181,9 @@ impl Node {
         let layout = layout.clone();
         let id = self.pages.next();
         let phase = Phase::Opening { request_id };
+        let session = self.sessions.of(member)?;
         let (member, group) = (Some(member), request.group as u8);
-        let memory = Memory { member, device, space, group, slice, phase, copies: 0 };
+        let memory = Memory { member, session, device, space, group, slice, phase, copies: 0 };
         self.pages.memories.insert(id, memory);
         self.out.push(Effect::Device(DeviceOrder::Open {
             memory: id,
@@ -174,7 +205,7 @@ impl Node {
                     Some(member) => {
                         self.send(member, request_id, Reply::MemoryOpened(wire::MemoryOpened { memory: id }));
                     }
-                    None => self.start_closing(id, 0),
+                    None => self.start_closing(id, None),
                 }
             }
             Err(error) => {
@@ -186,42 +217,53 @@ impl Node {
         }
     }
 
-    /// Answered by `memory_closed`.
+    /// Answered by `memory_closed`. Any member of the session may ask, and again: who lost an answer must hear it (law 2). A number that
+    /// nobody has is of memory that is closed.
     pub(super) fn close_memory(
         &mut self,
         member: MemberId,
         request_id: u64,
         request: wire::CloseMemoryRequest,
     ) -> Result<(), Error> {
-        self.open_memory_of(member, request.memory)?;
-        self.start_closing(request.memory, request_id);
+        let session = self.sessions.of(member)?;
+        let memory = self.pages.memories.get_mut(&request.memory);
+        let memory = memory.ok_or_else(|| unknown_memory(request.memory))?;
+        if memory.session != session {
+            // what another tenant has open does not exist here (law 9)
+            if self.spaces[usize::from(memory.space)].tenant != self.sessions.get(session).tenant {
+                return Err(unknown_memory(request.memory));
+            }
+            let fix = "close it by the session that opened it";
+            return Err(Error::invalid("memory", "it is another session's", fix));
+        }
+        let asker = (request_id != 0).then_some((member, request_id));
+        match &mut memory.phase {
+            Phase::Open => self.start_closing(request.memory, asker),
+            Phase::Closing { asker: last } => *last = asker.or(*last),
+            Phase::Opening { .. } => return Err(unknown_memory(request.memory)),
+        }
         Ok(())
     }
 
     fn open_memory_of(&self, member: MemberId, id: MemoryId) -> Result<&Memory, Error> {
         let memory = self.pages.memories.get(&id);
         let memory = memory.filter(|memory| memory.member == Some(member) && memory.phase == Phase::Open);
-        memory.ok_or_else(|| {
-            let what = format!("memory {id} was never opened by this member, or is closed");
-            Error::new(Code::UnknownMemory, "memory", what, "open it again")
-        })
+        memory.ok_or_else(|| unknown_memory(id))
     }
 
     /// The shell stops what it copies there, and says when nothing touches it.
-    fn start_closing(&mut self, id: MemoryId, request_id: u64) {
+    fn start_closing(&mut self, id: MemoryId, asker: Option<(MemberId, u64)>) {
         let memory = self.pages.memories.get_mut(&id).expect("an open memory");
         assert!(memory.phase == Phase::Open, "memory {id} is closed once");
-        memory.phase = Phase::Closing { request_id };
+        memory.phase = Phase::Closing { asker };
         self.out.push(Effect::Device(DeviceOrder::Close { memory: id, device: memory.device }));
     }
 
     fn memory_closed(&mut self, id: MemoryId) {
         let memory = self.pages.memories.remove(&id).expect("it was ordered");
         assert_eq!(memory.copies, 0, "copies of memory {id} have all ended");
-        let Phase::Closing { request_id } = memory.phase else {
-            unreachable!("memory {id} was to be closed")
-        };
-        if let Some(member) = memory.member.filter(|_| request_id != 0) {
+        let Phase::Closing { asker } = memory.phase else { unreachable!("memory {id} was to be closed") };
+        if let Some((member, request_id)) = asker {
             self.send(member, request_id, Reply::MemoryClosed(wire::MemoryClosed {}));
         }
     }
@@ -232,11 +274,10 @@ impl Node {
             let memory = self.pages.memories.get_mut(&id).expect("just found");
             memory.member = None;
             if memory.phase == Phase::Open {
-                self.start_closing(id, 0);
+                self.start_closing(id, None);
             }
         }
-        let copies = self.pages.copies.values_mut();
-        copies.filter(|copy| copy.member == Some(member)).for_each(|copy| copy.member = None);
+        self.pages.forget_asker(member);
     }
 
     /// Orders a copy, or answers at once where there is nothing to copy.
@@ -250,9 +291,13 @@ impl Node {
         let Memory { device, space, group, slice, .. } = *memory;
         let layer_ranges = wanted_ranges(&slice, &request)?;
         check_fence(request.fence.as_ref())?;
+        if !request.table.len().is_multiple_of(TABLE_ENTRY_BYTES) {
+            let what = format!("{} bytes", request.table.len());
+            return Err(Error::invalid("table", what, "give pages as i32, four bytes each"));
+        }
         let lease = self.open_lease(member, request.lease)?;
         let blocks = wanted_blocks(lease, space, request.blocks)?;
-        if self.pages.copies.values().filter(|copy| copy.member == Some(member)).count() >= COPIES_MAX {
+        if self.pages.copies_of(member) >= COPIES_MAX {
             return Err(Error::limit("copy", format!("{COPIES_MAX} of one member"), "wait for some"));
         }
         let parts = PartSet::of(slice.parts(layer_ranges.clone()));
@@ -385,6 +430,11 @@ impl Node {
             self.end_session_if_left(session);
         }
     }
+}
+
+fn unknown_memory(id: MemoryId) -> Error {
+    let what = format!("memory {id} was never opened by this member, or is closed");
+    Error::new(Code::UnknownMemory, "memory", what, "open it again")
 }
 
 /// What can be said of it without a device.

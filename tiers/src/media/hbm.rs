@@ -8,7 +8,7 @@
 
 use super::check::check;
 use super::{Buffer, Direction, Done, Io, Medium, MediumError, MediumInfo, Wake};
-use crate::gpu::{Address, Device, GpuError, Handle, Mark, PIECES_MAX, Piece, Stream, Way};
+use crate::gpu::{Address, Device, GpuError, Mark, PIECES_MAX, Piece, Stream, Way};
 use crate::mapping::Mapping;
 use crate::segment::SegmentId;
 use hashbrown::HashMap;
@@ -105,12 +105,6 @@ impl HbmMedium {
     /// Where an open segment's first byte is, for copies and kernels of others.
     pub fn address(&self, segment: SegmentId) -> Option<Address> {
         self.segments.get(&segment).map(|segment| segment.address)
-    }
-
-    /// An open segment for another process to open.
-    pub fn export(&mut self, segment: SegmentId) -> Result<Handle, MediumError> {
-        let address = self.address(segment).ok_or(MediumError::OutOfRange { segment, offset: 0, end: 0 })?;
-        self.device.export(address).map_err(|error| refused("export", segment, &error))
     }
 
     /// The device, for work beside the medium's: on other streams, with other marks.

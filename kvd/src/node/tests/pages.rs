@@ -345,6 +345,31 @@ fn a_member_that_comes_back_has_its_memory_still() {
 }
 
 #[test]
+fn who_lost_the_answer_to_a_close_asks_again() {
+    let (mut world, member, space, memory, _) = matched();
+    let close = || Ask::CloseMemory(wire::CloseMemoryRequest { memory });
+    let closed = Ok(Reply::MemoryClosed(wire::MemoryClosed {}));
+    world.begin(member, close());
+    let fellow = world.join(member, "rank-1");
+    let again = world.begin(fellow, close());
+    assert!(world.answer(fellow, again).is_none(), "not before nothing touches it");
+    let own = world.open("a");
+    let refused = world.ask(own, close()).unwrap_err();
+    assert_eq!((refused.code, refused.field.as_str()), (Code::Invalid, "memory"));
+    let stranger = world.open("b");
+    assert_eq!(world.ask(stranger, close()).unwrap_err().code, Code::UnknownMemory);
+    world.end_gpu_work(0, true);
+    assert_eq!(world.answer(fellow, again).expect("closed"), closed);
+    assert_eq!(world.ask(member, close()).unwrap_err().code, Code::UnknownMemory, "it is closed");
+    // and who is gone is told nothing
+    let memory = world.memory(member, space);
+    world.begin(member, Ask::CloseMemory(wire::CloseMemoryRequest { memory }));
+    world.kill(member);
+    world.end_gpu_work(0, true);
+    assert_eq!(world.node.pages.counts(), (0, 0));
+}
+
+#[test]
 fn memory_that_opens_for_nobody_is_closed_again() {
     let mut world = World::new(config());
     let member = world.open("a");
@@ -387,6 +412,7 @@ fn what_makes_no_sense_is_refused_by_name() {
     for (request, field) in [
         (copy_of(lease, memory, 0..4), "blocks"),
         (copy_of(lease, memory, 0..0), "blocks"),
+        (wire::CopyRequest { table: vec![0; 5].into(), ..copy.clone() }, "table"),
         (wire::CopyRequest { first_layer_range: 1, layer_ranges: 2, ..copy }, "layer_ranges"),
     ] {
         assert_eq!(refused(member, Ask::Copy(request)), said(Code::Invalid, field));

@@ -10,6 +10,7 @@ use super::super::inbox::{Inbox, Input};
 use super::Order;
 use crate::node::device::{Copied, CopyBlock, CopyOrder, DeviceEnd, KeptSlot};
 use crate::node::event::Event;
+use kvd_client::paged::check_page_tokens;
 use kvd_client::paged::table::PageTable;
 use kvd_proto::slot_header::FLAG_CHECKSUMMED;
 use kvd_proto::wire::{self, CopyMiss};
@@ -414,13 +415,4 @@ fn pages(
         }
     }
     Pages::new(layout, slice, vectors, opened)
-}
-
-fn check_page_tokens(page: u32, block: u32) -> Result<(), Error> {
-    if page != 0 && (page.is_multiple_of(block) || block.is_multiple_of(page)) {
-        return Ok(());
-    }
-    let what = format!("pages of {page} tokens and blocks of {block} do not fit each other");
-    let fix = "register the space with block_tokens that the page divides or is a multiple of";
-    Err(Error::invalid("page_tokens", what, fix))
 }
