@@ -7,6 +7,8 @@ mod rig;
 
 #[path = "gpu/faults.rs"]
 mod faults;
+#[path = "gpu/files.rs"]
+mod files;
 #[path = "gpu/kernels.rs"]
 mod kernels;
 #[path = "gpu/processes.rs"]

@@ -5,6 +5,7 @@
 //! Invariant: nothing here waits for a time to pass, only for events, with a deadline. Leaves to others: the seam's conformance on both sides and on real hardware (`gpu.rs`).
 
 use kvd_tiers::gpu::cuda::{CudaDevice, devices, kernels};
+use kvd_tiers::gpu::files::FileReads as _;
 use kvd_tiers::gpu::{Address, Cells, Checksums, Device, GpuError, Handle, MARKS_MAX, Mark, Piece};
 use kvd_tiers::gpu::{STREAMS_MAX, Stream, Vector, Way, Work, gds, probe};
 use kvd_tiers::mapping::{Mapping, MemfdOptions};
@@ -554,6 +555,13 @@ fn files(_: &Fake, _: u32, folder: &Path) {
     let mut device = open();
     let stream = device.stream().unwrap();
     let address = device.allocate(MIB).unwrap();
+    let shared = Arc::new(direct.try_clone().unwrap());
+    let files = gds::GdsFiles::open(0).unwrap();
+    files.read(&shared, 4096, address, 8192).unwrap();
+    files.register(address, MIB).unwrap();
+    files.read(&shared, 0, address + 8192, 4096).unwrap();
+    assert!(bytes_of(&mut device, stream, address, 8192) == pattern(19, MIB)[4096..12288]);
+    drop(files);
     let mut gds = gds::Gds::open(0).unwrap();
     let refused = gds.file(buffered).unwrap_err().to_string();
     assert!(refused.contains("CU_FILE_DIO_NOT_SET"), "{refused}");

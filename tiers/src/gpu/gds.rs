@@ -5,18 +5,19 @@
 //! Leaves to others: which bytes of a file are whose, checksums (a kernel: nothing here passes a CPU), and when nobody else touches the memory.
 //!
 //! The library is looked for here and not by cudarc, which never asks for `libcufile.so.0`, the only name that NVIDIA's packages install without their development files. It is begun once and
-//! never ended: it ends itself with the process. Error codes are taken as numbers, since a newer library may know more of them than any list.
+//! never ended: it ends itself with the process. Its functions may be called by several threads at once, for one file too. Error codes are taken as numbers, since a newer library may know more of them than any list.
 //! Checked against cufile.h 1.13: `cuFileHandleRegister(out, in)`, the descriptor copied by the call, O_DIRECT wanted; `cuFileBufRegister(base, bytes, 0)` pins the range in BAR1; `cuFileRead(handle,
 //! base, bytes, file offset, offset from base)`, where the base is a registered one or any device pointer (then through the library's own buffers); the result is bytes, -1 with errno, or minus
 //! an error code. Direct transfers want offsets and lengths in multiples of 4 KiB; others go through buffers.
 
 use super::cuda::{self, Context};
+use super::files::FileReads;
 use super::{Address, GpuError};
 use cudarc::cufile::sys;
 use std::collections::BTreeMap;
 use std::ffi::{c_int, c_void};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 /// By which a loader finds it: the runtime package's name, then the development package's.
 const NAMES: [&str; 2] = ["libcufile.so.0", "libcufile.so"];
@@ -66,6 +67,16 @@ pub struct GdsFile {
 
 // SAFETY: the handle is the library's, which any thread may use; it is given back once, when this is dropped.
 unsafe impl Send for GdsFile {}
+// SAFETY: likewise; a shared one is only read through, which the library lets several threads do at once.
+unsafe impl Sync for GdsFile {}
+
+/// The seam's real side: of one GPU, for several threads.
+#[derive(Debug)]
+pub struct GdsFiles {
+    gds: RwLock<Gds>,
+    /// The file that was read last: there is one for each NVMe device.
+    known: Mutex<Option<(Arc<OwnedFd>, Arc<GdsFile>)>>,
+}
 
 /// Whether cuFile is installed. Loads it, and begins nothing.
 pub fn available() -> Result<(), GpuError> {
@@ -224,6 +235,36 @@ impl Gds {
     fn around(&self, address: Address, bytes: u64) -> Option<Address> {
         let (base, length) = self.ranges.range(..=address).next_back()?;
         (address + bytes <= base + length).then_some(*base)
+    }
+}
+
+impl GdsFiles {
+    /// For a GPU by the driver's count.
+    pub fn open(ordinal: u32) -> Result<Self, GpuError> {
+        Ok(Self { gds: RwLock::new(Gds::open(ordinal)?), known: Mutex::new(None) })
+    }
+
+    fn known(&self, gds: &Gds, file: &Arc<OwnedFd>) -> Result<Arc<GdsFile>, GpuError> {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, found)) = known.as_ref().filter(|(of, _)| Arc::ptr_eq(of, file)) {
+            return Ok(found.clone());
+        }
+        let again = |error: std::io::Error| GpuError::Driver { operation: "dup", reason: error.to_string() };
+        let made = Arc::new(gds.file(file.try_clone().map_err(again)?)?);
+        *known = Some((file.clone(), made.clone()));
+        Ok(made)
+    }
+}
+
+impl FileReads for GdsFiles {
+    fn register(&self, address: Address, bytes: u64) -> Result<(), GpuError> {
+        self.gds.write().unwrap_or_else(PoisonError::into_inner).register(address, bytes)
+    }
+
+    fn read(&self, file: &Arc<OwnedFd>, offset: u64, address: Address, bytes: u64) -> Result<(), GpuError> {
+        let gds = self.gds.read().unwrap_or_else(PoisonError::into_inner);
+        let file = self.known(&gds, file)?;
+        gds.read(&file, offset, address, bytes)
     }
 }
 

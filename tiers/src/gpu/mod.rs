@@ -8,6 +8,7 @@
 //! Leaves to others: what lies where in that memory (`media::hbm`), what moves when (`transfer`).
 
 pub mod cuda;
+pub mod files;
 pub mod gds;
 pub mod paged;
 pub mod probe;

@@ -33,7 +33,8 @@ pub fn probe() -> Found {
     }
 }
 
-fn nvidia_fs() -> Option<String> {
+/// The version of nvidia-fs, if it is loaded.
+pub fn nvidia_fs() -> Option<String> {
     if !std::path::Path::new("/proc/driver/nvidia-fs").exists() {
         return None;
     }

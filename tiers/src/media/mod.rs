@@ -17,6 +17,7 @@ pub mod nvme;
 use crate::mapping::Mapping;
 use crate::segment::SegmentId;
 use kvd_proto::wire::Tier;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -151,4 +152,8 @@ pub trait Medium: Send {
     fn in_flight(&self) -> usize;
     /// Wakes `reap`.
     fn waker(&self) -> Arc<dyn Wake>;
+    /// The file, open with O_DIRECT, that an open segment is in, and where it begins there, for who reads it past this medium; none, if there is none.
+    fn file(&self, _: SegmentId) -> Option<(Arc<OwnedFd>, u64)> {
+        None
+    }
 }

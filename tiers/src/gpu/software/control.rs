@@ -34,6 +34,8 @@ pub enum Operation {
     Follow,
     /// `reset`.
     Reset,
+    /// `FileReads::read`.
+    ReadFile,
 }
 
 /// Why streams stand still.

@@ -7,6 +7,7 @@
 
 mod control;
 mod engine;
+mod files;
 mod handle;
 mod kernels;
 mod ranges;
@@ -25,6 +26,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 pub use control::{Held, Operation, SoftwareControl};
+pub use files::SoftwareFiles;
 
 /// What memory is given out in multiples of.
 const PAGE_BYTES: u64 = 4096;
@@ -82,6 +84,11 @@ impl SoftwareDevice {
     /// To do to it what happens to devices.
     pub fn control(&self) -> SoftwareControl {
         SoftwareControl(self.engine.clone())
+    }
+
+    /// Reads of files into its memory; they fail when it is gone.
+    pub fn files(&self) -> SoftwareFiles {
+        SoftwareFiles(self.engine.clone())
     }
 
     /// Before anything else of a call; the error with which its work is to end.

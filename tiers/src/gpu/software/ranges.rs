@@ -113,6 +113,11 @@ impl Access<'_> {
         if inside && fits { Ok((&range.mapping, offset as usize)) } else { Err(illegal()) }
     }
 
+    /// Whether it may be touched.
+    pub(super) fn check(&self, of: Of, address: Address, bytes: u64) -> Result<(), GpuError> {
+        self.find(of, address, bytes).map(|_| ())
+    }
+
     /// Copies from one place to another.
     pub(super) fn copy(
         &self,

@@ -16,6 +16,7 @@ use kvd_proto::limits::PART_ALIGN;
 use kvd_proto::wire::Tier;
 use psync::Psync;
 use rustix::io::Errno;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -71,6 +72,8 @@ pub enum Access {
 pub struct NvmeMedium {
     mover: Box<dyn Mover>,
     file: Arc<SegmentFile>,
+    /// The same, for others; none without O_DIRECT.
+    shared: Option<Arc<OwnedFd>>,
     open: Vec<bool>,
     /// Transfers of each segment that are with the mover.
     under_way: Vec<u32>,
@@ -119,6 +122,7 @@ impl NvmeMedium {
             return Err(MediumError::Unusable(text));
         }
         let file = Arc::new(SegmentFile::open(&options, access)?);
+        let shared = if file.direct { file.fd.try_clone().ok().map(Arc::new) } else { None };
         let (mover, engine) = choose(&options, &file)?;
         let segments = (file.capacity_bytes() / options.segment_bytes) as usize;
         let kind = if file.block_device { "block device" } else { "file" };
@@ -127,6 +131,7 @@ impl NvmeMedium {
             mover,
             description: format!("{kind} {}, {cache}, {engine}", options.path.display()),
             file,
+            shared,
             open: vec![false; segments],
             under_way: vec![0; segments],
             finished: Vec::with_capacity(depth),
@@ -233,6 +238,11 @@ impl Medium for NvmeMedium {
 
     fn waker(&self) -> Arc<dyn Wake> {
         self.mover.waker()
+    }
+
+    fn file(&self, segment: SegmentId) -> Option<(Arc<OwnedFd>, u64)> {
+        let begins = self.segment_bytes(segment)? * u64::from(segment);
+        self.shared.clone().map(|file| (file, begins))
     }
 }
 
