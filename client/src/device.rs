@@ -120,6 +120,11 @@ impl DeviceMemory {
         self.opened(self.space.session().inner.incarnation()).await.map(|_| ())
     }
 
+    /// What a daemon of that incarnation calls it.
+    pub(crate) async fn number(&self, incarnation: u64) -> Result<u64, Error> {
+        Ok(self.opened(incarnation).await?.memory)
+    }
+
     async fn opened(&self, incarnation: u64) -> Result<Opened, Error> {
         let mut open = self.open.lock().await;
         if let Some(opened) = open.as_ref().filter(|opened| opened.incarnation == incarnation) {

@@ -4,7 +4,7 @@
 //! lease still stood after the last byte; anything else is a `Miss` with its reason. Dropping a match releases its lease.
 
 use crate::paged::PagedMemory;
-use crate::session::Inner;
+use crate::session::{Inner, unexpected};
 use crate::space::SpaceHandle;
 use crate::transport::shm::SharedSegment;
 use kvd_proto::slot_header::{FLAG_CHECKSUMMED, SlotHeader};
@@ -38,6 +38,8 @@ pub enum MissReason {
     OtherBlock,
     /// A part's bytes do not have their checksum.
     Checksum,
+    /// It is in a device's memory alone: for loads into the memory that the match named.
+    InDevice,
 }
 
 /// Which blocks of a match have arrived.
@@ -101,7 +103,8 @@ pub struct Match {
     ids: Vec<BlockId>,
     lease: u64,
     blocks: u32,
-    runs: Vec<(wire::Run, Arc<SharedSegment>)>,
+    /// With their slots' segment; none: they are in a device's memory.
+    runs: Vec<(wire::Run, Option<Arc<SharedSegment>>)>,
     hand_off: HandOffStatus,
     predicted: Duration,
     ends: Instant,
@@ -135,7 +138,15 @@ impl Match {
             progress,
         };
         for run in reply.runs {
-            let segment = found.inner.segment_of(&run, found.ids.len())?;
+            let segment = if run.in_device {
+                let end = u64::from(run.first_block) + u64::from(run.count);
+                if run.count == 0 || end > found.ids.len() as u64 {
+                    return Err(unexpected());
+                }
+                None
+            } else {
+                Some(found.inner.segment_of(&run, found.ids.len())?)
+            };
             found.runs.push((run, segment));
         }
         found.progress.advance(&wire::Ready { lease: 0, blocks: found.arrived(), failed: vec![] });
@@ -270,7 +281,7 @@ impl Match {
         Read::Whole
     }
 
-    fn place(&self, block: u32, group: usize) -> Option<(&wire::Run, &Arc<SharedSegment>, u32)> {
+    fn place(&self, block: u32, group: usize) -> Option<(&wire::Run, Option<&Arc<SharedSegment>>, u32)> {
         self.runs.iter().find_map(|(run, segment)| {
             let inside = run.group as usize == group
                 && block >= run.first_block
@@ -278,7 +289,7 @@ impl Match {
             let slot = |block: u32| {
                 i64::from(run.first_slot) + i64::from(run.stride) * i64::from(block - run.first_block)
             };
-            inside.then(|| (run, segment, slot(block) as u32))
+            inside.then(|| (run, segment.as_ref(), slot(block) as u32))
         })
     }
 
@@ -292,6 +303,7 @@ impl Match {
             Some(false) => return Err(MissReason::Failed),
             Some(true) => {}
         }
+        let segment = segment.ok_or(MissReason::InDevice)?;
         let (generation, header) = segment.header(slot).ok_or(MissReason::OtherBlock)?;
         let same = header.id == self.ids[block as usize]
             && header.fingerprint == self.fingerprint

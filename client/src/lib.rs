@@ -64,7 +64,7 @@ pub use lease::{Match, MissReason, OpenBlock, Read, View};
 pub use loading::{Loaded, Loading};
 pub use paged::{PagedGroup, PagedMemory, PagedShape, Pages};
 pub use session::{ConnectOptions, Session};
-pub use space::{Claim, HandOff, SpaceHandle};
+pub use space::{Claim, HandOff, MatchOptions, SpaceHandle};
 pub use storing::{Store, Stored, Storing};
 pub use transport::{LayerMemory, VectorMemory};
 pub use worker::Worker;

@@ -143,6 +143,7 @@ impl Job {
         let layout = self.found.layout();
         let ranges = layout.groups().iter().map(|group| group.layer_ranges).max().unwrap_or(0);
         let mut open: Vec<Vec<OpenBlock<'_>>> = self.groups.iter().map(|_| Vec::new()).collect();
+        let mut arrived = vec![blocks.start; self.groups.len()];
         let mut end = blocks.end;
         for range in 0..ranges {
             for (group, (pages, table)) in self.groups.iter().enumerate() {
@@ -157,13 +158,15 @@ impl Job {
                         loaded.err().map(|stop| (block, stop))
                     }),
                     Pages::Device(memory) => {
-                        let ready = wanted.clone().find_map(|block| {
-                            let at = (block - blocks.start) as usize;
-                            self.opened(open, at, block, group, runtime).err().map(|stop| (block, stop))
+                        // its slots are the node's to read, and may be in the device alone
+                        let late = (arrived[group]..end).find_map(|block| {
+                            let stop = self.arrived(block, runtime).err();
+                            arrived[group] += u32::from(stop.is_none());
+                            stop.map(|stop| (block, stop))
                         });
-                        let end = ready.as_ref().map_or(end, |(block, _)| *block);
+                        let end = late.as_ref().map_or(end, |(block, _)| *block);
                         let copied = self.have_copied(memory, table, blocks.start..end, range, runtime);
-                        copied.err().or(ready)
+                        copied.err().or(late)
                     }
                 };
                 if let Some((block, stop)) = failed {
@@ -188,6 +191,12 @@ impl Job {
         if at < open.len() {
             return Ok(());
         }
+        self.arrived(block, runtime)?;
+        open.push(self.found.open(block, group).map_err(|reason| Stop::Miss(Some(reason)))?);
+        Ok(())
+    }
+
+    fn arrived(&self, block: u32, runtime: &Handle) -> Result<(), Stop> {
         let ready = runtime.block_on(async {
             tokio::select! {
                 biased;
@@ -197,12 +206,10 @@ impl Job {
             }
         });
         match ready {
-            Some(true) => {}
-            Some(false) => return Err(Stop::Miss(Some(MissReason::Failed))),
-            None => return Err(Stop::Miss(Some(MissReason::NotReady))),
+            Some(true) => Ok(()),
+            Some(false) => Err(Stop::Miss(Some(MissReason::Failed))),
+            None => Err(Stop::Miss(Some(MissReason::NotReady))),
         }
-        open.push(self.found.open(block, group).map_err(|reason| Stop::Miss(Some(reason)))?);
-        Ok(())
     }
 
     /// The parts of one layer range that are this rank's, of one block.

@@ -3,11 +3,12 @@
 //! Owns the questions. Invariant: a question is asked of the daemon that gave the space its number, or not at all.
 //! Leaves to others: the connection, coming back, leases (`session`); what the answers are good for (`lease`, `fill`).
 
+use crate::device::DeviceMemory;
 use crate::fill::Fill;
 use crate::lease::Match;
 use crate::session::{Session, unexpected};
 use kvd_proto::wire::{self, client_frame::Body as Ask, node_frame::Body as Answer};
-use kvd_proto::{BlockId, Chain, Error, Fingerprint, Hints};
+use kvd_proto::{BlockId, Chain, Code, Error, Fingerprint, Hints};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -35,6 +36,17 @@ pub struct Claim {
     pub wait: Duration,
     /// As the filler gave it: the chain's last id is then a tail's.
     pub tail_tokens: u32,
+}
+
+/// What a match may say beside its chain.
+#[derive(Clone, Copy, Default)]
+pub struct MatchOptions<'a> {
+    /// First of all what another engine has filled for this request, tail included.
+    pub claim: Option<&'a Claim>,
+    /// What the engine knows of this request and the next: which copies are kept follows from it, and what this request then reserves has it, too.
+    pub hints: Hints,
+    /// Memory on devices, of a group each, that the blocks will be copied to: what is on NVMe may come to those devices past DRAM. Such blocks can be loaded into that memory alone.
+    pub into: &'a [Arc<DeviceMemory>],
 }
 
 fn to_ms(duration: Duration) -> u32 {
@@ -96,7 +108,7 @@ impl SpaceHandle {
         chain: &Chain,
         skip_blocks: u32,
     ) -> Result<Match, Error> {
-        self.match_hinted(request_key, chain, skip_blocks, None, Hints::default()).await
+        self.match_with(request_key, chain, skip_blocks, &MatchOptions::default()).await
     }
 
     /// As `match_prefix`, and first of all what another engine has filled for this request, tail included. See `Match::hand_off`
@@ -108,20 +120,19 @@ impl SpaceHandle {
         skip_blocks: u32,
         claim: &Claim,
     ) -> Result<Match, Error> {
-        self.match_hinted(request_key, chain, skip_blocks, Some(claim), Hints::default()).await
+        let options = MatchOptions { claim: Some(claim), ..MatchOptions::default() };
+        self.match_with(request_key, chain, skip_blocks, &options).await
     }
 
-    /// As `match_prefix`, or `match_claimed`, with what the engine knows of this request and the next: which copies are kept follows from it, and what this
-    /// request then reserves has it, too. It counts with the first question of this key and chain.
-    pub async fn match_hinted(
+    /// As `match_prefix`, or `match_claimed`, with more to say. Hints count with the first question of this key and chain.
+    pub async fn match_with(
         &self,
         request_key: &[u8],
         chain: &Chain,
         skip_blocks: u32,
-        claim: Option<&Claim>,
-        hints: Hints,
+        options: &MatchOptions<'_>,
     ) -> Result<Match, Error> {
-        let claim = claim.map(|claim| wire::Claim {
+        let claim = options.claim.map(|claim| wire::Claim {
             key: claim.key.clone().into(),
             node: claim.node.clone(),
             wait_ms: to_ms(claim.wait),
@@ -138,15 +149,35 @@ impl SpaceHandle {
             skip_blocks,
             this_node_only: false,
             claim,
-            hints: hints.to_wire(),
+            hints: options.hints.to_wire(),
+            memories: self.numbers(options.into, incarnation).await,
         };
-        let Answer::Match(reply) = inner.call_of(incarnation, Ask::Match(request)).await? else {
+        let plain = (!request.memories.is_empty())
+            .then(|| wire::MatchRequest { memories: vec![], ..request.clone() });
+        let answered = inner.call_of(incarnation, Ask::Match(request)).await;
+        let answered = match (answered, plain) {
+            // closed meanwhile, by whoever has it
+            (Err(error), Some(plain)) if error.code == Code::UnknownMemory => {
+                inner.call_of(incarnation, Ask::Match(plain)).await?
+            }
+            (answered, _) => answered?,
+        };
+        let Answer::Match(reply) = answered else {
             return Err(unexpected());
         };
         // the lease of a claim that waited began long after it was asked for; a moment too much here does no harm, as what maps
         // memory keeps its slots until it lets go
         let from = if waits { Instant::now() } else { asked };
         Match::new(self, chain, skip_blocks, reply, incarnation, from)
+    }
+
+    /// What the daemon calls these; one that it does not open is left out, as its blocks come through DRAM then.
+    async fn numbers(&self, memories: &[Arc<DeviceMemory>], incarnation: u64) -> Vec<u64> {
+        let mut numbers = Vec::with_capacity(memories.len());
+        for memory in memories {
+            numbers.extend(memory.number(incarnation).await.ok());
+        }
+        numbers
     }
 
     /// Reserves slots for the blocks of `chain` that follow `parent` at `depth`; waits up to `wait` for space. Members of the

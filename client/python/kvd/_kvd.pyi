@@ -60,7 +60,9 @@ _Block: TypeAlias = Buffer | Memory | _Tensor
 _Dtype: TypeAlias = Literal["bf16", "f16", "f32", "f8_e4m3", "f8_e5m2", "i8", "f4_e2m1"]
 _Kind: TypeAlias = Literal["full", "window", "state", "latent", "draft"]
 _Scale: TypeAlias = Literal["none", "per_tensor", "per_head", "per_token"]
-_Reason: TypeAlias = Literal["not_ready", "failed", "lease_ended", "other_block", "checksum", "absent", "away"]
+_Reason: TypeAlias = Literal[
+    "not_ready", "failed", "lease_ended", "other_block", "checksum", "in_device", "absent", "away"
+]
 _Tier: TypeAlias = Literal["hbm", "dram", "nvme", "s3", "none"]
 _Source: TypeAlias = Literal["hbm", "dram", "nvme", "s3", "none", "remote"]
 _Reserved: TypeAlias = Literal["granted", "present", "busy", "no_space"]
@@ -523,6 +525,7 @@ class Space:
         skip: int = 0,
         claim: Claim | None = None,
         hints: Hints | None = None,
+        into: Sequence[Pages] = (),
         timeout_s: float | None = ...,
     ) -> Match: ...
     def match_soon(
@@ -533,6 +536,7 @@ class Space:
         skip: int = 0,
         claim: Claim | None = None,
         hints: Hints | None = None,
+        into: Sequence[Pages] = (),
     ) -> Pending[Match]: ...
     def reserve(
         self,

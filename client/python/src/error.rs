@@ -81,6 +81,7 @@ impl From<MissReason> for Miss {
             MissReason::LeaseEnded => "lease_ended",
             MissReason::OtherBlock => "other_block",
             MissReason::Checksum => "checksum",
+            MissReason::InDevice => "in_device",
         };
         Self { reason }
     }

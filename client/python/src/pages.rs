@@ -102,6 +102,16 @@ pub(crate) struct Pages {
     _keep: Vec<Arc<Py<PyAny>>>,
 }
 
+impl Pages {
+    /// Of those on a device.
+    pub(crate) fn device(&self) -> Option<Arc<DeviceMemory>> {
+        match &self.pages {
+            Paged::Device(memory) => Some(memory.clone()),
+            Paged::Host(_) => None,
+        }
+    }
+}
+
 #[pymethods]
 impl Pages {
     /// `layers`: from `first_layer` of the group on; `heads`: the rank's, from `first_head` on (0: all of them).

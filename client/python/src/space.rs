@@ -9,7 +9,7 @@ use crate::hints::Hints;
 use crate::lease::{PyFill, PyMatch, number, tier_name};
 use crate::pages::{Pages, Storing, store_from};
 use crate::pending::{Copies, Pending, seconds};
-use kvd_client::{ReserveState, SpaceHandle};
+use kvd_client::{MatchOptions, ReserveState, SpaceHandle};
 use kvd_proto::limits::REQUEST_KEY_BYTES_MAX;
 use kvd_proto::{Error, IdScheme, Prompt, block_id};
 use pyo3::prelude::*;
@@ -169,7 +169,7 @@ impl Space {
     }
 
     /// Leases the prefix worth loading. See `match`.
-    #[pyo3(signature = (key, chain, *, skip=0, claim=None, hints=None))]
+    #[pyo3(signature = (key, chain, *, skip=0, claim=None, hints=None, into=vec![]))]
     fn match_soon(
         &self,
         key: Text,
@@ -177,6 +177,7 @@ impl Space {
         skip: u32,
         claim: Option<Claim>,
         hints: Option<Hints>,
+        into: Vec<Pages>,
     ) -> PyResult<Pending> {
         let (key, tail_tokens) = (Self::key(key)?, chain.tail());
         let (handle, asked) = (self.handle.clone(), chain.from(0)?);
@@ -187,13 +188,18 @@ impl Space {
             tail_tokens,
         });
         let said = hints.map(|hints| hints.said).unwrap_or_default();
-        let work = async move { handle.match_hinted(&key, &asked, skip, claim.as_ref(), said).await };
+        let into: Vec<_> = into.iter().filter_map(Pages::device).collect();
+        let work = async move {
+            let options = MatchOptions { claim: claim.as_ref(), hints: said, into: &into };
+            handle.match_with(&key, &asked, skip, &options).await
+        };
         let layout = self.handle.layout().clone();
         Pending::spawn(work, move |py, found| Ok(Py::new(py, PyMatch::new(found, &layout))?.into_any()))
     }
 
-    /// Leases the prefix worth loading, without its first `skip` blocks. The same key and chain: the same lease, until released.
-    #[pyo3(name = "match", signature = (key, chain, *, skip=0, claim=None, hints=None, timeout_s=Some(2.0)))]
+    /// Leases the prefix worth loading, without its first `skip` blocks. The same key and chain: the same lease, until released. `into`: pages on a device, of a group each, that it will be
+    /// loaded into, and nothing else: what is on NVMe may come there past DRAM.
+    #[pyo3(name = "match", signature = (key, chain, *, skip=0, claim=None, hints=None, into=vec![], timeout_s=Some(2.0)))]
     fn match_now(
         &self,
         py: Python<'_>,
@@ -202,9 +208,10 @@ impl Space {
         skip: u32,
         claim: Option<Claim>,
         hints: Option<Hints>,
+        into: Vec<Pages>,
         timeout_s: Option<f64>,
     ) -> PyResult<Py<PyAny>> {
-        now(py, &self.match_soon(key, chain, skip, claim, hints)?, timeout_s)
+        now(py, &self.match_soon(key, chain, skip, claim, hints, into)?, timeout_s)
     }
 
     /// Slots to fill. See `reserve`.

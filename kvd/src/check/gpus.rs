@@ -3,7 +3,7 @@
 //! Invariant: looks without using anything of a device: opening one takes some hundred megabytes of its memory, which are the engines'.
 
 use super::Finding;
-use crate::config::{Config, DeviceChoice, human_size};
+use crate::config::{Config, DeviceChoice, Wish, human_size};
 use kvd_tiers::gpu::DeviceInfo;
 use kvd_tiers::gpu::probe::{Found, probe};
 
@@ -35,7 +35,7 @@ fn of(found: &Found, config: &Config) -> Vec<Finding> {
         Ok(devices) => {
             let mut findings: Vec<_> = devices.iter().map(|device| gpu(device, config)).collect();
             findings.push(locked(config));
-            findings.push(storage(found));
+            findings.push(storage(found, config));
             findings.push(network(found, devices));
             findings
         }
@@ -72,14 +72,22 @@ fn locked(config: &Config) -> Finding {
     Finding { what: "locked", good, found, cost: if good { String::new() } else { cost.to_owned() } }
 }
 
-fn storage(found: &Found) -> Finding {
+fn storage(found: &Found, config: &Config) -> Finding {
+    let hbm = &config.hbm;
     let (good, text) = match (&found.cufile, &found.nvidia_fs) {
         (Err(why), _) => (false, why.to_string()),
         (Ok(()), None) => (false, "cuFile is installed, and nvidia-fs is not loaded".to_owned()),
-        (Ok(()), Some(version)) => (true, format!("cuFile, nvidia-fs {version}")),
+        (Ok(()), Some(_)) if hbm.storage == Wish::Off => (false, "hbm.storage is \"off\"".to_owned()),
+        (Ok(()), Some(_)) if hbm.capacity_bytes == 0 => {
+            (false, "hbm.capacity_bytes is 0: blocks have no place on a device to come to".to_owned())
+        }
+        (Ok(()), Some(version)) => {
+            (true, format!("cuFile, nvidia-fs {version}: blocks on NVMe come to devices past DRAM"))
+        }
     };
-    let cost = "blocks go from NVMe to HBM through DRAM, by io_uring, which is how this version takes them in any case";
-    Finding { what: "gds", good, found: text, cost: cost.to_owned() }
+    let cost = "blocks go from NVMe to HBM through DRAM, by io_uring and a copy, and take room there";
+    let cost = if good { String::new() } else { cost.to_owned() };
+    Finding { what: "gds", good, found: text, cost }
 }
 
 fn network(found: &Found, devices: &[DeviceInfo]) -> Finding {
@@ -150,6 +158,11 @@ mod tests {
         config.hbm.capacity_bytes = 8 << 30;
         let new = text(&found(Ok(vec![device(true)])), &config);
         assert!(new.contains("8 GiB of it for blocks") && !new.contains(WITHOUT_BATCHES), "{new}");
+        let mut all = found(Ok(vec![device(true)]));
+        (all.cufile, all.nvidia_fs) = (Ok(()), Some("2.24".to_owned()));
+        assert!(text(&all, &config).contains("nvidia-fs 2.24: blocks on NVMe come to devices past DRAM"));
+        config.hbm.storage = Wish::Off;
+        assert!(text(&all, &config).contains("hbm.storage is \"off\""));
     }
 
     #[test]

@@ -136,6 +136,12 @@ static NODE_AND_TIERS: &[Key] = &[
         default: |_, _| fixed("64MiB", "two blocks of 2 MiB keep a link busy; more is for large ones"),
     },
     Key {
+        name: "hbm.storage",
+        kind: WISHES,
+        help: "auto: where NVIDIA's cuFile and nvidia-fs are there, blocks on NVMe that an engine loads into a device go straight into the memory of hbm.capacity_bytes, and not through DRAM. off: all go through DRAM.",
+        default: |_, _| fixed("auto", "DRAM is for what no device has"),
+    },
+    Key {
         name: "dram.capacity_bytes",
         kind: Kind::Size,
         help: "Memory for blocks, rounded down to whole segments. When it is full, the coldest blocks go to NVMe.",

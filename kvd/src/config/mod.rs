@@ -98,6 +98,8 @@ pub struct Hbm {
     pub capacity_bytes: u64,
     /// Of each device, for blocks on their way.
     pub staging_bytes: u64,
+    /// Whether devices read the NVMe tier by themselves.
+    pub storage: Wish,
 }
 
 /// Which devices.

@@ -2,6 +2,7 @@
 //!
 //! Invariant: each order ends with one `DeviceEnd`, and until then nothing of what it names is anybody else's.
 
+use super::event::MoveError;
 use kvd_proto::wire;
 use kvd_proto::{Error, Layout};
 use kvd_tiers::segment::{SegmentId, SlotRef};
@@ -36,6 +37,19 @@ pub enum DeviceOrder {
         /// Of one slot: the span of a slice.
         slot_bytes: u32,
     },
+    /// Read a block from NVMe into a slot of the device's memory, and verify there what is the memory's; answered by `Lifted`.
+    Lift {
+        /// To answer with.
+        token: u64,
+        /// The engine's, which says what of the block is its rank's.
+        memory: u64,
+        /// Its UUID.
+        device: [u8; 16],
+        /// NVMe. It may be given to another block meanwhile, whose bytes do not have the checksums.
+        from: SlotRef,
+        /// Of a segment of that device.
+        to: KeptSlot,
+    },
     /// Copy between DRAM slots and an engine's memory, and verify every part that goes there; answered by `Copied`.
     Copy(Box<CopyOrder>),
 }
@@ -47,8 +61,8 @@ pub enum DeviceEnd {
     Opened {
         /// Which.
         memory: u64,
-        /// Or why not.
-        result: Result<(), Error>,
+        /// Whether its device reads the NVMe tier by itself, or why it is not open.
+        result: Result<bool, Error>,
     },
     /// Ends `DeviceOrder::Close`, after the last `Copied` of it.
     Closed {
@@ -61,6 +75,13 @@ pub enum DeviceEnd {
         token: u64,
         /// What became of it, or what was wrong with the request.
         result: Result<Copied, Error>,
+    },
+    /// Ends `DeviceOrder::Lift`: nothing of it touches the device's memory any more.
+    Lifted {
+        /// The order's.
+        token: u64,
+        /// Every part of the memory's rank has its checksum, or why not.
+        result: Result<(), MoveError>,
     },
     /// Ends `DeviceOrder::Take`.
     Taken {
@@ -85,8 +106,8 @@ pub struct Copied {
 /// One block of a copy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CopyBlock {
-    /// DRAM.
-    pub slot: SlotRef,
+    /// DRAM; `None`: it is in HBM alone.
+    pub slot: Option<SlotRef>,
     /// In it; fewer than the space's only in a tail.
     pub tokens: u32,
     /// What of it is in HBM, or is to stay there; `None`: it passes through.

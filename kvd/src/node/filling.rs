@@ -408,7 +408,7 @@ impl Node {
             self.memory.pools[pool].slots.set_owner(slot, handle);
             let state = ItemState::Filling(PartSet::default());
             let (block, source) = (place.block, Tier::Dram);
-            items.push(Item { block, group, source, remote: false, state, handle, slot });
+            items.push(Item { block, group, source, remote: false, state, handle, slot, lifted: None });
             taken += bytes;
         }
         Some(taken)

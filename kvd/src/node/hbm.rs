@@ -72,6 +72,14 @@ struct Kept {
     doomed: bool,
 }
 
+/// What was found for a block that is to be in HBM; it is used once more.
+pub(super) enum Hold {
+    /// All that is wanted.
+    There,
+    /// A slot, to bring it to.
+    Bring(kvd_tiers::segment::SlotRef),
+}
+
 /// What a copy under way does with one of them.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Using {
@@ -130,6 +138,64 @@ impl Node {
         state.copies.insert(handle, kept);
         state.order.insert(handle, &used);
         Some(KeptSlot { segment: place.segment, slot: place.slot, there: false })
+    }
+
+    /// A block that is to be read from HBM alone: used once more, until `let_go_kept`. `None`: it is not there, and there is no place for it, or it is not to be brought.
+    pub(super) fn take_kept(
+        &mut self,
+        pool: usize,
+        handle: Handle,
+        parts: PartSet,
+        may_bring: bool,
+    ) -> Option<Hold> {
+        let used = Use::unknown(self.catalog.get(handle).key().id.to_u64(), self.now_us);
+        let state = &mut self.hbm.pools[pool];
+        if let Some(kept) = state.copies.get_mut(&handle) {
+            let there = kept.parts.union(parts) == kept.parts;
+            if kept.doomed || (!there && (kept.users > 0 || !may_bring)) {
+                return None;
+            }
+            kept.users += 1;
+            let place = kept.place;
+            state.order.touch(handle, &used);
+            return Some(if there { Hold::There } else { Hold::Bring(place) });
+        }
+        if !may_bring {
+            return None;
+        }
+        let place = self.take_hbm_slot(pool, handle)?;
+        let state = &mut self.hbm.pools[pool];
+        state.copies.insert(handle, Kept { place, parts: PartSet::default(), users: 1, doomed: false });
+        state.order.insert(handle, &used);
+        Some(Hold::Bring(place))
+    }
+
+    /// One use more of a copy that is used.
+    pub(super) fn hold_kept(&mut self, pool: usize, handle: Handle) {
+        let kept = self.hbm.pools[pool].copies.get_mut(&handle).expect("a copy that is used stays");
+        assert!(kept.users > 0, "a copy that nobody used");
+        kept.users += 1;
+    }
+
+    /// One use less.
+    pub(super) fn let_go_kept(&mut self, pool: usize, handle: Handle) {
+        let state = &mut self.hbm.pools[pool];
+        let kept = state.copies.get_mut(&handle).expect("a copy that is used stays");
+        kept.users = kept.users.checked_sub(1).expect("let go as often as used");
+        if kept.doomed && kept.users == 0 {
+            state.drop_copy(handle);
+        }
+    }
+
+    /// What was brought to a slot for `Hold::Bring`, which is used no more for that.
+    pub(super) fn brought_kept(&mut self, pool: usize, handle: Handle, parts: PartSet, well: bool) {
+        let kept = self.hbm.pools[pool].copies.get_mut(&handle).expect("a copy that is used stays");
+        if well {
+            kept.parts = kept.parts.union(parts);
+        } else {
+            kept.doomed = true; // nobody knows what is there
+        }
+        self.let_go_kept(pool, handle);
     }
 
     fn take_hbm_slot(&mut self, pool: usize, owner: Handle) -> Option<kvd_tiers::segment::SlotRef> {
@@ -232,6 +298,24 @@ impl Node {
             eviction: "lru".to_owned(),
             ..wire::TierStatus::default()
         })
+    }
+}
+
+impl Hbm {
+    /// How often each copy is used, by pool and block.
+    #[cfg(test)]
+    pub(super) fn uses(&self) -> std::collections::BTreeMap<(usize, Handle), u32> {
+        let of = |(at, pool): (usize, &Pool)| {
+            pool.copies.iter().map(move |(handle, kept)| ((at, *handle), kept.users)).collect::<Vec<_>>()
+        };
+        self.pools.iter().enumerate().flat_map(of).collect()
+    }
+
+    /// Whether copies of this class are in that pool, and this one has these parts.
+    pub(super) fn has(&self, pool: usize, class: Class, handle: Handle, parts: PartSet) -> bool {
+        let state = &self.pools[pool];
+        let kept = state.copies.get(&handle).filter(|kept| !kept.doomed && state.class == class);
+        kept.is_some_and(|kept| kept.parts.union(parts) == kept.parts)
     }
 }
 

@@ -44,7 +44,10 @@ pub(super) struct Item {
     pub(super) remote: bool,
     pub(super) state: ItemState,
     pub(super) handle: Handle,
+    /// DRAM; of what was lifted where it was on NVMe.
     pub(super) slot: SlotRef,
+    /// The pool of HBM that has it, or will, in place of DRAM.
+    pub(super) lifted: Option<usize>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -129,7 +132,7 @@ pub(super) struct Lease {
     /// Items on their way.
     loading: u32,
     /// How long loading may go without progress.
-    stall_us: u64,
+    pub(super) stall_us: u64,
     /// When it must have made some again; `u64::MAX`: nothing is loading.
     pub(super) stalls_us: u64,
     began_us: u64,
@@ -335,7 +338,12 @@ impl Node {
         // tail first: what is dropped leaves no child behind
         for item in lease.items.iter().rev() {
             match item.state {
-                ItemState::Ready | ItemState::Loading => self.release_entry(item.handle),
+                ItemState::Ready | ItemState::Loading => {
+                    if let Some(pool) = item.lifted {
+                        self.let_go_kept(pool, item.handle);
+                    }
+                    self.release_entry(item.handle);
+                }
                 ItemState::Filling(_) => self.drop_filling(item),
                 ItemState::Quarantined => self.free_quarantined(lease.space, item),
                 ItemState::Failed | ItemState::Committed => {}
@@ -395,12 +403,18 @@ impl Node {
             let given_up: Vec<_> = loading
                 .map(|item| {
                     item.state = ItemState::Failed;
-                    (item.block, item.handle)
+                    (item.block, item.handle, item.lifted.take())
                 })
                 .collect();
-            for (block, handle) in given_up {
+            for (block, handle, lifted) in given_up {
                 self.catalog.get_mut(handle).release();
-                self.movement.stalled(handle, self.now_us);
+                match lifted {
+                    Some(pool) => {
+                        self.let_go_kept(pool, handle);
+                        self.lifts.stalled(self.now_us);
+                    }
+                    None => self.movement.stalled(handle, self.now_us),
+                }
                 self.leases.tell(id, block, false);
             }
             self.note("stall", || format!("lease {id}: loading made no progress, given up"));
@@ -429,6 +443,7 @@ impl Node {
             item.block == request.block
                 && u32::from(item.group) == request.group
                 && item.state == ItemState::Ready
+                && item.lifted.is_none()
         };
         let Some(handle) = lease.items.iter().find(is_it).map(|item| item.handle) else { return };
         self.doubt_copy(handle);

@@ -7,6 +7,7 @@
 use super::Node;
 use super::event::{Answer, MemberId};
 use super::lease::{Item, ItemState, NewLease, RequestKind};
+use super::pages::Target;
 use super::verifying::unverified;
 use kvd_proto::limits::{REQUEST_KEY_BYTES_MAX, RUNS_MAX};
 use kvd_proto::wire::{self, HandOffState, Tier};
@@ -124,8 +125,9 @@ impl Node {
         check_key(&request.request_key)?;
         let hints = Hints::from_wire(request.hints.as_ref())?;
         let skip = (request.skip_blocks as usize).min(chain.ids().len());
-        let key = &request.request_key[..];
-        let known = self.same_question(session, RequestKind::Match, key, space, chain.ids(), skip as u32);
+        let into = self.targets(member, space, &request.memories)?;
+        let key = key_of(request);
+        let known = self.same_question(session, RequestKind::Match, &key, space, chain.ids(), skip as u32);
         if let Some(known) = known {
             self.join_lease(known, member);
             return Ok(Matched::Reply(self.match_reply(known, request)));
@@ -145,13 +147,15 @@ impl Node {
         // whoever claims, or asks for another node, decides for itself
         let weighs = record.is_none() && !request.this_node_only && skip < stored;
         let loaded = if weighs { self.worth_loading(space, &found, skip..stored) } else { stored };
-        if may_defer && self.loads_of(&found, loaded) > LOADS_PER_CALL_MAX {
+        // what is lifted needs no room to be made
+        if may_defer && into.is_empty() && self.loads_of(&found, loaded) > LOADS_PER_CALL_MAX {
             return Ok(Matched::Loads);
         }
         self.counters.match_requests += 1;
         self.counters.match_blocks += chain.ids().len() as u64;
         let near = self.sessions.memory_node(member);
-        let (items, bytes, predicted_us) = self.lease_items(space, &found, skip..loaded, budget, near);
+        let (items, bytes, predicted_us) =
+            self.lease_items(space, &found, skip..loaded, budget, (near, &into));
         self.not_loaded(space, &found, loaded..stored, near);
         let (items, bytes) = self.fit_frame(space, items, bytes);
         let leased = items.iter().map(|item| item.block as usize + 1).max().unwrap_or(skip.min(stored));
@@ -167,7 +171,7 @@ impl Node {
             session,
             member,
             kind: RequestKind::Match,
-            key: key.to_vec(),
+            key,
             space,
             chain: chain.ids().to_vec(),
             skip_blocks: skip as u32,
@@ -191,7 +195,7 @@ impl Node {
     fn fit_frame(&mut self, space: u16, mut items: Vec<Item>, bytes: u64) -> (Vec<Item>, u64) {
         let Some(end) = fitting(&items) else { return (items, bytes) };
         for item in items.extract_if(.., |item| item.block >= end) {
-            self.catalog.get_mut(item.handle).release();
+            self.let_go_item(&item);
         }
         let groups = self.spaces[usize::from(space)].pools.len();
         let bytes = (items.len() / groups) as u64 * self.block_bytes(space);
@@ -243,7 +247,7 @@ impl Node {
         found: &[Vec<Handle>],
         blocks: Range<usize>,
         budget: u64,
-        near: usize,
+        to: (usize, &[Target]),
     ) -> (Vec<Item>, u64, u64) {
         let block_bytes = self.block_bytes(space);
         let fits = usize::try_from(budget / block_bytes).unwrap_or(usize::MAX);
@@ -253,12 +257,12 @@ impl Node {
         for block in blocks.start..end {
             let from = items.len();
             let whole = found.iter().enumerate().all(|(group, handles)| {
-                let item = self.lease_item(handles[block], block as u32, group as u8, near);
+                let item = self.lease_item(handles[block], block as u32, group as u8, to);
                 items.extend(item);
                 items.len() == from + group + 1
             });
             if !whole {
-                items.drain(from..).for_each(|item| self.catalog.get_mut(item.handle).release());
+                items.drain(from..).for_each(|item| self.let_go_item(&item));
                 break;
             }
             leased += block_bytes;
@@ -276,7 +280,17 @@ impl Node {
         (items, leased, predicted_us)
     }
 
-    fn lease_item(&mut self, handle: Handle, block: u32, group: u8, near: usize) -> Option<Item> {
+    /// `to`: near which memory node, or into which devices' memory.
+    fn lease_item(
+        &mut self,
+        handle: Handle,
+        block: u32,
+        group: u8,
+        (near, into): (usize, &[Target]),
+    ) -> Option<Item> {
+        if let Some(item) = self.lift_item(handle, block, group, into) {
+            return Some(item);
+        }
         let entry = self.catalog.get(handle);
         let here = entry.copy(Tier::Nvme).is_some() || unverified(entry);
         let remote = !here && entry.readable(Tier::Dram).is_none();
@@ -290,7 +304,7 @@ impl Node {
             None => (Tier::Nvme, ItemState::Loading, self.promote(handle, near)?),
         };
         self.catalog.get_mut(handle).lease();
-        Some(Item { block, group, source, remote, state, handle, slot })
+        Some(Item { block, group, source, remote, state, handle, slot, lifted: None })
     }
 
     /// Uses count now; the policies hear of them later (`usage`): these, each group's tail first.
@@ -463,6 +477,15 @@ fn hand_off_status(request: &wire::MatchRequest, claimed: bool) -> Option<wire::
     request.claim.as_ref().map(|_| status)
 }
 
+/// What is lifted into one member's devices is of no use to another: it asks a question of its own.
+fn key_of(request: &wire::MatchRequest) -> Vec<u8> {
+    let mut key = request.request_key.to_vec();
+    if !key.is_empty() {
+        key.extend(request.memories.iter().flat_map(|memory| memory.to_le_bytes()));
+    }
+    key
+}
+
 pub(super) fn check_key(key: &[u8]) -> Result<(), Error> {
     if key.len() > REQUEST_KEY_BYTES_MAX {
         return Err(Error::invalid(
@@ -498,18 +521,19 @@ fn runs_before(items: &[Item], end: u32) -> usize {
 pub(super) fn runs<'a>(items: impl IntoIterator<Item = &'a Item>) -> Vec<wire::Run> {
     let mut runs: Vec<wire::Run> = Vec::new();
     for item in items {
-        let ready = item.state == ItemState::Ready;
+        let (ready, in_device) = (item.state == ItemState::Ready, item.lifted.is_some());
+        let SlotRef { segment, slot } = if in_device { SlotRef { segment: 0, slot: 0 } } else { item.slot };
         if matches!(item.state, ItemState::Failed | ItemState::Committed | ItemState::Quarantined) {
             continue;
         }
         if let Some(run) = runs.last_mut() {
-            let step = i64::from(item.slot.slot)
+            let step = i64::from(slot)
                 - (i64::from(run.first_slot) + i64::from(run.stride) * i64::from(run.count - 1));
             let fits = run.group == u32::from(item.group)
-                && run.segment == item.slot.segment
+                && run.segment == segment
                 && run.first_block + run.count == item.block
                 && (run.source, run.remote) == (item.source as i32, item.remote)
-                && run.ready == ready;
+                && (run.ready, run.in_device) == (ready, in_device);
             if fits && run.count == 1 {
                 run.stride = step as i32;
             }
@@ -522,12 +546,13 @@ pub(super) fn runs<'a>(items: impl IntoIterator<Item = &'a Item>) -> Vec<wire::R
             first_block: item.block,
             count: 1,
             group: item.group.into(),
-            segment: item.slot.segment,
-            first_slot: item.slot.slot,
+            segment,
+            first_slot: slot,
             stride: 1,
             source: item.source.into(),
             ready,
             remote: item.remote,
+            in_device,
         });
     }
     runs
@@ -543,7 +568,7 @@ mod tests {
     fn apart(block: u32, group: u8) -> Item {
         let slot = SlotRef { segment: u32::MAX - block % 2, slot: u32::MAX - 7 * block };
         let (source, state) = (Tier::Nvme, ItemState::Ready);
-        Item { block, group, source, remote: true, state, handle: 0, slot }
+        Item { block, group, source, remote: true, state, handle: 0, slot, lifted: None }
     }
 
     /// Once an answer of a long chain in eight groups was longer than a frame, which ended the daemon.

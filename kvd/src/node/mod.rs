@@ -20,6 +20,7 @@ mod hbm;
 mod inspect;
 mod lease;
 mod leaving;
+mod lifting;
 mod matching;
 mod memory;
 mod movement;
@@ -147,6 +148,7 @@ pub struct Node {
     orphans: orphans::Orphans,
     pages: pages::Pages,
     hbm: hbm::Hbm,
+    lifts: lifting::Lifts,
     /// Copies in DRAM of an earlier daemon, whose bytes nobody has looked at since.
     unverified: VecDeque<Handle>,
     telling: telling::Telling,
@@ -199,6 +201,7 @@ impl Node {
             orphans: orphans::Orphans::default(),
             pages: pages::Pages::new(config.epoch),
             hbm: hbm::Hbm::default(),
+            lifts: lifting::Lifts::default(),
             unverified: VecDeque::new(),
             telling: telling::Telling::default(),
             uploading: uploading::Uploading::default(),

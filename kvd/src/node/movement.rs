@@ -59,7 +59,7 @@ pub(super) struct Movement {
 
 /// How the device takes one direction.
 #[derive(Default)]
-struct Health {
+pub(super) struct Health {
     errors_in_row: u32,
     left_alone_until_us: u64,
     /// The device's last word when it was found sick; empty once it has done something since.
@@ -67,16 +67,24 @@ struct Health {
 }
 
 impl Health {
-    fn failed(&mut self, why: &str, now_us: u64) {
+    pub(super) fn failed(&mut self, why: &str, now_us: u64) {
         self.errors_in_row += 1;
         if self.errors_in_row == ERRORS_MAX {
-            self.errors_in_row = 0;
-            self.left_alone_until_us = now_us + SICK_US;
-            why.clone_into(&mut self.why);
+            self.leave_alone(why, now_us);
         }
     }
 
-    fn worked(&mut self) {
+    pub(super) fn leave_alone(&mut self, why: &str, now_us: u64) {
+        self.errors_in_row = 0;
+        self.left_alone_until_us = now_us + SICK_US;
+        why.clone_into(&mut self.why);
+    }
+
+    pub(super) fn is_left_alone(&self, now_us: u64) -> bool {
+        now_us < self.left_alone_until_us
+    }
+
+    pub(super) fn worked(&mut self) {
         self.errors_in_row = 0;
         self.why.clear();
     }
@@ -244,6 +252,11 @@ impl Movement {
         }
     }
 
+    /// Whether nothing is read from NVMe now.
+    pub(super) fn reads_left_alone(&self, now_us: u64) -> bool {
+        now_us < self.stalled_until_us || self.reads.is_left_alone(now_us)
+    }
+
     /// Whether the block's bytes are coming.
     pub(super) fn brings(&self, handle: Handle) -> bool {
         self.by_handle.contains_key(&handle)
@@ -287,7 +300,7 @@ impl Movement {
         self.by_handle.get(&handle).is_some_and(|token| !self.moves[token].stalled)
     }
 
-    fn wait(&mut self, handle: Handle, lease: LeaseId, at: u32) {
+    pub(super) fn wait(&mut self, handle: Handle, lease: LeaseId, at: u32) {
         let token = self.by_handle.get(&handle).expect("a loading item is being brought");
         self.moves.get_mut(token).expect("under way").waiting.push((lease, at));
     }
@@ -321,8 +334,7 @@ impl Movement {
 impl Node {
     /// Orders the block's bytes from NVMe into a DRAM slot, in memory node `near` if it can be; `None`: no slot, or too much is under way.
     pub(super) fn start_promotion(&mut self, handle: Handle, near: usize) -> Option<SlotRef> {
-        let left_alone_until_us = self.movement.stalled_until_us.max(self.movement.reads.left_alone_until_us);
-        if self.movement.promotions >= PROMOTIONS_MAX || self.now_us < left_alone_until_us {
+        if self.movement.promotions >= PROMOTIONS_MAX || self.movement.reads_left_alone(self.now_us) {
             return None;
         }
         let from = self.catalog.get(handle).readable(Tier::Nvme)?;
@@ -347,7 +359,7 @@ impl Node {
     /// Whether what leaves DRAM may go to NVMe now.
     pub(super) fn can_demote(&self) -> bool {
         let writes = self.config.nvme.is_some() && !self.tier_changes.drains();
-        writes && self.now_us >= self.movement.writes.left_alone_until_us
+        writes && !self.movement.writes.is_left_alone(self.now_us)
     }
 
     /// Orders a checksummed DRAM block to NVMe; `false`: the device is busy, sick or has no room.
@@ -380,8 +392,10 @@ impl Node {
     pub(super) fn wait_for_loads(&mut self, id: LeaseId) {
         let lease = self.leases.get(id).expect("a lease just made");
         for (at, item) in lease.items.iter().enumerate() {
-            if item.state == ItemState::Loading {
-                self.movement.wait(item.handle, id, at as u32);
+            match (item.state, item.lifted) {
+                (ItemState::Loading, Some(pool)) => self.lifts.wait(pool, item.handle, id, at as u32),
+                (ItemState::Loading, None) => self.movement.wait(item.handle, id, at as u32),
+                _ => {}
             }
         }
     }
@@ -481,7 +495,8 @@ impl Node {
             self.held_is_lost(handle);
             // neither the half-read slot nor the copy it came from is a copy of anything
             self.forget_slot(handle, Tier::Dram, dram);
-            if ended.kind == MoveKind::Promotion {
+            // what a device has of it was verified when it was read, and is read on; the next one who fails here finds nobody
+            if ended.kind == MoveKind::Promotion && self.catalog.get(handle).leases() == 0 {
                 self.drop_copy(handle, Tier::Nvme);
             }
         }

@@ -45,6 +45,15 @@ struct Memory {
     slice: Slice,
     phase: Phase,
     copies: usize,
+    /// Its device reads the NVMe tier by itself.
+    reads_nvme: bool,
+}
+
+/// Open memory that blocks may be lifted for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Target {
+    pub(super) memory: MemoryId,
+    pub(super) class: Class,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -86,7 +95,7 @@ impl Pages {
         Self { memories: BTreeMap::new(), copies: BTreeMap::new(), last: (epoch & 0x7FFF_FFFF) << 32 }
     }
 
-    fn next(&mut self) -> u64 {
+    pub(super) fn next(&mut self) -> u64 {
         self.last += 1;
         self.last
     }
@@ -103,6 +112,13 @@ impl Pages {
             .filter(|memory| memory.member == Some(member))
             .map(|memory| memory.copies)
             .sum()
+    }
+
+    /// Copies in HBM that copies under way use, by pool and block.
+    #[cfg(test)]
+    pub(super) fn kept_uses(&self) -> impl Iterator<Item = (usize, Handle)> {
+        let kept = self.copies.values().filter_map(|copy| copy.kept.as_ref());
+        kept.flat_map(|(pool, using)| using.iter().map(|used| (*pool, used.handle)))
     }
 
     /// Memories open, and copies under way.
@@ -151,6 +167,7 @@ impl Node {
             DeviceEnd::Closed { memory } => self.memory_closed(memory),
             DeviceEnd::Taken { segment, result } => self.hbm_opened(segment, result),
             DeviceEnd::Copied { token, result } => self.pages_copied(token, result),
+            DeviceEnd::Lifted { token, result } => self.lifted(token, result),
         }
     }
 
@@ -183,7 +200,8 @@ impl Node {
         let phase = Phase::Opening { request_id };
         let session = self.sessions.of(member)?;
         let (member, group) = (Some(member), request.group as u8);
-        let memory = Memory { member, session, device, space, group, slice, phase, copies: 0 };
+        let (copies, reads_nvme) = (0, false);
+        let memory = Memory { member, session, device, space, group, slice, phase, copies, reads_nvme };
         self.pages.memories.insert(id, memory);
         self.out.push(Effect::Device(DeviceOrder::Open {
             memory: id,
@@ -194,13 +212,13 @@ impl Node {
     }
 
     /// The shell has opened it, or not.
-    fn memory_opened(&mut self, id: MemoryId, result: Result<(), Error>) {
+    fn memory_opened(&mut self, id: MemoryId, result: Result<bool, Error>) {
         let memory = self.pages.memories.get_mut(&id).expect("it was ordered");
         let Phase::Opening { request_id } = memory.phase else { unreachable!("memory {id} is opened once") };
         let member = memory.member;
         match result {
-            Ok(()) => {
-                memory.phase = Phase::Open;
+            Ok(reads_nvme) => {
+                (memory.phase, memory.reads_nvme) = (Phase::Open, reads_nvme);
                 match member {
                     Some(member) => {
                         self.send(member, request_id, Reply::MemoryOpened(wire::MemoryOpened { memory: id }));
@@ -249,6 +267,27 @@ impl Node {
         let memory = self.pages.memories.get(&id);
         let memory = memory.filter(|memory| memory.member == Some(member) && memory.phase == Phase::Open);
         memory.ok_or_else(|| unknown_memory(id))
+    }
+
+    /// The memories that a match names, as far as blocks can be lifted for them.
+    pub(super) fn targets(&self, member: MemberId, space: u16, ids: &[u64]) -> Result<Vec<Target>, Error> {
+        let groups = self.spaces[usize::from(space)].pools.len();
+        if ids.len() > groups {
+            let what = format!("{} of a layout of {groups} groups", ids.len());
+            return Err(Error::invalid("memories", what, "name one of each group at most"));
+        }
+        let mut targets = Vec::new();
+        for id in ids {
+            let memory = self.open_memory_of(member, *id)?;
+            let Memory { device, space: its_space, group, slice, reads_nvme, .. } = *memory;
+            if its_space != space {
+                let fix = "open memory for the space that is matched in";
+                return Err(Error::invalid("memories", format!("memory {id} is of another space"), fix));
+            }
+            let class = Class { device, space, group, slice };
+            targets.extend(reads_nvme.then_some(Target { memory: *id, class }));
+        }
+        Ok(targets)
     }
 
     /// The shell stops what it copies there, and says when nothing touches it.
@@ -301,8 +340,9 @@ impl Node {
             return Err(Error::limit("copy", format!("{COPIES_MAX} of one member"), "wait for some"));
         }
         let parts = PartSet::of(slice.parts(layer_ranges.clone()));
+        let class = Class { device, space, group, slice };
         let (ready, miss) = match lease.kind {
-            RequestKind::Match => self.ready_blocks(lease, group, blocks.clone()),
+            RequestKind::Match => self.ready_blocks(lease, class, blocks.clone(), parts),
             RequestKind::Reserve => (check_filling(lease, group, blocks.clone(), parts)?, CopyMiss::None),
         };
         if ready == 0 {
@@ -314,11 +354,14 @@ impl Node {
         let items = &lease.items[lease.places(group, blocks.clone())];
         let block = |item: &super::lease::Item| {
             let tokens = self.catalog.get(item.handle).tokens();
-            (item.handle, CopyBlock { slot: item.slot, tokens, kept: None })
+            let slot = item.lifted.is_none().then_some(item.slot);
+            (item.handle, CopyBlock { slot, tokens, kept: None })
         };
         let mut slots: Vec<_> = items.iter().map(block).collect();
-        let class = Class { device, space, group, slice };
         let kept = if into_pages { self.keep_some(class, &mut slots, parts) } else { None };
+        for (_, block) in slots.iter().filter(|(_, block)| block.slot.is_none()) {
+            assert!(block.kept.is_some_and(|kept| kept.there), "what was lifted is there");
+        }
         let slots = slots.into_iter().map(|(_, slot)| slot).collect();
         let part_bytes = u64::from(self.spaces[usize::from(space)].space.layout.part_stride(group.into()));
         let token = self.pages.next();
@@ -368,11 +411,21 @@ impl Node {
     }
 
     /// How many of a match's blocks, from the first on, may be read now; and why not all.
-    fn ready_blocks(&self, lease: &Lease, group: u8, blocks: Range<u32>) -> (u32, CopyMiss) {
-        let items = &lease.items[lease.places(group, blocks.clone())];
+    fn ready_blocks(
+        &self,
+        lease: &Lease,
+        class: Class,
+        blocks: Range<u32>,
+        parts: PartSet,
+    ) -> (u32, CopyMiss) {
+        let items = &lease.items[lease.places(class.group, blocks.clone())];
+        let here = |item: &super::lease::Item| {
+            item.lifted.is_none_or(|pool| self.hbm.has(pool, class, item.handle, parts))
+        };
         let whole = |(at, item): &(usize, &super::lease::Item)| {
             item.block == blocks.start + *at as u32
                 && item.state == ItemState::Ready
+                && here(item)
                 && !self.doubted.contains(&item.handle)
         };
         let ready = items.iter().enumerate().take_while(whole).count() as u32;

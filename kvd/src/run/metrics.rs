@@ -183,7 +183,7 @@ fn counters(all: &Counters) -> [Count; 36] {
 }
 
 /// Of engines' device memory.
-fn page_counters(all: &Counters) -> [Count; 4] {
+fn page_counters(all: &Counters) -> [Count; 6] {
     [
         ("kvd_pages_loaded_bytes_total", "Bytes copied into engines' device memory", all.pages_loaded_bytes),
         (
@@ -193,6 +193,12 @@ fn page_counters(all: &Counters) -> [Count; 4] {
         ),
         ("kvd_pages_stored_bytes_total", "Bytes copied out of it", all.pages_stored_bytes),
         ("kvd_pages_errors_total", "Copies that a device did not do", all.pages_errors),
+        ("kvd_lifted_bytes_total", "Bytes from NVMe straight into devices' memory", all.lifted_bytes),
+        (
+            "kvd_lift_errors_total",
+            "Such reads that failed; the block came through DRAM then",
+            all.lift_errors,
+        ),
     ]
 }
 

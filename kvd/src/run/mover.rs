@@ -18,6 +18,7 @@ use kvd_tiers::header_pages::HeaderPages;
 use kvd_tiers::media::{Direction, Done, Io, Medium, MediumInfo, Wake};
 use kvd_tiers::segment::{Geometry, SegmentId, SlotRef};
 use std::collections::{HashMap, VecDeque};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -26,14 +27,51 @@ const IDLE: Duration = Duration::from_millis(200);
 
 /// An order to the thread.
 pub(super) enum Order {
-    Open { segment: SegmentId, geometry: Geometry, tenant: String },
-    Close { segment: SegmentId },
-    Resize { bytes: u64 },
+    Open {
+        segment: SegmentId,
+        geometry: Geometry,
+        tenant: String,
+    },
+    Close {
+        segment: SegmentId,
+    },
+    Resize {
+        bytes: u64,
+    },
     Space(SpaceRecord),
-    Demote { token: u64, from: SlotRef, to: SlotRef, header: Box<SlotHeader> },
-    Promote { token: u64, from: SlotRef, to: SlotRef },
-    Forget { slot: SlotRef },
+    Demote {
+        token: u64,
+        from: SlotRef,
+        to: SlotRef,
+        header: Box<SlotHeader>,
+    },
+    Promote {
+        token: u64,
+        from: SlotRef,
+        to: SlotRef,
+    },
+    Forget {
+        slot: SlotRef,
+    },
+    /// A device reads it past this thread; whoever waits is told where it is.
+    Look {
+        slot: SlotRef,
+        wanted: Found,
+    },
     Stop,
+}
+
+/// Where a slot is in a file, for who reads it past the medium; `None`: it has no file that could be.
+pub(super) type Found = Box<dyn FnOnce(Option<InFile>) + Send>;
+
+/// A slot's bytes in a file.
+pub(super) struct InFile {
+    /// Open with O_DIRECT.
+    pub(super) file: Arc<OwnedFd>,
+    /// Of the slot's first byte.
+    pub(super) offset: u64,
+    /// Of all parts.
+    pub(super) checksums: Vec<u32>,
 }
 
 /// Gives orders; clones share the thread.
@@ -172,8 +210,15 @@ impl Thread {
             Order::Demote { token, from, to, header } => self.demote(token, from, to, header),
             Order::Promote { token, from, to } => self.promote(token, from, to),
             Order::Forget { slot } => self.ledger.forget(slot, self.shelf.geometry(slot.segment)),
+            Order::Look { slot, wanted } => wanted(self.look(slot)),
             Order::Stop => self.stopping = true,
         }
+    }
+
+    fn look(&self, slot: SlotRef) -> Option<InFile> {
+        let (file, begins) = self.medium.file(slot.segment).filter(|_| self.refused.is_none())?;
+        let offset = begins + self.shelf.geometry(slot.segment).slot_offset(slot.slot);
+        Some(InFile { file, offset, checksums: self.shelf.checksums(slot).to_vec() })
     }
 
     fn open(&mut self, segment: SegmentId, geometry: Geometry, tenant: String) {

@@ -24,6 +24,7 @@ use super::socket::Left;
 use super::watch::Watchers;
 use super::workers::{Checksumming, Reading, checksummer, populator};
 use crate::node::Node;
+use crate::node::device::DeviceOrder;
 use crate::node::event::{Answer, Effect, Event, MemberId};
 use kvd_proto::slot_header::SlotHeader;
 use kvd_proto::wire::{self, ClientFrame, Tier, client_frame, node_frame};
@@ -443,6 +444,17 @@ impl Reactor {
         self.send_all();
     }
 
+    fn device(&mut self, order: DeviceOrder) {
+        let DeviceOrder::Lift { token, memory, device, from, to } = order else {
+            return self.gpus.tell(order);
+        };
+        let wanted = self.gpus.lift(token, (memory, device), to);
+        match &self.mover {
+            Some(_) => self.orders.push(Order::Look { slot: from, wanted }),
+            None => wanted(None),
+        }
+    }
+
     /// Peers that asked for a session and got none: they may ask again, or go like anybody who never asked.
     fn forget_refused(&mut self) {
         for member in std::mem::take(&mut self.opening) {
@@ -510,7 +522,7 @@ impl Reactor {
             Effect::Slice { ticket, runs, next } => {
                 self.teller.tell(Told::Slice { follower: ticket, runs, next });
             }
-            Effect::Device(order) => self.gpus.tell(order),
+            Effect::Device(order) => self.device(order),
             Effect::Accessed(access) => self.lab.tell(access),
             Effect::Note { kind, text } => {
                 let at_ms = self.started.elapsed().as_millis() as u64;

@@ -6,14 +6,15 @@ use crate::engine::{BLOCK_BYTES, Engine, space};
 use crate::victim::Victim;
 use crate::wait::{DEADLINE, until, within};
 use kvd_client::{
-    DeviceMemory, DevicePlace, DeviceRange, LayerMemory, Loaded, Loading, Match, PagedMemory, PagedShape,
-    Store, Storing, VectorMemory,
+    DeviceMemory, DevicePlace, DeviceRange, LayerMemory, Loaded, Loading, Match, MatchOptions, MissReason,
+    PagedMemory, PagedShape, Read, Store, Storing, VectorMemory,
 };
 use kvd_proto::limits::FENCE_FAILED;
 use kvd_proto::wire::Fence;
 use kvd_proto::{Code, wire};
 use kvd_tiers::gpu::software::{SoftwareDevice, SoftwareOptions};
 use kvd_tiers::gpu::{Address, Device as _};
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -247,6 +248,84 @@ async fn what_is_loaded_again_comes_from_the_device_and_what_left_dram_from_nvme
     assert!(counters.nvme_read_bytes > 0 && counters.pages_hbm_bytes > 0, "{counters:?}");
     let hbm = daemon.tier(wire::Tier::Hbm).await;
     assert_eq!((hbm.capacity_bytes, hbm.copies), (4 * MIB, 64));
+    daemon.is_well().await;
+}
+
+/// As `matched`, of what will be copied to these pages and nowhere else.
+async fn matched_into(engine: &Engine, names: &[u64], pages: &Pages) -> Arc<Match> {
+    let into = [pages.memory.clone()];
+    let options = MatchOptions { into: &into, ..MatchOptions::default() };
+    let chain = engine.chain(names);
+    let found = within("match", engine.space.match_with(b"", &chain, 0, &options)).await.unwrap();
+    assert_eq!(found.blocks() as usize, names.len());
+    Arc::new(found)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_on_nvme_comes_to_the_device_past_dram_and_never_with_a_wrong_byte() {
+    const BLOCKS: u64 = 6;
+    let tiers = Setup {
+        dram_bytes: 8 * MIB,
+        segment_bytes: 4 * MIB,
+        nvme_bytes: 64 * MIB,
+        hbm_bytes: 32 * MIB,
+        ..setup()
+    };
+    let mut daemon = Daemon::start(&tiers).await;
+    if daemon.tier(wire::Tier::Nvme).await.medium.contains("page cache") {
+        return println!("SKIPPED: no O_DIRECT on the temporary folder's file system");
+    }
+    let engine = Engine::open(&daemon.socket()).await;
+    let pages = Pages::open(&engine, BLOCKS as u32);
+    let prompt = |number: u64| -> Vec<u64> { (number * 100..number * 100 + BLOCKS).collect() };
+    for number in 0..40 {
+        daemon.has_room(BLOCKS * BLOCK_BYTES as u64).await;
+        assert_eq!(u64::from(engine.put(&prompt(number)).await), BLOCKS);
+    }
+    let check = async |number: u64| {
+        let names = prompt(number);
+        let found = matched_into(&engine, &names, &pages).await;
+        let loaded = pages.load(&found).await;
+        let whole = loaded.failed_from.unwrap_or(BLOCKS as u32);
+        for (at, name) in names.iter().enumerate().take(whole as usize) {
+            content::check(*name, &pages.block(at as u32));
+        }
+        whole
+    };
+    // the device's room comes with what first wants it
+    assert_eq!(u64::from(check(0).await), BLOCKS);
+    until("room on the device", DEADLINE, async || {
+        (daemon.status().await.counters.unwrap().lifted_bytes > 0 || check(1).await == 0).then_some(())
+    })
+    .await;
+    let before = daemon.status().await.counters.unwrap();
+    for number in (0..20).chain(0..20) {
+        assert_eq!(u64::from(check(number).await), BLOCKS);
+    }
+    let after = daemon.status().await.counters.unwrap();
+    assert_eq!(after.nvme_read_bytes, before.nvme_read_bytes, "DRAM was left out");
+    assert!(after.lifted_bytes - before.lifted_bytes >= 16 * BLOCKS * BLOCK_BYTES as u64, "{after:?}");
+    assert_eq!((after.lift_errors, after.checksum_errors), (0, 0));
+    // what was lifted is for the device alone
+    let found = matched_into(&engine, &prompt(3), &pages).await;
+    assert!(found.wait_ready(0).await);
+    assert_eq!(found.read(0, 0, &mut vec![0; BLOCK_BYTES]), Read::Miss(MissReason::InDevice));
+    drop(found);
+    // every byte on NVMe is another's from now on: what the device has is right, and the rest is a miss
+    let file = std::fs::OpenOptions::new().write(true).open(daemon.folder().join("nvme.kvd")).unwrap();
+    let length = file.metadata().unwrap().len();
+    (0..length / MIB).for_each(|at| file.write_all_at(&vec![0x5A; MIB as usize], at * MIB).unwrap());
+    file.sync_all().unwrap();
+    assert_eq!(u64::from(check(3).await), BLOCKS);
+    let mut missing = 0;
+    for number in 20..34 {
+        missing += BLOCKS - u64::from(check(number).await);
+    }
+    let counters = daemon.status().await.counters.unwrap();
+    assert!(
+        missing > 0 && counters.lift_errors > 0 && counters.checksum_errors > 0,
+        "{missing}: {counters:?}"
+    );
     daemon.is_well().await;
 }
 

@@ -223,12 +223,16 @@ impl Shell {
             None => return false,
             Some(DeviceOrder::Open { memory, .. }) => {
                 let result =
-                    if well { Ok(()) } else { Err(Error::invalid("ranges[0]", "no", "give others")) };
+                    if well { Ok(true) } else { Err(Error::invalid("ranges[0]", "no", "give others")) };
                 DeviceEnd::Opened { memory, result }
             }
             Some(DeviceOrder::Close { memory, .. }) => DeviceEnd::Closed { memory },
             Some(DeviceOrder::Take { segment, .. }) => {
                 DeviceEnd::Taken { segment, result: if well { Ok(()) } else { Err("no room".to_owned()) } }
+            }
+            Some(DeviceOrder::Lift { token, .. }) => {
+                let failed = if short.is_multiple_of(2) { MoveError::Checksum } else { MoveError::Device("EIO".to_owned()) };
+                DeviceEnd::Lifted { token, result: if well { Ok(()) } else { Err(failed) } }
             }
             Some(DeviceOrder::Copy(_)) => unreachable!("copies have a queue of their own"),
         };

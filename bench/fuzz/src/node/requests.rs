@@ -193,6 +193,7 @@ fn matching(material: &mut Material, shell: &Shell) -> wire::MatchRequest {
         this_node_only: material.one_in(4),
         claim: material.one_in(3).then(|| claim(material)),
         hints: hints(material),
+        memories: (0..material.below(6).saturating_sub(3)).map(|_| memory(material, shell)).collect(),
     }
 }
 

@@ -66,13 +66,15 @@ impl Show for wire::StatusReply {
             (
                 "device pages",
                 format!(
-                    "{} memories open, {} copies under way; {} loaded ({} of it from HBM), {} stored, {} failed copies",
+                    "{} memories open, {} copies under way; {} loaded ({} of it from HBM), {} stored, {} failed copies; {} from NVMe past DRAM, {} such reads failed",
                     self.device_memories,
                     self.device_copies,
                     size(counters.pages_loaded_bytes),
                     size(counters.pages_hbm_bytes),
                     size(counters.pages_stored_bytes),
-                    count(counters.pages_errors)
+                    count(counters.pages_errors),
+                    size(counters.lifted_bytes),
+                    count(counters.lift_errors)
                 ),
             ),
             (

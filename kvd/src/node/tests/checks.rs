@@ -19,6 +19,7 @@ impl World {
         self.check_published();
         self.check_slots();
         self.check_leases();
+        self.check_kept_uses();
         self.check_shares();
         self.check_promises();
         self.check_capacity();
@@ -114,6 +115,21 @@ impl World {
             assert_eq!(entry.leases(), held.remove(&handle).unwrap_or(0), "{entry:?}");
         }
         assert!(held.is_empty(), "leases on nothing: {held:?}");
+    }
+
+    /// Who uses a copy in HBM is a lease that has nothing else of the block, a copy, or who brings it there.
+    fn check_kept_uses(&self) {
+        let mut uses = self.node.hbm.uses();
+        let leases = self.node.leases.leases.values();
+        let held = leases
+            .flat_map(|lease| &lease.items)
+            .filter_map(|item| item.lifted.map(|pool| (pool, item.handle)));
+        for place in held.chain(self.node.pages.kept_uses()).chain(self.node.lifts.places()) {
+            let left = uses.get_mut(&place).expect("a copy that is used stays");
+            *left =
+                left.checked_sub(1).unwrap_or_else(|| panic!("{place:?} is used more often than it knows"));
+        }
+        assert!(uses.values().all(|left| *left == 0), "used by nobody: {uses:?}");
     }
 
     /// Who shares a lease is who was given it and has not let go, as the clients themselves remember it.
@@ -242,7 +258,8 @@ impl World {
     /// No process that maps memory may still read or fill the slot.
     pub(super) fn check_unheld(&self, slot: SlotRef) {
         let copied = self.gpus.copies.values().flat_map(|copy| &copy.blocks);
-        copied.for_each(|block| assert_ne!(block.slot, slot, "{slot:?} is reused under a device's copy"));
+        copied
+            .for_each(|block| assert_ne!(block.slot, Some(slot), "{slot:?} is reused under a device's copy"));
         for (lease, promise) in self.promises.iter().filter(|(_, promise)| self.is_held(promise)) {
             for (&(block, group), &(held, open)) in &promise.slots {
                 let done = promise.fill && self.was_committed(*lease, block, group);

@@ -10,6 +10,7 @@ mod filling;
 mod hand_off;
 mod harness;
 mod leases;
+mod lifting;
 mod matching;
 mod movement;
 mod numa;

@@ -2,13 +2,14 @@
 
 use super::super::NodeConfig;
 use super::super::device::{Copied, CopyOrder, DeviceEnd, DeviceOrder};
-use super::super::event::Event;
+use super::super::event::{Event, MoveError};
 use super::harness::{LEASE_TTL_MS, World, commit_of, config, id, layout, open_of, reserve_after};
 use kvd_proto::BlockId;
 use kvd_proto::wire::client_frame::Body as Ask;
 use kvd_proto::wire::node_frame::Body as Reply;
 use kvd_proto::wire::{self, CopyMiss};
 use kvd_proto::{Code, Error};
+use kvd_tiers::segment::SlotRef;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
@@ -27,10 +28,15 @@ pub(super) struct Gpus {
     pub(super) asking: u64,
     /// Blocks that came from there.
     pub(super) hits: u64,
+    /// From NVMe straight to there.
+    pub(super) lifts: BTreeMap<u64, Lift>,
 }
 
+/// From which slot, whose bytes were there, and to where.
+pub(super) type Lift = (SlotRef, Option<Held>, (u32, u32));
+
 /// A block, by what its bytes are.
-type Held = (kvd_proto::Fingerprint, BlockId, u16);
+pub(super) type Held = (kvd_proto::Fingerprint, BlockId, u16);
 
 impl Gpus {
     /// A member's open memory for a space.
@@ -51,6 +57,14 @@ impl World {
                 assert!(gpus.open.remove(&memory) && gpus.closing.insert(memory), "{memory} is open");
             }
             DeviceOrder::Take { segment, .. } => gpus.hbm_opening.push(segment),
+            DeviceOrder::Lift { token, from, to, .. } => {
+                let (place, bytes) = ((to.segment, to.slot), self.nvme[&from]);
+                self.check_unused(place);
+                assert!(
+                    self.gpus.lifts.insert(token, (from, bytes, place)).is_none(),
+                    "a token is one lift's"
+                );
+            }
             DeviceOrder::Copy(order) => {
                 assert!(gpus.open.contains(&order.memory) && !order.blocks.is_empty(), "{order:?}");
                 self.check_kept(&order);
@@ -59,9 +73,32 @@ impl World {
         }
     }
 
+    /// Nobody reads or fills it.
+    fn check_unused(&self, place: (u32, u32)) {
+        let copies = self.gpus.copies.values().flat_map(|copy| &copy.blocks).filter_map(|block| block.kept);
+        assert!(copies.into_iter().all(|kept| (kept.segment, kept.slot) != place), "{place:?} is used");
+        assert!(self.gpus.lifts.values().all(|lift| lift.2 != place), "{place:?} is filled already");
+    }
+
+    /// One lift ends; the bytes that are there by then decide, as checksums do.
+    pub(super) fn end_lift(&mut self, token: u64, well: bool) {
+        let (from, bytes, place) = self.gpus.lifts.remove(&token).expect("under way");
+        let same = self.nvme.get(&from).copied().flatten() == bytes;
+        let result = match (well, same) {
+            (true, true) => Ok(()),
+            (true, false) => Err(MoveError::Checksum),
+            (false, _) => Err(MoveError::Device("EIO".to_owned())),
+        };
+        if let (Ok(()), Some(bytes)) = (&result, bytes) {
+            self.gpus.hbm.insert(place, (bytes, (0..2).collect()));
+        }
+        self.apply(Event::Device(DeviceEnd::Lifted { token, result }));
+    }
+
     /// What is read in HBM is the block, whole and in these layers; what is filled nobody else touches.
     fn check_kept(&mut self, order: &CopyOrder) {
-        for block in &order.blocks {
+        let lease = self.node.leases.get(order.lease).expect("a lease under a copy");
+        for (at, block) in order.blocks.iter().enumerate() {
             let Some(kept) = block.kept else { continue };
             let place = (kept.segment, kept.slot);
             let others =
@@ -72,7 +109,11 @@ impl World {
             });
             if kept.there {
                 let (content, ranges) = &self.gpus.hbm[&place];
-                assert_eq!(Some(content), self.dram[&block.slot].as_ref(), "another block in HBM");
+                let id = lease.chain[order.first_block as usize + at];
+                assert_eq!(content.1, id, "another block in HBM");
+                if let Some(slot) = &block.slot {
+                    assert_eq!(Some(content), self.dram[slot].as_ref(), "another block in HBM");
+                }
                 assert!(
                     order.layer_ranges.clone().all(|range| ranges.contains(&range)),
                     "{place:?} is not whole"
@@ -85,7 +126,8 @@ impl World {
     fn landed(&mut self, order: &CopyOrder) {
         for block in &order.blocks {
             let Some(kept) = block.kept.filter(|kept| !kept.there) else { continue };
-            let content = self.dram[&block.slot].expect("a block that is read");
+            let slot = block.slot.expect("what is not there is in DRAM");
+            let content = self.dram[&slot].expect("a block that is read");
             let held = self.gpus.hbm.entry((kept.segment, kept.slot)).or_insert((content, BTreeSet::new()));
             if held.0 != content {
                 *held = (content, BTreeSet::new());
@@ -130,10 +172,13 @@ impl World {
     /// One thing that a device has under way ends; `false`: there is nothing.
     pub(super) fn end_gpu_work(&mut self, which: usize, well: bool) -> bool {
         let copies: Vec<_> = self.gpus.copies.keys().copied().collect();
-        if !copies.is_empty() {
+        let lifts: Vec<_> = self.gpus.lifts.keys().copied().collect();
+        if !lifts.is_empty() && (copies.is_empty() || which.is_multiple_of(2)) {
+            self.end_lift(lifts[which % lifts.len()], well && !which.is_multiple_of(3));
+        } else if !copies.is_empty() {
             self.end_copy(copies[which % copies.len()], if well { CopyMiss::None } else { CopyMiss::Device });
         } else if !self.gpus.opening.is_empty() {
-            self.open_next_memory(if well { Ok(()) } else { Err(broken()) });
+            self.open_next_memory(if well { Ok(true) } else { Err(broken()) });
         } else if let Some(segment) = self.gpus.hbm_opening.pop() {
             let result = if well { Ok(()) } else { Err("no room".to_owned()) };
             self.apply(Event::Device(DeviceEnd::Taken { segment, result }));
@@ -145,7 +190,7 @@ impl World {
         true
     }
 
-    fn open_next_memory(&mut self, result: Result<(), Error>) -> u64 {
+    fn open_next_memory(&mut self, result: Result<bool, Error>) -> u64 {
         let memory = self.gpus.opening.remove(0);
         if result.is_ok() {
             self.gpus.open.insert(memory);
@@ -167,10 +212,10 @@ impl World {
     }
 
     /// A member's memory, open.
-    fn memory(&mut self, member: u64, space: u32) -> u64 {
+    pub(super) fn memory(&mut self, member: u64, space: u32) -> u64 {
         let asked = self.begin(member, Ask::OpenMemory(open_memory_of(space)));
         assert!(self.answer(member, asked).is_none(), "not before it is open");
-        let memory = self.open_next_memory(Ok(()));
+        let memory = self.open_next_memory(Ok(true));
         let opened = self.answer(member, asked).expect("open").expect("well");
         assert_eq!(opened, Reply::MemoryOpened(wire::MemoryOpened { memory }));
         memory
@@ -209,7 +254,7 @@ fn a_match_is_copied_into_pages_and_answered_when_that_has_ended() {
     let token = world.only_copy();
     let order = &world.gpus.copies[&token];
     assert!(order.into_pages && order.first_block == 1 && order.layer_ranges == (0..2));
-    let slots: Vec<_> = order.blocks.iter().map(|block| block.slot).collect();
+    let slots: Vec<_> = order.blocks.iter().filter_map(|block| block.slot).collect();
     let promised = &world.promises[&lease].slots;
     assert_eq!(slots, [promised[&(1, 0)].0, promised[&(2, 0)].0]);
     assert!(world.answer(member, asked).is_none());
@@ -269,7 +314,8 @@ fn a_rank_that_dies_in_a_store_keeps_its_slots_from_others() {
     let memory = world.memory(rank, space);
     let reply = world.reserve(rank, reserve_after(space, BlockId::default(), 0, &chain(2)));
     world.begin(rank, Ask::Copy(copy_of(reply.lease, memory, 0..2)));
-    let slots: Vec<_> = world.gpus.copies[&world.only_copy()].blocks.iter().map(|block| block.slot).collect();
+    let copied = world.gpus.copies[&world.only_copy()].blocks.iter();
+    let slots: Vec<_> = copied.filter_map(|block| block.slot).collect();
     world.kill(rank);
     world.put(first, space, &(100..140).map(id).collect::<Vec<_>>());
     assert!(slots.iter().all(|slot| !world.published.contains_key(slot)), "nobody was given them");
@@ -376,7 +422,7 @@ fn memory_that_opens_for_nobody_is_closed_again() {
     let space = world.space(member);
     world.begin(member, Ask::OpenMemory(open_memory_of(space)));
     world.kill(member);
-    let memory = world.open_next_memory(Ok(()));
+    let memory = world.open_next_memory(Ok(true));
     assert!(world.gpus.closing.contains(&memory));
     world.end_gpu_work(0, true);
     assert_eq!(world.node.pages.counts(), (0, 0));

@@ -21,10 +21,10 @@ use kvd_tiers::eviction::NAMES;
 use std::collections::VecDeque;
 
 /// splitmix64.
-struct Random(u64);
+pub(super) struct Random(pub(super) u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    pub(super) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut mixed = self.0;
         mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -32,15 +32,15 @@ impl Random {
         mixed ^ (mixed >> 31)
     }
 
-    fn below(&mut self, end: u64) -> u64 {
+    pub(super) fn below(&mut self, end: u64) -> u64 {
         self.next() % end
     }
 
-    fn one_in(&mut self, chances: u64) -> bool {
+    pub(super) fn one_in(&mut self, chances: u64) -> bool {
         self.below(chances) == 0
     }
 
-    fn pick<T: Copy>(&mut self, from: &[T]) -> Option<T> {
+    pub(super) fn pick<T: Copy>(&mut self, from: &[T]) -> Option<T> {
         (!from.is_empty()).then(|| from[self.below(from.len() as u64) as usize])
     }
 }
@@ -240,6 +240,10 @@ impl Storm {
         let request_key = self.key().into();
         let chain = packed(&chain).into();
         let hints = self.hints();
+        if self.random.one_in(8) {
+            self.open_memory(member, space);
+        }
+        let memory = self.world.gpus.of(member, space).filter(|_| !self.random.one_in(8));
         self.begin_or_repeat(
             member,
             Ask::Match(wire::MatchRequest {
@@ -249,6 +253,7 @@ impl Storm {
                 skip_blocks,
                 claim,
                 hints,
+                memories: memory.into_iter().collect(),
                 ..wire::MatchRequest::default()
             }),
         );
@@ -322,6 +327,11 @@ impl Storm {
         }
     }
 
+    fn open_memory(&mut self, member: u64, space: u32) {
+        self.world.gpus.asking = member;
+        self.world.begin(member, Ask::OpenMemory(open_memory_of(space)));
+    }
+
     /// More often into pages than out of them, and more often the beginning of a chain than the rest.
     fn copy(&mut self) {
         let fill = self.random.one_in(3);
@@ -334,9 +344,7 @@ impl Storm {
             return;
         };
         let Some(memory) = self.world.gpus.of(member, space) else {
-            self.world.gpus.asking = member;
-            self.world.begin(member, Ask::OpenMemory(open_memory_of(space)));
-            return;
+            return self.open_memory(member, space);
         };
         let first = if self.random.one_in(3) { self.random.below(blocks) } else { 0 };
         let count = 1 + self.random.below(blocks - first);
@@ -578,7 +586,7 @@ fn whatever_happens_what_must_hold_holds() {
         ];
         (0..seen.len()).for_each(|at| seen[at] += more[at]);
     }
-    // of segments and devices there are few
+    // of segments and devices there are few; of lifts too few to count (`lifting` has a storm of its own)
     let enough = seen.iter().enumerate().all(|(at, count)| *count > if at < 19 { 9 } else { 2 });
     assert!(enough, "the storm misses something: {seen:?}");
 }

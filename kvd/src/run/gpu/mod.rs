@@ -4,16 +4,20 @@
 //! device; the reactor waits for none of it. Leaves to others: addresses and copies (`pump`), who may have what copied (the node).
 
 mod pump;
+mod readers;
 #[cfg(test)]
 mod tests;
 
 use super::dram::DramSegments;
 use super::inbox::{Inbox, Input};
-use crate::config::{Config, DeviceChoice};
-use crate::node::device::{Copied, CopyOrder, DeviceEnd, DeviceOrder};
-use crate::node::event::Event;
+use super::mover::{Found as Look, InFile};
+use crate::config::{Config, DeviceChoice, Wish};
+use crate::node::device::{Copied, CopyOrder, DeviceEnd, DeviceOrder, KeptSlot};
+use crate::node::event::{Event, MoveError};
 use kvd_proto::wire::{self, CopyMiss};
 use kvd_proto::{Code, Error, Layout};
+use kvd_tiers::gpu::files::FileReads;
+use kvd_tiers::gpu::gds::GdsFiles;
 use kvd_tiers::gpu::software::{SoftwareDevice, SoftwareOptions};
 use kvd_tiers::gpu::transfer::Options;
 use kvd_tiers::gpu::{Device, DeviceInfo, GpuError};
@@ -45,6 +49,15 @@ enum Order {
         bytes: u64,
         slot_bytes: u32,
     },
+    /// A block on NVMe to a slot of that memory.
+    Lift {
+        token: u64,
+        /// Which of its parts.
+        memory: u64,
+        to: KeptSlot,
+        /// `None`: its tier has no file for that.
+        from: Option<InFile>,
+    },
     /// The segment is given up.
     Unpin(Arc<Mapping>),
 }
@@ -55,6 +68,7 @@ struct Found {
     thread: Option<Thread>,
 }
 
+#[derive(Clone)]
 struct Thread {
     orders: Sender<Order>,
     waker: Arc<OnceLock<Arc<dyn Wake>>>,
@@ -62,7 +76,7 @@ struct Thread {
 
 impl Thread {
     fn order(&self, order: Order) {
-        self.orders.send(order).expect("the thread lives as long as its sender");
+        self.orders.send(order).expect("the thread lives as long as its senders");
         if let Some(waker) = self.waker.get() {
             waker.wake();
         }
@@ -75,6 +89,8 @@ pub(super) struct Gpus {
     choice: DeviceChoice,
     options: Options,
     capacity_bytes: u64,
+    /// Whether devices are to read the NVMe tier by themselves.
+    storage: bool,
     dram: Arc<DramSegments>,
     inbox: Inbox,
 }
@@ -92,11 +108,30 @@ fn software() -> Result<SoftwareDevice, GpuError> {
     SoftwareDevice::open(SoftwareOptions { memory_bytes: SOFTWARE_BYTES, ..SoftwareOptions::default() })
 }
 
-fn open(choice: DeviceChoice, info: &DeviceInfo) -> Result<Box<dyn Device>, GpuError> {
-    Ok(match choice {
-        DeviceChoice::Software => Box::new(software()?),
-        _ => Box::new(kvd_tiers::gpu::cuda::CudaDevice::open(info.ordinal)?),
-    })
+/// A device, and how it reads files by itself if it is to and can.
+type Opened = (Box<dyn Device>, Option<Arc<dyn FileReads>>);
+
+fn open(choice: DeviceChoice, info: &DeviceInfo, storage: bool) -> Result<Opened, GpuError> {
+    if choice == DeviceChoice::Software {
+        let device = software()?;
+        let files = storage.then(|| Arc::new(device.files()) as Arc<dyn FileReads>);
+        return Ok((Box::new(device), files));
+    }
+    let device = kvd_tiers::gpu::cuda::CudaDevice::open(info.ordinal)?;
+    let files = if storage { cufile(info.ordinal) } else { None };
+    Ok((Box::new(device), files))
+}
+
+/// Without nvidia-fs it goes through the processor's memory, where io_uring and a copy do better.
+fn cufile(ordinal: u32) -> Option<Arc<dyn FileReads>> {
+    kvd_tiers::gpu::probe::nvidia_fs()?;
+    match GdsFiles::open(ordinal) {
+        Ok(files) => Some(Arc::new(files)),
+        Err(error) => {
+            tracing::info!(%error, "blocks go from NVMe to devices through DRAM");
+            None
+        }
+    }
 }
 
 /// A staging area that is smaller than the largest slot refuses such slots, not the device.
@@ -122,7 +157,9 @@ impl Gpus {
         }
         let found = found.into_iter().map(|info| (info.uuid, Found { info, thread: None })).collect();
         let options = transfer_options(config.hbm.staging_bytes);
-        Self { found, choice, options, capacity_bytes: config.hbm.capacity_bytes, dram, inbox }
+        let capacity_bytes = config.hbm.capacity_bytes;
+        let storage = config.hbm.storage == Wish::Auto && capacity_bytes > 0 && config.nvme.path.is_some();
+        Self { found, choice, options, capacity_bytes, storage, dram, inbox }
     }
 
     /// Does what the node says, or answers why not.
@@ -134,6 +171,7 @@ impl Gpus {
             DeviceOrder::Take { segment, device, bytes, slot_bytes } => {
                 self.thread(device).order(Order::Take { segment, bytes, slot_bytes });
             }
+            DeviceOrder::Lift { .. } => unreachable!("somebody else knows where it is on NVMe"),
         }
     }
 
@@ -141,6 +179,12 @@ impl Gpus {
     pub(super) fn forget(&self, mapping: &Arc<Mapping>) {
         let threads = self.found.values().filter_map(|found| found.thread.as_ref());
         threads.for_each(|thread| thread.order(Order::Unpin(mapping.clone())));
+    }
+
+    /// For whoever knows where the block is on NVMe, if anybody does.
+    pub(super) fn lift(&mut self, token: u64, (memory, device): (u64, [u8; 16]), to: KeptSlot) -> Look {
+        let thread = self.thread(device).clone();
+        Box::new(move |from| thread.order(Order::Lift { token, memory, to, from }))
     }
 
     fn open(&mut self, memory: u64, layout: Box<Layout>, request: Box<wire::OpenMemoryRequest>) {
@@ -180,7 +224,7 @@ impl Gpus {
             let (orders, ordered) = channel();
             let waker = Arc::<OnceLock<_>>::default();
             let (choice, info) = (self.choice, info.clone());
-            let memory = (self.options, self.capacity_bytes);
+            let memory = (self.options, self.capacity_bytes, self.storage);
             let (dram, inbox, told) = (self.dram.clone(), self.inbox.clone(), waker.clone());
             let name = format!("kvd-gpu-{}", info.ordinal);
             super::workers::spawn(&name, move || {
@@ -194,13 +238,13 @@ impl Gpus {
 /// A device's thread, until the reactor ends.
 fn run(
     (choice, info): (DeviceChoice, &DeviceInfo),
-    (options, capacity_bytes): (Options, u64),
+    (options, capacity_bytes, storage): (Options, u64, bool),
     ordered: &Receiver<Order>,
     (dram, inbox): (Arc<DramSegments>, Inbox),
     told: &OnceLock<Arc<dyn Wake>>,
 ) {
     let unusable = |error: GpuError| MediumError::Unusable(error.to_string());
-    let opened = open(choice, info).map_err(unusable);
+    let opened = open(choice, info, storage).map_err(unusable);
     let opened = opened.and_then(|device| Pump::new(device, options, capacity_bytes, (dram, inbox.clone())));
     match opened {
         Ok(pump) => {
@@ -212,6 +256,10 @@ fn run(
             refuse_all(ordered, &inbox, &error.to_string());
         }
     }
+}
+
+fn lift_refused(token: u64, why: &str) -> DeviceEnd {
+    DeviceEnd::Lifted { token, result: Err(MoveError::Device(why.to_owned())) }
 }
 
 fn serve(mut pump: Pump, ordered: &Receiver<Order>, inbox: &Inbox, device: &str) {
@@ -237,6 +285,7 @@ fn refuse_all(ordered: &Receiver<Order>, inbox: &Inbox, why: &str) {
                 let copied = Copied { blocks: 0, miss: CopyMiss::Device, reason: why.to_owned() };
                 DeviceEnd::Copied { token: order.token, result: Ok(copied) }
             }
+            Order::Lift { token, .. } => lift_refused(token, why),
             Order::Unpin(_) => continue,
         };
         inbox.push(Input::Event(Event::Device(end)));

@@ -7,9 +7,11 @@
 
 use super::super::dram::DramSegments;
 use super::super::inbox::{Inbox, Input};
-use super::Order;
+use super::super::mover::InFile;
+use super::readers::{Readers, Wanted};
+use super::{Opened, Order, lift_refused};
 use crate::node::device::{Copied, CopyBlock, CopyOrder, DeviceEnd, KeptSlot};
-use crate::node::event::Event;
+use crate::node::event::{Event, MoveError};
 use kvd_client::paged::check_page_tokens;
 use kvd_client::paged::table::PageTable;
 use kvd_proto::slot_header::FLAG_CHECKSUMMED;
@@ -21,7 +23,7 @@ use kvd_tiers::gpu::transfer::{
     self, Direction, Ended, Fence, HostSlot, Item, Miss, Options, Outcome, Transfers,
 };
 use kvd_tiers::gpu::work::NO_PAGE;
-use kvd_tiers::gpu::{Address, Device, GpuError, Vector};
+use kvd_tiers::gpu::{Address, GpuError, Vector};
 use kvd_tiers::media::hbm::{HbmMedium, HbmOptions};
 use kvd_tiers::media::{Medium as _, MediumError, Wake};
 use kvd_tiers::segment::SegmentId;
@@ -44,10 +46,21 @@ pub(super) struct Pump {
     /// Memory of the device's own for copies, and how large a slot of each segment is.
     hbm: HbmMedium,
     slot_bytes: HashMap<SegmentId, u32>,
+    /// What brings blocks there from NVMe; `None`: nothing does.
+    readers: Option<Readers>,
+    /// Blocks on that way, by token: read, then verified.
+    lifts: HashMap<u64, Lift>,
     dram: Arc<DramSegments>,
     inbox: Inbox,
     outcomes: Vec<Outcome>,
     told: Vec<Input>,
+}
+
+struct Lift {
+    /// Whose parts; nothing of the engine's is touched.
+    pages: Arc<Pages>,
+    kept: Address,
+    checksums: Vec<u32>,
 }
 
 /// An engine's, open on this device.
@@ -66,19 +79,34 @@ struct Memory {
 
 impl Pump {
     pub(super) fn new(
-        device: Box<dyn Device>,
+        (device, files): Opened,
         options: Options,
         capacity_bytes: u64,
         (dram, inbox): (Arc<DramSegments>, Inbox),
     ) -> Result<Self, MediumError> {
+        let ordinal = device.info().ordinal;
         let shared = SharedDevice::new(device);
         let hbm = HbmMedium::new(Box::new(shared.clone()), HbmOptions { capacity_bytes, queue_depth: 1 })?;
         let unusable = |error: GpuError| MediumError::Unusable(error.to_string());
         let transfers = Transfers::new(Box::new(shared), options).map_err(unusable)?;
         let (memories, copies, waiting) = (HashMap::new(), HashMap::new(), VecDeque::new());
         let (outcomes, told) = (Vec::new(), Vec::new());
-        let slot_bytes = HashMap::new();
-        Ok(Self { transfers, memories, copies, waiting, hbm, slot_bytes, dram, inbox, outcomes, told })
+        let (slot_bytes, lifts) = (HashMap::new(), HashMap::new());
+        let readers = files.map(|files| Readers::start(ordinal, &files, &transfers.waker()));
+        Ok(Self {
+            transfers,
+            memories,
+            copies,
+            waiting,
+            hbm,
+            slot_bytes,
+            readers,
+            lifts,
+            dram,
+            inbox,
+            outcomes,
+            told,
+        })
     }
 
     pub(super) fn waker(&self) -> Arc<dyn Wake> {
@@ -95,6 +123,8 @@ impl Pump {
                     Err(TryRecvError::Disconnected) => return None,
                 }
             }
+            let read = self.readers.as_ref().map(Readers::take_done).unwrap_or_default();
+            read.into_iter().for_each(|(token, result)| self.was_read(token, result));
             self.submit_waiting();
             self.inbox.push_all(&mut self.told);
             self.transfers.reap(Some(IDLE), &mut self.outcomes);
@@ -108,12 +138,15 @@ impl Pump {
 
     /// What was under way ends when the device was given up, and with it everything that it might still have done.
     pub(super) fn give_up(mut self, why: &str) {
-        let Self { transfers, hbm, .. } = self;
+        let Self { readers, transfers, hbm, .. } = self;
+        drop(readers); // nothing is read into memory that is given up
         drop((transfers, hbm));
         for token in self.copies.into_keys() {
             let copied = Copied { blocks: 0, miss: CopyMiss::Device, reason: why.to_owned() };
             self.told.push(Input::Event(Event::Device(DeviceEnd::Copied { token, result: Ok(copied) })));
         }
+        let lifts = self.lifts.into_keys().map(|token| lift_refused(token, why));
+        self.told.extend(lifts.map(|end| Input::Event(Event::Device(end))));
         for (memory, _) in self.memories.into_iter().filter(|(_, memory)| memory.closing) {
             self.told.push(Input::Event(Event::Device(DeviceEnd::Closed { memory })));
         }
@@ -128,7 +161,11 @@ impl Pump {
         match order {
             Order::Open { memory, layout, request } => {
                 let opened = self.open(&layout, &request);
-                let result = opened.map(|opened| _ = self.memories.insert(memory, opened));
+                let reads_nvme = self.readers.is_some();
+                let result = opened.map(|opened| {
+                    self.memories.insert(memory, opened);
+                    reads_nvme
+                });
                 self.tell(DeviceEnd::Opened { memory, result });
             }
             Order::Close { memory } => {
@@ -147,8 +184,16 @@ impl Pump {
             Order::Take { segment, bytes, slot_bytes } => {
                 let taken = self.hbm.open_segment(segment, bytes);
                 let taken = taken.map(|()| _ = self.slot_bytes.insert(segment, slot_bytes));
+                if let (Ok(()), Some(readers)) = (&taken, &self.readers) {
+                    readers.register(self.hbm.address(segment).expect("just opened"), bytes);
+                }
                 let result = taken.map_err(|error| error.to_string());
                 self.tell(DeviceEnd::Taken { segment, result });
+            }
+            Order::Lift { token, memory, to, from } => {
+                if let Err(why) = self.lift(token, memory, to, from) {
+                    self.tell(lift_refused(token, why));
+                }
             }
             Order::Unpin(mapping) => self.transfers.device_mut().unpin(&mapping),
         }
@@ -233,7 +278,8 @@ impl Pump {
         if block.kept.is_some_and(|kept| kept.there) {
             return Ok(Item { host: None, kept, rows, checksums: None });
         }
-        let (segment, slot) = (self.dram.get(block.slot.segment), block.slot.slot);
+        let place = block.slot.expect("what is not in HBM is in DRAM");
+        let (segment, slot) = (self.dram.get(place.segment), place.slot);
         let pinned = self.transfers.device_mut().pin(&segment.payload);
         pinned.map_err(|error| {
             let fix = "raise the limit of locked memory (ulimit -l, LimitMEMLOCK)";
@@ -249,6 +295,63 @@ impl Pump {
         let offset = segment.geometry.slot_offset(slot) as usize;
         let host = Some(HostSlot { mapping: segment.payload.clone(), offset });
         Ok(Item { host, kept, rows, checksums })
+    }
+
+    /// Begins to bring a block from NVMe; or why not.
+    fn lift(
+        &mut self,
+        token: u64,
+        memory: u64,
+        to: KeptSlot,
+        from: Option<InFile>,
+    ) -> Result<(), &'static str> {
+        let memory = self.memories.get(&memory).ok_or("the engine's memory is closed")?;
+        let from = from.ok_or("the NVMe tier has no file that a device could read")?;
+        let readers = self.readers.as_ref().ok_or("this device reads no files")?;
+        let pages = memory.pages.clone();
+        let (kept, layers) = (self.kept(to, &pages), 0..pages.slice().layers);
+        let span = pages.span(layers.clone());
+        let checksums = pages.parts(layers).map(|part| from.checksums[usize::from(part)]).collect();
+        readers.read(Wanted {
+            token,
+            file: from.file,
+            offset: from.offset + u64::from(span.start),
+            address: kept.wrapping_add(u64::from(span.start)),
+            bytes: span.len() as u64,
+        });
+        self.lifts.insert(token, Lift { pages, kept, checksums });
+        Ok(())
+    }
+
+    /// Has what came from NVMe verified: a load of no page.
+    fn was_read(&mut self, token: u64, result: Result<(), GpuError>) {
+        if let Err(error) = result {
+            self.lifts.remove(&token).expect("it was ordered");
+            return self.tell(lift_refused(token, &error.to_string()));
+        }
+        let Lift { pages, kept, checksums } = &self.lifts[&token];
+        let rows = vec![NO_PAGE; pages.rows() as usize];
+        let checksums = Some(checksums.clone());
+        self.waiting.push_back(transfer::Order {
+            token,
+            line: token,
+            direction: Direction::Load,
+            pages: pages.clone(),
+            layers: 0..pages.slice().layers,
+            items: vec![Item { host: None, kept: Some(*kept), rows, checksums }],
+            checksums_wanted: false,
+            fence: None,
+        });
+    }
+
+    fn lifted(&mut self, token: u64, why: Option<Miss>) {
+        self.lifts.remove(&token).expect("it was ordered");
+        let result = match why {
+            None => Ok(()),
+            Some(Miss::Checksum(_)) => Err(MoveError::Checksum),
+            Some(failed) => Err(MoveError::Device(failed.to_string())),
+        };
+        self.tell(DeviceEnd::Lifted { token, result });
     }
 
     /// A slot of HBM has a slice's span and no more: the address is that of the whole slot around it.
@@ -276,6 +379,9 @@ impl Pump {
         }
         let well = items.iter().take_while(|item| item.is_ok()).count();
         let why = items.into_iter().nth(well).and_then(Result::err);
+        if self.lifts.contains_key(&token) {
+            return self.lifted(token, why);
+        }
         let (miss, reason) = match &why {
             None => (CopyMiss::None, String::new()),
             Some(Miss::Checksum(bad)) => (CopyMiss::Checksum, bad.to_string()),

@@ -4,7 +4,7 @@ use super::pump::Pump;
 use super::*;
 use crate::node::device::{CopyBlock, CopyOrder};
 use kvd_proto::layout::DataType;
-use kvd_tiers::gpu::software::SoftwareControl;
+use kvd_tiers::gpu::software::{Operation, SoftwareControl};
 use kvd_tiers::media::dram::DramOptions;
 use kvd_tiers::segment::{Geometry, SlotRef};
 use std::collections::VecDeque;
@@ -35,8 +35,10 @@ fn rig() -> Rig {
     dram.open(0, Geometry::dram(slot_bytes, 4, u64::from(BLOCKS * slot_bytes)), None).unwrap();
     let device = software().unwrap();
     let control = device.control();
+    let files: Arc<dyn FileReads> = Arc::new(device.files());
+    let (opened, hbm_bytes): (Opened, _) = ((Box::new(device), Some(files)), u64::from(BLOCKS * slot_bytes));
     let pump =
-        Pump::new(Box::new(device), transfer_options(64 << 20), 0, (dram.clone(), inbox.clone())).unwrap();
+        Pump::new(opened, transfer_options(64 << 20), hbm_bytes, (dram.clone(), inbox.clone())).unwrap();
     let (orders, ordered) = channel();
     let told = inbox.clone();
     let thread = std::thread::spawn(move || serve(pump, &ordered, &told, "the device"));
@@ -72,13 +74,13 @@ fn rig() -> Rig {
         _poll: poll,
         _engine: engine,
     };
-    assert!(matches!(rig.hear(), DeviceEnd::Opened { memory: 1, result: Ok(()) }));
+    assert!(matches!(rig.hear(), DeviceEnd::Opened { memory: 1, result: Ok(true) }));
     rig
 }
 
 impl Rig {
     fn copy(&self, token: u64) {
-        let block = |slot| CopyBlock { slot: SlotRef { segment: 0, slot }, tokens: 16, kept: None };
+        let block = |slot| CopyBlock { slot: Some(SlotRef { segment: 0, slot }), tokens: 16, kept: None };
         let table = (0..BLOCKS as i32).flat_map(i32::to_le_bytes).collect::<Vec<_>>().into();
         let order = CopyOrder {
             token,
@@ -93,6 +95,41 @@ impl Rig {
             fence: None,
         };
         self.orders.send(Order::Copy(Box::new(order))).unwrap();
+    }
+
+    /// A segment of the device's own memory.
+    fn take(&mut self) {
+        let slot_bytes = self.layout.slot_bytes(0);
+        let bytes = u64::from(BLOCKS * slot_bytes);
+        self.orders.send(Order::Take { segment: 1, bytes, slot_bytes }).unwrap();
+        assert!(matches!(self.hear(), DeviceEnd::Taken { segment: 1, result: Ok(()) }));
+    }
+
+    fn lift(&self, token: u64, from: Option<InFile>) {
+        let to = KeptSlot { segment: 1, slot: 2, there: false };
+        self.orders.send(Order::Lift { token, memory: 1, to, from }).unwrap();
+    }
+
+    fn lifted(&mut self, token: u64) -> Result<(), MoveError> {
+        match self.hear() {
+            DeviceEnd::Lifted { token: of, result } if of == token => result,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// A file with a slot at 4096, and what its parts' checksums are; `None`: no O_DIRECT here.
+    fn in_file(&self, folder: &std::path::Path) -> Option<InFile> {
+        let (path, slot_bytes) = (folder.join("slots"), self.layout.slot_bytes(0) as usize);
+        let bytes: Vec<u8> = (0..4096 + slot_bytes).map(|at| ((at * 7) >> 3) as u8).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        let parts = bytes[4096..].chunks(self.layout.part_stride(0) as usize);
+        let checksums = parts.map(crc32fast::hash).collect();
+        let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECT;
+        let Ok(file) = rustix::fs::open(&path, flags, rustix::fs::Mode::empty()) else {
+            println!("SKIPPED: no O_DIRECT on the temporary folder's file system");
+            return None;
+        };
+        Some(InFile { file: Arc::new(file), offset: 4096, checksums })
     }
 
     /// The next end that the node is told of.
@@ -164,4 +201,60 @@ fn memory_that_is_closed_under_its_copies_is_closed_when_they_have_ended() {
             other => panic!("{other:?}"),
         }
     }
+}
+
+#[test]
+fn a_block_is_lifted_only_if_every_part_of_it_has_its_checksum() {
+    let (mut rig, folder) = (rig(), tempfile::tempdir().unwrap());
+    rig.take();
+    let Some(right) = rig.in_file(folder.path()) else { return };
+    let again =
+        |right: &InFile| InFile { file: right.file.clone(), checksums: right.checksums.clone(), ..*right };
+    rig.lift(1, Some(again(&right)));
+    assert_eq!(rig.lifted(1), Ok(()));
+    let mut wrong = again(&right);
+    *wrong.checksums.last_mut().expect("parts") ^= 1;
+    rig.lift(2, Some(wrong));
+    assert_eq!(rig.lifted(2), Err(MoveError::Checksum));
+    let text = |result: Result<(), MoveError>| match result {
+        Err(MoveError::Device(why)) => why,
+        other => panic!("{other:?}"),
+    };
+    rig.lift(3, Some(InFile { offset: 1 << 30, ..again(&right) }));
+    assert!(text(rig.lifted(3)).contains("ends before"));
+    rig.lift(4, None);
+    assert!(text(rig.lifted(4)).contains("no file"));
+    let error = GpuError::Driver { operation: "read a file", reason: "EIO".to_owned() };
+    rig.control.fail_next(Operation::ReadFile, error);
+    rig.lift(5, Some(again(&right)));
+    assert!(text(rig.lifted(5)).contains("EIO"));
+    // what is closed meanwhile is lifted for nobody
+    rig.orders.send(Order::Close { memory: 1 }).unwrap();
+    assert!(matches!(rig.hear(), DeviceEnd::Closed { memory: 1 }));
+    rig.lift(6, Some(right));
+    assert!(text(rig.lifted(6)).contains("closed"));
+}
+
+#[test]
+fn a_device_that_goes_ends_its_lifts_too() {
+    let (mut rig, folder) = (rig(), tempfile::tempdir().unwrap());
+    rig.take();
+    let Some(right) = rig.in_file(folder.path()) else { return };
+    rig.control.hold();
+    rig.copy(1);
+    assert!(rig.control.wait_held(PATIENCE), "it is under way");
+    rig.lift(2, Some(right));
+    rig.control.lose("it fell off the bus");
+    let mut ended = std::collections::BTreeSet::new();
+    while ended.len() < 2 {
+        match rig.hear() {
+            DeviceEnd::Copied { token, result } => {
+                assert!(ended.insert(token) && result.unwrap().miss == CopyMiss::Device);
+            }
+            DeviceEnd::Lifted { token, result } => assert!(ended.insert(token) && result.is_err()),
+            other => panic!("{other:?}"),
+        }
+    }
+    rig.lift(3, None);
+    rig.lifted(3).unwrap_err();
 }
