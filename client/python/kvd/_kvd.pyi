@@ -525,7 +525,7 @@ class Space:
         skip: int = 0,
         claim: Claim | None = None,
         hints: Hints | None = None,
-        into: Sequence[Pages] = (),
+        into: Sequence[Pages] = ...,
         timeout_s: float | None = ...,
     ) -> Match: ...
     def match_soon(
@@ -536,7 +536,7 @@ class Space:
         skip: int = 0,
         claim: Claim | None = None,
         hints: Hints | None = None,
-        into: Sequence[Pages] = (),
+        into: Sequence[Pages] = ...,
     ) -> Pending[Match]: ...
     def reserve(
         self,

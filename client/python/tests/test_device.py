@@ -197,6 +197,39 @@ def test_a_node_that_stands_still_keeps_nobody_waiting(tmp_path: Path) -> None:
         assert not quarantine.is_full(), "all of it has ended"
 
 
+def test_what_is_on_nvme_comes_to_the_device_past_dram(tmp_path: Path) -> None:
+    table, host = list(range(BLOCKS)), Rank(LAYOUT, BLOCKS)
+    tiers = {"dram": 8 * MIB, "nvme": 64 * MIB, "hbm": 32 * MIB}
+    with Daemon(tmp_path, device="software", **tiers) as node, node.client() as session:
+        space = session.space("lifted", "r1", LAYOUT)
+        rank = DeviceRank(LAYOUT, BLOCKS).on(space)
+        prompts = [
+            (space.chain([seed, *range(1, BLOCKS * 16)]), Truth(LAYOUT, BLOCKS, seed=seed)) for seed in range(16)
+        ]
+        for chain, truth in prompts:
+            rank.fill(truth, table)
+            rank.store(space, "", chain, table, wait_s=DEADLINE_S)
+        pages, reasons = rank.described(), set()
+        # the first ones find no room on the device yet, and little in DRAM
+        for number, (chain, truth) in enumerate(prompts * 2):
+            with space.match("", chain, into=[pages]) as match:
+                blocks = match.blocks
+                assert number < len(prompts) or blocks == BLOCKS
+                loading = match.load_into([pages], [table], first=0, end=blocks, patience_s=DEADLINE_S)
+                assert loading.wait(DEADLINE_S)
+                outcome = loading.outcome()
+                assert outcome is not None
+                assert outcome[0] is None
+                assert blocks < BLOCKS or rank.differs(truth, table) == []
+                elsewhere = match.load_into([host.described()], [table], first=0, end=blocks, patience_s=DEADLINE_S)
+                assert elsewhere.wait(DEADLINE_S)
+                outcome = elsewhere.outcome()
+            assert outcome is not None
+            reasons.add(None if outcome[1] is None else outcome[1].reason)
+        assert reasons == {None, "in_device"}, "some in DRAM, and some on the device alone"
+        assert pages.close(DEADLINE_S)
+
+
 def test_cuda_is_asked_only_where_it_is() -> None:
     from kvd import _cuda
 
