@@ -8,6 +8,7 @@
 use crate::paged::PagedShape;
 use crate::session::unexpected;
 use crate::space::SpaceHandle;
+use bytes::Bytes;
 use kvd_proto::wire::{self, client_frame::Body as Ask, node_frame::Body as Answer};
 use kvd_proto::{Code, Error, GroupKind, Slice};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -144,7 +145,7 @@ impl DeviceMemory {
         &self,
         (lease, incarnation): (u64, u64),
         blocks: Range<u32>,
-        table: &[i32],
+        table: Bytes,
         layer_ranges: Range<u32>,
         fence: Option<wire::Fence>,
     ) -> Result<wire::CopyReply, Error> {
@@ -154,7 +155,7 @@ impl DeviceMemory {
             lease,
             memory: opened.memory,
             blocks: Some(wire::BlockRange { first: blocks.start, count: blocks.len() as u32 }),
-            table: table.iter().flat_map(|page| page.to_le_bytes()).collect::<Vec<_>>().into(),
+            table,
             first_layer_range: layer_ranges.start,
             layer_ranges: layer_ranges.len() as u32,
             fence,
@@ -221,6 +222,11 @@ impl Drop for DeviceMemory {
             self.space.session().inner.close_memory(opened.incarnation, opened.memory);
         }
     }
+}
+
+/// A page table as it travels.
+pub(crate) fn packed(table: &[i32]) -> Bytes {
+    table.iter().flat_map(|page| page.to_le_bytes()).collect::<Vec<_>>().into()
 }
 
 /// Whether the process behind a pidfd has ended.

@@ -4,16 +4,22 @@
 //! arrived; a failure ends the load at its block, and everything from there on counts as failed; after `stop` has returned nobody
 //! touches the pages. Leaves to others: which blocks and pages (the engine), whether bytes are the block's (`lease`).
 
-use crate::device::DeviceMemory;
+use crate::device::{self, DeviceMemory};
 use crate::lease::{Match, MissReason, OpenBlock, Read};
 use crate::paged::{PagedGroup, PagedMemory, Pages};
-use kvd_proto::wire::{CopyMiss, Fence};
+use bytes::Bytes;
+use kvd_proto::wire::{CopyMiss, CopyReply, Fence};
 use kvd_proto::{Code, Error, Layout};
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+
+/// Copies of one load that the node has at a time. More hide no more of the way to it, and keep others of its device waiting.
+const COPIES_AHEAD: usize = 4;
 
 /// How a load ended, or how far it is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -143,40 +149,28 @@ impl Job {
         let layout = self.found.layout();
         let ranges = layout.groups().iter().map(|group| group.layer_ranges).max().unwrap_or(0);
         let mut open: Vec<Vec<OpenBlock<'_>>> = self.groups.iter().map(|_| Vec::new()).collect();
-        let mut arrived = vec![blocks.start; self.groups.len()];
-        let mut end = blocks.end;
+        let mut ahead = Ahead::new(&self, &blocks, runtime);
         for range in 0..ranges {
             for (group, (pages, table)) in self.groups.iter().enumerate() {
-                let (open, wanted) = (&mut open[group], blocks.start..end);
-                let failed = match pages {
-                    Pages::Host(pages) => wanted.clone().find_map(|block| {
-                        let at = (block - blocks.start) as usize;
-                        let opened = self.opened(open, at, block, group, runtime);
-                        let group = &layout.groups()[group];
-                        let loaded =
-                            opened.and_then(|()| self.load_range(&open[at], pages, table, group, range));
-                        loaded.err().map(|stop| (block, stop))
-                    }),
-                    Pages::Device(memory) => {
-                        // its slots are the node's to read, and may be in the device alone
-                        let late = (arrived[group]..end).find_map(|block| {
-                            let stop = self.arrived(block, runtime).err();
-                            arrived[group] += u32::from(stop.is_none());
-                            stop.map(|stop| (block, stop))
+                match pages {
+                    Pages::Host(pages) => {
+                        let open = &mut open[group];
+                        let failed = (blocks.start..ahead.end).find_map(|block| {
+                            let at = (block - blocks.start) as usize;
+                            let opened = self.opened(open, at, block, group, runtime);
+                            let group = &layout.groups()[group];
+                            let loaded =
+                                opened.and_then(|()| self.load_range(&open[at], pages, table, group, range));
+                            loaded.err().map(|stop| (block, stop))
                         });
-                        let end = late.as_ref().map_or(end, |(block, _)| *block);
-                        let copied = self.have_copied(memory, table, blocks.start..end, range, runtime);
-                        copied.err().or(late)
+                        failed.into_iter().for_each(|(block, stop)| ahead.fail(block, stop));
                     }
-                };
-                if let Some((block, stop)) = failed {
-                    end = block;
-                    self.failed(block, stop);
+                    Pages::Device(memory) => ahead.order(group, memory, range),
                 }
             }
-            self.shared.lock().ranges_done = range + 1;
-            self.shared.changed.notify_all();
+            ahead.ordered(range + 1);
         }
+        ahead.finish();
     }
 
     /// The block's header, checked once, after it has arrived.
@@ -236,42 +230,6 @@ impl Job {
         Ok(())
     }
 
-    /// One layer range of blocks that have arrived, by the node. An error names the first that is not there.
-    fn have_copied(
-        &self,
-        memory: &DeviceMemory,
-        table: &[i32],
-        blocks: Range<u32>,
-        range: u32,
-        runtime: &Handle,
-    ) -> Result<(), (u32, Stop)> {
-        if blocks.is_empty() || !memory.layer_ranges().contains(&range) {
-            return Ok(());
-        }
-        let first = blocks.start;
-        if self.shared.lock().stopped {
-            return Err((first, Stop::Miss(None)));
-        }
-        let asked = blocks.len() as u32;
-        let last = memory.group() + 1 == self.groups.len();
-        let fence = self.fence.filter(|_| last).map(|fence| Fence { value: fence.value + range, ..fence });
-        let copy = memory.copy(self.found.lease_of(), blocks, table, range..range + 1, fence);
-        let reply = runtime.block_on(copy).map_err(|error| match error.code {
-            Code::Invalid | Code::Limit => (first, Stop::Refused(error)),
-            Code::LeaseEnded | Code::UnknownLease => (first, Stop::Miss(Some(MissReason::LeaseEnded))),
-            _ => (first, Stop::Miss(Some(MissReason::Failed))),
-        })?;
-        let copied = reply.copied.min(asked);
-        let bytes = memory.bytes(range..range + 1, self.found.layout().block_tokens());
-        self.shared.lock().loaded.bytes += u64::from(copied) * bytes;
-        let reason = match reply.miss() {
-            CopyMiss::None if copied == asked => return Ok(()),
-            CopyMiss::Checksum => MissReason::Checksum,
-            _ => MissReason::Failed,
-        };
-        Err((first + copied, Stop::Miss(Some(reason))))
-    }
-
     fn failed(&self, block: u32, stop: Stop) {
         let mut state = self.shared.lock();
         let from = state.loaded.failed_from.map_or(block, |from| from.min(block));
@@ -279,6 +237,150 @@ impl Job {
         match stop {
             Stop::Miss(reason) => state.loaded.miss = reason,
             Stop::Refused(error) => state.loaded.refused = Some(error),
+        }
+    }
+}
+
+/// One layer range of one group, which the node was asked to copy.
+struct Copying {
+    range: u32,
+    group: usize,
+    blocks: Range<u32>,
+    reply: JoinHandle<Result<CopyReply, Error>>,
+}
+
+/// What the node copies, a few layer ranges ahead of what has ended, so that a device does not wait for the way there and back between two of them. The node does the copies of one lease in
+/// order. Dropped, it waits for all of them (law 2).
+struct Ahead<'a> {
+    job: &'a Job,
+    runtime: &'a Handle,
+    first: u32,
+    /// Blocks from here on are given up.
+    end: u32,
+    /// By group, up to where blocks have arrived.
+    arrived: Vec<u32>,
+    /// By group, the page table as it travels.
+    tables: Vec<Bytes>,
+    copies: VecDeque<Copying>,
+    /// Layer ranges that are given out, or loaded here, whole.
+    ordered: u32,
+}
+
+impl<'a> Ahead<'a> {
+    fn new(job: &'a Job, blocks: &Range<u32>, runtime: &'a Handle) -> Self {
+        let table = |(pages, table): &PagedGroup| match pages {
+            Pages::Host(_) => Bytes::new(),
+            Pages::Device(_) => device::packed(table),
+        };
+        Self {
+            job,
+            runtime,
+            first: blocks.start,
+            end: blocks.end,
+            arrived: vec![blocks.start; job.groups.len()],
+            tables: job.groups.iter().map(table).collect(),
+            copies: VecDeque::new(),
+            ordered: 0,
+        }
+    }
+
+    fn fail(&mut self, block: u32, stop: Stop) {
+        if block < self.end {
+            self.end = block;
+            self.job.failed(block, stop);
+        }
+    }
+
+    /// Has one layer range copied, of blocks that have arrived.
+    fn order(&mut self, group: usize, memory: &Arc<DeviceMemory>, range: u32) {
+        // its slots are the node's to read, and may be in the device alone
+        while self.arrived[group] < self.end {
+            match self.job.arrived(self.arrived[group], self.runtime) {
+                Ok(()) => self.arrived[group] += 1,
+                Err(stop) => self.fail(self.arrived[group], stop),
+            }
+        }
+        if self.job.shared.lock().stopped {
+            self.fail(self.first, Stop::Miss(None));
+        }
+        let blocks = self.first..self.end;
+        if blocks.is_empty() || !memory.layer_ranges().contains(&range) {
+            return;
+        }
+        let last = group + 1 == self.job.groups.len();
+        let fence =
+            self.job.fence.filter(|_| last).map(|fence| Fence { value: fence.value + range, ..fence });
+        let (memory, lease, table) = (memory.clone(), self.job.found.lease_of(), self.tables[group].clone());
+        let wanted = blocks.clone();
+        let copy = async move { memory.copy(lease, wanted, table, range..range + 1, fence).await };
+        let reply = self.runtime.spawn(copy);
+        self.copies.push_back(Copying { range, group, blocks, reply });
+        while self.copies.len() > COPIES_AHEAD {
+            self.end_one();
+        }
+    }
+
+    /// So many layer ranges are given out.
+    fn ordered(&mut self, ranges: u32) {
+        self.ordered = ranges;
+        self.tell();
+    }
+
+    fn finish(&mut self) {
+        while !self.copies.is_empty() {
+            self.end_one();
+        }
+    }
+
+    fn tell(&self) {
+        let done = self.copies.front().map_or(self.ordered, |copy| copy.range.min(self.ordered));
+        self.job.shared.lock().ranges_done = done;
+        self.job.shared.changed.notify_all();
+    }
+
+    fn end_one(&mut self) {
+        let Some(Copying { range, group, blocks, reply }) = self.copies.pop_front() else { return };
+        let lost = || Error::new(Code::Internal, "copy", "what asked the node for it is gone", "report it");
+        let ended = self.runtime.block_on(reply).unwrap_or_else(|_| Err(lost()));
+        if let Err((block, stop)) = self.take(range, group, &blocks, ended) {
+            self.fail(block, stop);
+        }
+        self.tell();
+    }
+
+    /// An error names the first block that is not there.
+    fn take(
+        &self,
+        range: u32,
+        group: usize,
+        blocks: &Range<u32>,
+        ended: Result<CopyReply, Error>,
+    ) -> Result<(), (u32, Stop)> {
+        let (first, asked) = (blocks.start, blocks.len() as u32);
+        let reply = ended.map_err(|error| match error.code {
+            Code::Invalid | Code::Limit => (first, Stop::Refused(error)),
+            Code::LeaseEnded | Code::UnknownLease => (first, Stop::Miss(Some(MissReason::LeaseEnded))),
+            _ => (first, Stop::Miss(Some(MissReason::Failed))),
+        })?;
+        let copied = reply.copied.min(asked);
+        let Pages::Device(memory) = &self.job.groups[group].0 else {
+            unreachable!("the node copies to devices")
+        };
+        let bytes = memory.bytes(range..range + 1, self.job.found.layout().block_tokens());
+        self.job.shared.lock().loaded.bytes += u64::from(copied) * bytes;
+        let reason = match reply.miss() {
+            CopyMiss::None if copied == asked => return Ok(()),
+            CopyMiss::Checksum => MissReason::Checksum,
+            _ => MissReason::Failed,
+        };
+        Err((first + copied, Stop::Miss(Some(reason))))
+    }
+}
+
+impl Drop for Ahead<'_> {
+    fn drop(&mut self) {
+        for copy in self.copies.drain(..) {
+            _ = self.runtime.block_on(copy.reply);
         }
     }
 }

@@ -3,7 +3,7 @@
 //! Owns when the pages are touched. Invariants: after `stop` has returned nobody reads the pages, and what was not copied whole by then is
 //! not committed; a rank commits its own parts only. Leaves to others: which blocks and pages (the engine), slots (`fill`).
 
-use crate::device::DeviceMemory;
+use crate::device::{DeviceMemory, packed};
 use crate::fill::Fill;
 use crate::paged::{PagedGroup, PagedMemory, Pages};
 use crate::space::SpaceHandle;
@@ -231,15 +231,20 @@ fn have_copied(
     told: &EndsWith,
     runtime: &Handle,
 ) -> Result<(usize, u64), Error> {
-    let (mut done, mut bytes) = (0, 0);
+    let (mut done, mut bytes, table) = (0, 0, packed(table));
     let each = memory.bytes(memory.layer_ranges(), fill.layout().block_tokens());
     for run in granted.chunk_by(|a, b| a + 1 == *b).flat_map(|run| run.chunks(BLOCKS_AT_ONCE)) {
         if told.0.lock().stopped {
             break;
         }
         let blocks = run[0]..run[0] + run.len() as u32;
-        let reply =
-            runtime.block_on(memory.copy(fill.lease_of(), blocks, table, memory.layer_ranges(), None))?;
+        let reply = runtime.block_on(memory.copy(
+            fill.lease_of(),
+            blocks,
+            table.clone(),
+            memory.layer_ranges(),
+            None,
+        ))?;
         if told.0.lock().stopped {
             break; // whoever gave up may have changed the pages while they were read
         }
