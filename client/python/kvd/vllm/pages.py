@@ -29,6 +29,8 @@ logger = logging.getLogger("vllm.kvd")
 
 OPEN_AGAIN_S = 1.0
 """From a node's refusal to open pages, or its absence, to the next time it is asked: meanwhile nothing is loaded or stored."""
+_ALLOCATOR_FLAGS = "--enable-sleep-mode and --enable-cumem-allocator"
+"""Of vLLM: with them its memory is not cudaMalloc's, and has no handle that another process could open."""
 
 
 class RankPages:
@@ -98,7 +100,10 @@ class RankPages:
 
     def _find(self, tensors: list[torch.Tensor]) -> None:
         """The allocations that they are in: an engine may have one for all of its layers."""
-        found = {one.address: one for one in (self._device.allocation(tensor.data_ptr()) for tensor in tensors)}
+        try:
+            found = {one.address: one for one in (self._device.allocation(tensor.data_ptr()) for tensor in tensors)}
+        except kvd.InvalidError as error:
+            raise _refused(error.message, f"{error.fix}; for vLLM: without {_ALLOCATOR_FLAGS}") from error
         devices = {one.device for one in found.values()}
         if len(devices) != 1:
             raise _refused(f"on {len(devices)} devices", "give each rank one device")

@@ -146,7 +146,8 @@ class Store:
 
 def _until_quiet(request: str, quiet: Callable[[], bool]) -> None:
     """For an engine that takes pages back now. Its interface knows no "not yet" here, so law 2 wins over law 3: a copy that lands later would be in some other
-    request's pages. A copy takes milliseconds; a node that is killed is seen to be gone; only one that is stopped keeps the engine, and the log says so."""
+    request's pages. A copy takes milliseconds; a node that is killed is seen to be gone; only one that is stopped keeps the engine, and the log says so.
+    Not to be left to whoever drops a transfer: that waits as well, and no thread of Python's runs meanwhile."""
     since_s, said = time.monotonic(), False
     while not quiet():
         if not said and time.monotonic() - since_s >= SAY_S:

@@ -33,8 +33,9 @@ STORE_TIMEOUT_S = 15.0
 AWAY_S = 0.05
 """A load that still goes on after the node was away for so long is given up: what has arrived is there by then, and nothing more may ever come.
 An engine that waits for it in its batch could not even hear of the node's return: its scheduler waits as well."""
-CLOSE_S = 5.0
-"""An engine that ends waits so long, in all, for a node that is amid copies of its pages. What is left then keeps their memory until the process ends."""
+CLOSE_S = 3.0
+"""An engine that ends waits so long, in all, for a node that is amid copies of its pages; vLLM kills a rank that takes more than 5 s to end. What is left then keeps
+their memory until the process ends."""
 
 
 class WorkerSide:

@@ -24,14 +24,13 @@ UNTOUCHED = 0x5A
 
 
 class Mark:
-    """Of work that is done when a test says so."""
+    """Of work that is done when a test says so, or when it was asked for so many times."""
 
-    def __init__(self, reached: bool) -> None:
+    def __init__(self, asks: int | None) -> None:
+        self._asks = asks
         self._reached = threading.Event()
         self.waits = 0
         self.on_wait: Any = None
-        if reached:
-            self._reached.set()
 
     def reach(self) -> None:
         """The work before it is done."""
@@ -39,6 +38,10 @@ class Mark:
 
     def done(self) -> bool:
         """As of an event."""
+        if self._asks is not None:
+            self._asks -= 1
+            if self._asks < 0:
+                self._reached.set()
         return self._reached.is_set()
 
     def wait(self) -> None:
@@ -50,11 +53,12 @@ class Mark:
 
 
 class StandIn:
-    """In place of `kvd.vllm.device.Cuda`. `busy`: marks are not reached by themselves."""
+    """In place of `kvd.vllm.device.Cuda`. `busy`: a test says when marks are reached; otherwise after so many `asks`."""
 
-    def __init__(self) -> None:
+    def __init__(self, asks: int = 0) -> None:
         self._memories: list[Memory] = []
         self.marks: list[Mark] = []
+        self.asks = asks
         self.busy = False
         self.on_wait: Any = None
 
@@ -77,7 +81,7 @@ class StandIn:
 
     def mark(self) -> Mark:
         """As `Device.mark`."""
-        mark = Mark(not self.busy)
+        mark = Mark(None if self.busy else self.asks)
         mark.on_wait = self.on_wait
         self.marks.append(mark)
         return mark

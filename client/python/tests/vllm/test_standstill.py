@@ -76,15 +76,19 @@ def test_what_a_standing_node_may_still_write_is_nobodys(node: Daemon, space: st
         assert rank.holds(1, [OTHER])
 
 
-def test_a_node_killed_amid_a_load_is_a_miss(node: Daemon, space: str) -> None:
+def test_a_node_killed_amid_copies_is_a_miss(node: Daemon, space: str) -> None:
     with Rank(node, space) as rank:
         _ready(rank)
         os.kill(node.pid, signal.SIGSTOP)
         rank.device.marks[-1].reach()
         rank.device.busy = False
-        assert rank.step().received == set()
+        rank.compute(2, [MORE])
+        job = rank.store_job("s", 2, [MORE])
+        assert rank.step(stores=[job], await_stores={"s"}).received == set()
         node.kill9()
         assert rank.until_received("r").invalid == set(OTHER)
+        until("the store's end", lambda: not rank.worker._stores or rank.step() is None)
+        assert rank.step(await_stores={"s"}).sent == {"s"}
         old = rank.client.token
         node.start()
         until("the session again", lambda: rank.client.token not in (old, b""))
