@@ -13,6 +13,7 @@ from typing import Any
 from rig import torch as have_torch
 
 torch = have_torch()
+torch.set_num_threads(1)  # small tensors: on a busy machine threads wait for each other
 Write = Callable[[Any, Any, Any, Any, Any], None]
 Order = tuple[int, ...]
 # physical order of (layer, page, head, token), as `vllm.v1.kv_cache_layout` names them
