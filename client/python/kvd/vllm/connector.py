@@ -20,6 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvd.vllm import identity
+from kvd.vllm.device import Cuda, Device
 from kvd.vllm.meta import KvdMetadata
 from kvd.vllm.scheduler import SchedulerSide
 from kvd.vllm.settings import Settings
@@ -72,7 +73,11 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
             ranks = _ranks()
             engine = identity.of_engine(vllm_config, kv_cache_config, settings, ranks)
             layers = vllm_config.compilation_config.static_forward_context
-            self._worker = WorkerSide(settings, engine, f"rank {ranks[0]}.{ranks[1]}", layers)
+            self._worker = WorkerSide(settings, engine, f"rank {ranks[0]}.{ranks[1]}", layers, self._device())
+
+    def _device(self) -> Device:
+        """Where pages may be, beside the host."""
+        return Cuda()
 
     @property
     def requires_kv_delivery(self) -> bool:
