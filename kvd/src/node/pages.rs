@@ -7,12 +7,12 @@
 //! Leaves to others: page tables, addresses, devices (the shell), who may lease what (`lease`).
 
 use super::Node;
-use super::device::{Copied, CopyBlock, CopyOrder, DeviceEnd, DeviceOrder};
+use super::device::{Copied, CopyBlock, CopyOrder, DeviceEnd, DeviceOrder, Given};
 use super::event::{Effect, MemberId};
 use super::hbm::{Class, Using};
 use super::lease::{ItemState, Lease, LeaseId, PartSet, RequestKind};
 use super::session::SessionId;
-use kvd_proto::limits::{COPIES_MAX, FENCE_FAILED, MEMORIES_MAX, MEMORY_RANGES_MAX};
+use kvd_proto::limits::{COPIES_MAX, FENCE_FAILED, MEMORIES_MAX, MEMORY_CHUNKS_MAX, MEMORY_RANGES_MAX};
 use kvd_proto::wire::{self, CopyMiss, node_frame::Body as Reply};
 use kvd_proto::{Code, Error, Slice};
 use kvd_tiers::catalog::Handle;
@@ -160,13 +160,14 @@ impl Node {
         member: MemberId,
         request_id: u64,
         request: wire::OpenMemoryRequest,
+        given: Given,
     ) -> Result<(), Error> {
         if !self.sessions.member_maps(member) {
             let fix = "use the session's Unix socket, on the node's own machine";
             return Err(Error::invalid("open_memory", "asked over gRPC", fix));
         }
         let space = self.space_of(member, request.space)?;
-        let device = check_memory(&request)?;
+        let device = check_memory(&request, given.count)?;
         if self.pages.of(member).count() >= MEMORIES_MAX {
             return Err(Error::limit("memory", format!("{MEMORIES_MAX} of one member"), "close some"));
         }
@@ -189,6 +190,7 @@ impl Node {
             memory: id,
             layout: Box::new(layout),
             request: Box::new(request),
+            given,
         }));
         Ok(())
     }
@@ -438,7 +440,7 @@ fn unknown_memory(id: MemoryId) -> Error {
 }
 
 /// What can be said of it without a device.
-fn check_memory(request: &wire::OpenMemoryRequest) -> Result<[u8; UUID_BYTES], Error> {
+fn check_memory(request: &wire::OpenMemoryRequest, given: usize) -> Result<[u8; UUID_BYTES], Error> {
     let device = <[u8; UUID_BYTES]>::try_from(&request.device[..]).map_err(|_| {
         let what = format!("{} bytes", request.device.len());
         Error::invalid("device", what, "give the device's UUID: 16 bytes")
@@ -448,7 +450,24 @@ fn check_memory(request: &wire::OpenMemoryRequest) -> Result<[u8; UUID_BYTES], E
         let fix = format!("give 1 to {MEMORY_RANGES_MAX} allocations");
         return Err(Error::invalid("ranges", format!("{count} allocations"), fix));
     }
+    let named = request.ranges.iter().map(|range| range.chunks.len()).sum::<usize>();
+    if named > MEMORY_CHUNKS_MAX {
+        let fix = format!("open it in pieces of at most {MEMORY_CHUNKS_MAX}");
+        return Err(Error::limit("chunks", format!("{named} in one memory"), fix));
+    }
+    if named != given {
+        let what = format!("{named} chunks are named, {given} descriptors were given");
+        let fix = "before this, give the descriptor of each chunk by give_chunks, and no others";
+        return Err(Error::invalid("ranges", what, fix));
+    }
     for (at, range) in request.ranges.iter().enumerate() {
+        if !range.chunks.is_empty() {
+            check_chunks(range).map_err(|what| {
+                let fix = "give either a handle or chunks, and as bytes the sum of their sizes";
+                Error::invalid(format!("ranges[{at}]"), what, fix)
+            })?;
+            continue;
+        }
         if range.handle.len() != HANDLE_BYTES || range.bytes == 0 {
             let what = format!("a handle of {} bytes, for {} bytes", range.handle.len(), range.bytes);
             let fix = "give the 64 bytes of CUipcMemHandle, and the size of what it names";
@@ -456,6 +475,17 @@ fn check_memory(request: &wire::OpenMemoryRequest) -> Result<[u8; UUID_BYTES], E
         }
     }
     Ok(device)
+}
+
+fn check_chunks(range: &wire::DeviceRange) -> Result<(), String> {
+    if !range.handle.is_empty() {
+        return Err(format!("a handle of {} bytes beside {} chunks", range.handle.len(), range.chunks.len()));
+    }
+    let sum = range.chunks.iter().try_fold(0_u64, |sum, bytes| sum.checked_add(*bytes));
+    match sum.filter(|sum| *sum == range.bytes && range.chunks.iter().all(|bytes| *bytes > 0)) {
+        Some(_) => Ok(()),
+        None => Err(format!("{} chunks for {} bytes", range.chunks.len(), range.bytes)),
+    }
 }
 
 /// Layer ranges of the slice, counted in the group.

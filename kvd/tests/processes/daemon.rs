@@ -163,6 +163,13 @@ impl Daemon {
     }
 
     /// Kills it (-9) and waits for its end.
+    /// How many of its open files have this in their name.
+    pub(crate) fn open_files(&self, named: &str) -> usize {
+        let files = std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap();
+        let links = files.filter_map(|file| std::fs::read_link(file.ok()?.path()).ok()); // one may be closed meanwhile
+        links.filter(|link| link.to_string_lossy().contains(named)).count()
+    }
+
     pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();

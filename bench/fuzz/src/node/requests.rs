@@ -272,7 +272,7 @@ fn open_memory(material: &mut Material, shell: &Shell) -> wire::OpenMemoryReques
         group: small(material, 0),
         device: vec![7; if odd { material.below(18) } else { 16 }].into(),
         ranges: vec![
-            wire::DeviceRange { handle: vec![1; 64].into(), bytes: material.number() };
+            wire::DeviceRange { handle: vec![1; 64].into(), bytes: material.number(), chunks: Vec::new() };
             1 + layers / 8
         ],
         first_layer: small(material, 0),

@@ -111,7 +111,7 @@ pub(super) fn open_memory_of(space: u32) -> wire::OpenMemoryRequest {
         space,
         group: 0,
         device: vec![7; 16].into(),
-        ranges: vec![wire::DeviceRange { handle: vec![1; 64].into(), bytes: 1 << 30 }],
+        ranges: vec![wire::DeviceRange { handle: vec![1; 64].into(), bytes: 1 << 30, chunks: Vec::new() }],
         heads: layout().groups()[0].heads,
         page_tokens: 16,
         pages: 64,
