@@ -85,7 +85,10 @@ pub const NODES_MAX: usize = 1024;
 const _: () = {
     assert!(CHAIN_BLOCKS_MAX * 16 + 1024 <= FRAME_BYTES_MAX, "a full chain fits a frame");
     assert!(RUNS_MAX * 48 + CHAIN_BLOCKS_MAX + 1024 <= FRAME_BYTES_MAX, "a full answer fits a frame");
-    assert!(MEMORY_CHUNKS_MAX * 10 + MEMORY_RANGES_MAX * 128 < FRAME_BYTES_MAX / 2, "every chunk's size fits a frame");
+    assert!(
+        MEMORY_CHUNKS_MAX * 10 + MEMORY_RANGES_MAX * 128 < FRAME_BYTES_MAX / 2,
+        "every chunk's size fits a frame"
+    );
     assert!(PARTS_MAX <= u16::MAX as usize);
     assert!(SLOT_BYTES_MAX.is_multiple_of(PART_ALIGN));
     assert!(FRAME_FDS_MAX.is_multiple_of(2), "segments travel as pairs of descriptors");
