@@ -224,6 +224,40 @@ async fn descriptors_that_no_frame_announces_end_the_connection() {
 }
 
 #[tokio::test]
+async fn who_gives_much_takes_nothing_from_those_that_are_served() {
+    let mut daemon = Daemon::start(&Setup { open_files: 300, ..setup() }).await;
+    let chunks = many(FRAME_FDS_MAX);
+    let of = |first, count| wire::GiveChunksRequest { first, count };
+    let mut peers: Vec<_> = (0..3).map(|_| Raw::connect(&daemon.socket())).collect();
+    for peer in &mut peers {
+        peer.open(open_request());
+    }
+    let [first, second, third] = &mut peers[..] else { unreachable!() };
+    give(first, of(0, 128), 128, &chunks);
+    assert_eq!(given(first), 128);
+    give(second, of(0, 22), 22, &chunks[..22]);
+    assert_eq!(given(second), 22, "half of what may be open");
+    for _ in 0..20 {
+        give(third, of(0, 128), 128, &chunks);
+        assert_eq!(third.refusal(), (Code::Limit, "chunks".to_owned()));
+        give(second, of(22, 1), 1, &chunks[..1]); // what it gave before is closed, too
+        assert_eq!(second.refusal(), (Code::Limit, "chunks".to_owned()));
+        give(second, of(0, 22), 22, &chunks[..22]);
+        assert_eq!(given(second), 22);
+    }
+    let engine = Engine::open(&daemon.socket()).await;
+    assert_eq!(engine.put(&[1, 2, 3]).await, 3);
+    assert_eq!(engine.get(&[1, 2, 3]).await, 3);
+    give(first, of(128, 1), 1, &chunks[..1]);
+    assert_eq!(first.refusal(), (Code::Limit, "chunks".to_owned()), "and what it held is closed");
+    give(third, of(0, 120), 120, &chunks[..120]);
+    assert_eq!(given(third), 120);
+    drop(peers);
+    holds_none(&daemon).await;
+    daemon.is_well().await;
+}
+
+#[tokio::test]
 async fn memory_that_is_no_chunk_is_refused_with_what_to_do() {
     let mut daemon = Daemon::start(&setup()).await;
     let engine = Engine::open(&daemon.socket()).await;
