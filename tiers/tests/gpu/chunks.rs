@@ -6,6 +6,7 @@ use cudarc::driver::sys;
 use kvd_tiers::gpu::software::{CHUNK_BYTES, Operation, SoftwareDevice, SoftwareOptions};
 use kvd_tiers::gpu::{Address, Checksums, Chunk, GpuError, Way, Work};
 use rustix::fd::{AsFd as _, FromRawFd as _, OwnedFd};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::mem::MaybeUninit;
 
 type Held = (OwnedFd, u64);
@@ -140,6 +141,13 @@ fn the_stand_in_knows_its_own_chunks_and_forgets_what_it_refused() {
     control.refuse_next(Operation::Map, scripted.clone());
     assert_eq!(map(&mut rig, &[&good]), Err(scripted));
     assert_eq!(control.held().opened, 0);
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current.is_some_and(|now| now < 4096) {
+        let more = Rlimit { current: Some(4096), ..limit };
+        if let Err(errno) = setrlimit(Resource::Nofile, more) {
+            return println!("SKIPPED: a thousand descriptors (ulimit -n): {errno}");
+        }
+    }
     let many: Vec<Held> = (0..1000).map(|_| chunk(&rig, 1)).collect();
     let before = std::fs::read_dir("/proc/self/fd").unwrap().count();
     let memory = map(&mut rig, &many.iter().collect::<Vec<_>>()).unwrap();
