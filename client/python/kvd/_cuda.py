@@ -1,7 +1,9 @@
 """What another process needs to know of CUDA memory: whose device, which allocation, its name, or the chunks that it is of.
 
 Memory of the virtual memory functions (torch's expandable segments) has no name: each chunk that is mapped is exported as a file
-descriptor instead. A chunk is what one `cuMemMap` mapped; `cuMemGetAddressRange` says of an address where its chunk begins and ends.
+descriptor instead. A chunk is what one `cuMemMap` mapped; `cuMemGetAddressRange` says of an address where its chunk begins and ends. The
+reference says so of other memory only, and a chunk that is taken for another piece of it would be mapped by the node over the wrong bytes: so
+both ends are looked at, by the allocations that the driver has on either side of them.
 
 By the driver's own library, so that nothing here depends on torch's version; it is loaded when first asked for. Signatures are those of
 the CUDA driver API's reference ("Memory Management", "Unified Addressing", "Device Management").
@@ -99,11 +101,23 @@ def _handle(base: int) -> bytes | None:
     return None if refused else bytes(handle.reserved)
 
 
-def _exported(base: int) -> int:
-    """A descriptor of the chunk that is mapped there."""
+def _allocation_at(address: int) -> int | None:
+    """The driver's number of what is mapped there, the same for all of it; `None`: no chunk."""
+    chunk = ctypes.c_uint64()
+    if _driver().cuMemRetainAllocationHandle(ctypes.byref(chunk), address):
+        return None
+    _driver().cuMemRelease(chunk.value)
+    return chunk.value
+
+
+def _exported(base: int, size: int) -> int:
+    """A descriptor of the chunk that is mapped there, and whole."""
     chunk, descriptor = ctypes.c_uint64(), ctypes.c_int(-1)
     _call("cuMemRetainAllocationHandle", ctypes.byref(chunk), base)
     try:
+        inside, outside = _allocation_at(base + size - 1), (_allocation_at(base - 1), _allocation_at(base + size))
+        if inside != chunk.value or chunk.value in outside:
+            raise _invalid("tensor", f"{size} bytes at {base:#x} are not all of what was mapped there", _NAMELESS)
         wanted = (chunk.value, _HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0)
         _call("cuMemExportToShareableHandle", ctypes.byref(descriptor), *wanted, fix=_NOT_EXPORTED)
     finally:
@@ -155,6 +169,6 @@ def _cover(found: list[Allocation], address: int, end: int) -> None:
                 last = Allocation(base, 0, [], device)
                 found.append(last)
             assert not isinstance(last.share, bytes)
-            last.share.append((_exported(base), size))
+            last.share.append((_exported(base, size), size))
             last.size += size
         address = base + size

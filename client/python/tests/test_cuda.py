@@ -23,6 +23,8 @@ class Driver:
         self.exported = exported
         self.retained: list[int] = []
         self.asked = 0
+        #: bytes that are said to be one range, whatever was mapped at once
+        self.cut = 1 << 60
 
     def put(self, base: int, size: int, *, device: int = 0, chunk: bool = True) -> int:
         self.mapped[base] = (size, device, chunk)
@@ -36,20 +38,23 @@ class Driver:
         if found is None:
             return 500
         self.asked += 1
-        base._obj.value, size._obj.value = found, self.mapped[found][0]
+        skipped = (address - found) // self.cut * self.cut
+        base._obj.value, size._obj.value = found + skipped, min(self.mapped[found][0] - skipped, self.cut)
         return 0
 
     def cuIpcGetMemHandle(self, handle: Any, base: int) -> int:
-        if self.mapped[base][2]:
+        found = self._find(base)
+        if found is None or self.mapped[found][2]:
             return 1
         handle._obj.reserved[:8] = base.to_bytes(8, "little")
         return 0
 
-    def cuMemRetainAllocationHandle(self, chunk: Any, base: int) -> int:
-        if not self.mapped[base][2]:
+    def cuMemRetainAllocationHandle(self, chunk: Any, address: int) -> int:
+        found = self._find(address)
+        if found is None or not self.mapped[found][2]:
             return 1
-        self.retained.append(base)
-        chunk._obj.value = base
+        self.retained.append(found)
+        chunk._obj.value = found
         return 0
 
     def cuMemExportToShareableHandle(self, descriptor: Any, chunk: int, kind: int, flags: int) -> int:
@@ -139,6 +144,17 @@ def test_what_lies_apart_or_on_another_device_is_apart(driver: Driver) -> None:
     assert [one.device[0] for one in found] == [0, 1, 0, 0, 0]
     for one in found:
         one.close()
+
+
+@pytest.mark.parametrize("first", [0, 2, 18])
+def test_a_piece_of_a_chunk_is_not_taken_for_all_of_it(driver: Driver, first: int) -> None:
+    driver.put(_BASE, 20 * _MIB)
+    driver.put(_BASE + 20 * _MIB, 20 * _MIB)
+    driver.cut = 2 * _MIB
+    before = _open_files()
+    with pytest.raises(kvd.InvalidError, match="not all of what was mapped"):
+        _cuda.allocations([(_BASE + first * _MIB, _MIB)])
+    assert (driver.retained, _open_files()) == ([], before)
 
 
 def test_what_cannot_be_exported_says_what_to_set_and_leaves_nothing_open(driver: Driver) -> None:

@@ -37,9 +37,9 @@
 //! | cuMemImportFromShareableHandle | a descriptor in the pointer's place, which stays the caller's to close; type; one reference, to be released |
 //! | cuMemGetAllocationPropertiesFromHandle | out, then handle; type, and where it is: kind of place, then its number |
 //! | cuMemMap | address, bytes, offset 0 (no other), handle, flags 0; no access yet |
-//! | cuMemSetAccess | the whole range, which may span mappings; descriptions, then how many |
+//! | cuMemSetAccess | the whole range, which may span mappings; descriptions, then how many; may wait for the device |
 //! | cuMemRelease | the memory stays while it is mapped anywhere, or another handle of it is open |
-//! | cuMemUnmap | what one cuMemMap mapped; before the addresses are freed |
+//! | cuMemUnmap | what one cuMemMap mapped, all of it; before the addresses are freed; may wait for the device |
 //! | cuMemAddressFree | what one cuMemAddressReserve reserved, all of it |
 //! | cuMemHostRegister_v2 | pointer, bytes, flags; PORTABLE for all contexts, DEVICEMAP for kernels; refuses what is registered |
 //! | cuMemHostGetDevicePointer_v2 | flags 0; the base's address, valid for the range |
