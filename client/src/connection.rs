@@ -9,10 +9,13 @@ use kvd_proto::limits::{FRAME_BYTES_MAX, FRAME_FDS_MAX};
 use kvd_proto::wire::{ClientFrame, NodeFrame, client_frame, node_frame};
 use kvd_proto::{Code, Error};
 use prost::Message as _;
-use rustix::fd::OwnedFd;
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use rustix::fd::{AsFd as _, OwnedFd};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
 use std::collections::{HashMap, VecDeque};
-use std::io::{self, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -35,6 +38,8 @@ pub(crate) enum Heard<'a> {
     /// A frame that nobody asked for, or whose caller gave up, with the descriptors that came beside it.
     Unasked(node_frame::Body, Vec<OwnedFd>),
 }
+/// Descriptors to go with a frame; whoever gives them keeps them.
+pub(crate) type Beside = Vec<Arc<OwnedFd>>;
 /// The session's ear.
 pub(crate) type Listener = Box<dyn Fn(Heard<'_>) + Send + Sync>;
 
@@ -51,9 +56,60 @@ pub(crate) struct Connection {
 
 #[derive(Default)]
 struct Shared {
-    outbox: Vec<u8>,
+    outbox: Outbox,
     waiting: HashMap<u64, oneshot::Sender<(Reply, Vec<OwnedFd>)>>,
     ended: bool,
+}
+
+/// What waits for a full socket.
+#[derive(Default)]
+struct Outbox {
+    bytes: Vec<u8>,
+    /// Descriptors, each beside the byte at its place.
+    beside: VecDeque<(usize, Beside)>,
+}
+
+impl Outbox {
+    fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    fn push(&mut self, message: &ClientFrame, beside: Beside) {
+        let (at, fds) = (self.bytes.len(), beside.len() as u8);
+        if fds > 0 {
+            self.beside.push_back((at, beside));
+        }
+        frame::push(&mut self.bytes, message, fds);
+    }
+
+    /// Up to the next byte with descriptors, or from one on: the kernel has its own of them once that byte is sent.
+    fn send(&self, sent: usize, stream: &UnixStream) -> io::Result<usize> {
+        let mut next = self.beside.iter().filter(|(at, _)| *at >= sent);
+        match next.next() {
+            Some((at, beside)) if *at == sent => {
+                let end = next.next().map_or(self.bytes.len(), |(at, _)| *at);
+                let fds: Vec<_> = beside.iter().map(|fd| fd.as_fd()).collect();
+                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FRAME_FDS_MAX))];
+                let mut control = SendAncillaryBuffer::new(&mut space);
+                let fits = control.push(SendAncillaryMessage::ScmRights(&fds));
+                assert!(fits, "{} descriptors in one frame", fds.len());
+                let bytes = [IoSlice::new(&self.bytes[sent..end])];
+                let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+                stream.try_io(Interest::WRITABLE, || Ok(sendmsg(stream, &bytes, &mut control, flags)?))
+            }
+            Some((at, _)) => stream.try_write(&self.bytes[sent..*at]),
+            None => stream.try_write(&self.bytes[sent..]),
+        }
+    }
+
+    /// Forgets what is sent.
+    fn drain(&mut self, sent: usize) {
+        self.bytes.drain(..sent);
+        while self.beside.front().is_some_and(|(at, _)| *at < sent) {
+            self.beside.pop_front();
+        }
+        self.beside.iter_mut().for_each(|(at, _)| *at -= sent);
+    }
 }
 
 /// Taken while it is connected to us, so that its number is nobody else's.
@@ -97,6 +153,15 @@ impl Connection {
         &self,
         body: client_frame::Body,
     ) -> Result<(node_frame::Body, Vec<OwnedFd>), Error> {
+        self.call_with(body, Vec::new()).await
+    }
+
+    /// As `call`, of a request with descriptors, at most `FRAME_FDS_MAX`, beside it.
+    pub(crate) async fn call_with(
+        &self,
+        body: client_frame::Body,
+        beside: Beside,
+    ) -> Result<(node_frame::Body, Vec<OwnedFd>), Error> {
         let (sender, receiver) = oneshot::channel();
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         {
@@ -112,7 +177,8 @@ impl Connection {
                 ));
             }
             shared.waiting.insert(id, sender);
-            self.send_locked(&mut shared, &ClientFrame { request_id: id, body: Some(body) })?;
+            let message = ClientFrame { request_id: id, body: Some(body) };
+            self.send_locked(&mut shared, &message, beside)?;
         }
         match receiver.await {
             Ok((Ok(node_frame::Body::Error(error)), _)) => Err(error.into()),
@@ -130,7 +196,8 @@ impl Connection {
     pub(crate) fn tell(&self, body: client_frame::Body) {
         let mut shared = self.lock();
         if !shared.ended {
-            let _ = self.send_locked(&mut shared, &ClientFrame { request_id: 0, body: Some(body) });
+            let message = ClientFrame { request_id: 0, body: Some(body) };
+            let _ = self.send_locked(&mut shared, &message, Vec::new());
         }
     }
 
@@ -147,16 +214,16 @@ impl Connection {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn send_locked(&self, shared: &mut Shared, message: &ClientFrame) -> Result<(), Error> {
+    fn send_locked(&self, shared: &mut Shared, message: &ClientFrame, beside: Beside) -> Result<(), Error> {
         let bytes = message.encoded_len();
         if bytes > FRAME_BYTES_MAX {
             let message = format!("a request of {bytes} bytes");
             return Err(Error::limit("frame", message, format!("send at most {FRAME_BYTES_MAX}")));
         }
-        if shared.outbox.len() + bytes > OUTBOX_BYTES_MAX {
+        if shared.outbox.bytes.len() + bytes > OUTBOX_BYTES_MAX {
             return Err(lost("the node does not keep up with requests"));
         }
-        frame::push(&mut shared.outbox, message, 0);
+        shared.outbox.push(message, beside);
         self.flush_locked(shared);
         if !shared.outbox.is_empty() {
             self.outbox_grew.notify_one();
@@ -166,16 +233,20 @@ impl Connection {
 
     fn flush_locked(&self, shared: &mut Shared) {
         let mut sent = 0;
-        while sent < shared.outbox.len() {
-            match self.stream.try_write(&shared.outbox[sent..]) {
+        while sent < shared.outbox.bytes.len() {
+            match shared.outbox.send(sent, &self.stream) {
                 Ok(bytes) => sent += bytes,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 // Gone, and the reading side will tell. Kept, the bytes would have the driver try for ever: a dead socket
-                // is always writable, and the runtime never comes to say that it was closed.
-                Err(_) => sent = shared.outbox.len(),
+                // is always writable, and the runtime never comes to say that it was closed. Where only descriptors were
+                // refused (too many of this user's on their way), it is gone from here on.
+                Err(_) => {
+                    sent = shared.outbox.bytes.len();
+                    self.shut_down();
+                }
             }
         }
-        shared.outbox.drain(..sent);
+        shared.outbox.drain(sent);
     }
 
     async fn drive(&self) -> String {

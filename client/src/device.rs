@@ -1,7 +1,7 @@
 //! An engine's paged memory on a device, which the node itself copies from and to.
 //!
 //! Owns: telling the node where it is, again after a restart of the daemon, and what is asked to be copied. The client needs no driver for it: an allocation is
-//! named by the 64 bytes that its owner's CUDA gives (`cuIpcGetMemHandle`). Invariants: a copy's end, however it ends, says that nothing of the node touches the pages on its
+//! named by the 64 bytes that its owner's CUDA gives (`cuIpcGetMemHandle`), or given by the descriptors of its chunks, which are kept for that. Invariants: a copy's end, however it ends, says that nothing of the node touches the pages on its
 //! behalf any more (law 2): the node's answer, or, where that was lost, its word that the memory is closed, or the proof that its process is gone.
 //! Leaves to others: when an engine may touch its pages, what becomes of a miss (`loading`, `storing`).
 
@@ -9,6 +9,7 @@ use crate::paged::PagedShape;
 use crate::session::unexpected;
 use crate::space::SpaceHandle;
 use bytes::Bytes;
+use kvd_proto::limits::{FRAME_FDS_MAX, MEMORY_CHUNKS_MAX};
 use kvd_proto::wire::{self, client_frame::Body as Ask, node_frame::Body as Answer};
 use kvd_proto::{Code, Error, GroupKind, Slice};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -34,11 +35,50 @@ pub struct DevicePlace {
 
 /// A whole allocation of the engine's.
 #[derive(Debug, Clone)]
-pub struct DeviceRange {
-    /// `CUipcMemHandle`, of its first byte.
-    pub handle: [u8; 64],
-    /// How long it is.
+pub enum DeviceRange {
+    /// That has a name for other processes.
+    Handle {
+        /// `CUipcMemHandle`, of its first byte.
+        handle: [u8; 64],
+        /// How long it is.
+        bytes: u64,
+    },
+    /// That has none, as CUDA's virtual memory functions made it: what it consists of, one behind the other.
+    Chunks(Vec<DeviceChunk>),
+}
+
+/// A piece of memory that `cuMemCreate` made.
+#[derive(Debug, Clone)]
+pub struct DeviceChunk {
+    /// What `cuMemExportToShareableHandle` gave (a POSIX file descriptor).
+    pub memory: Arc<OwnedFd>,
+    /// All of it.
     pub bytes: u64,
+}
+
+impl DeviceRange {
+    /// How long it is.
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Self::Handle { bytes, .. } => *bytes,
+            Self::Chunks(chunks) => chunks.iter().fold(0, |sum, chunk| sum.saturating_add(chunk.bytes)),
+        }
+    }
+
+    fn to_wire(&self) -> wire::DeviceRange {
+        let (handle, chunks) = match self {
+            Self::Handle { handle, .. } => (handle.to_vec().into(), Vec::new()),
+            Self::Chunks(chunks) => (Vec::new().into(), chunks.iter().map(|chunk| chunk.bytes).collect()),
+        };
+        wire::DeviceRange { handle, bytes: self.bytes(), chunks }
+    }
+
+    fn chunks(self) -> Vec<DeviceChunk> {
+        match self {
+            Self::Handle { .. } => Vec::new(),
+            Self::Chunks(chunks) => chunks,
+        }
+    }
 }
 
 /// One group's slice of an engine's memory on a device. Dropped, it is closed; see [`DeviceMemory::close`].
@@ -47,6 +87,8 @@ pub struct DeviceMemory {
     shape: PagedShape,
     slice: Slice,
     definition: wire::OpenMemoryRequest,
+    /// In the order of its ranges; given to each daemon anew.
+    chunks: Vec<Arc<OwnedFd>>,
     open: Mutex<Option<Opened>>,
 }
 
@@ -70,15 +112,11 @@ impl DeviceMemory {
         let layers = u32::try_from(place.layers.len()).unwrap_or(u32::MAX);
         let of = |first: u32, count: u32| first..first.saturating_add(count);
         let slice = Slice::new(group, of(shape.first_layer, layers), of(shape.first_head, shape.heads))?;
-        let range = |range: DeviceRange| wire::DeviceRange {
-            handle: range.handle.to_vec().into(),
-            bytes: range.bytes,
-        };
         let definition = wire::OpenMemoryRequest {
             space: 0, // the number that the daemon of the day gives it
             group: shape.group as u32,
             device: place.device.to_vec().into(),
-            ranges: place.ranges.into_iter().map(range).collect(),
+            ranges: place.ranges.iter().map(DeviceRange::to_wire).collect(),
             first_layer: shape.first_layer,
             first_head: shape.first_head,
             heads: shape.heads,
@@ -86,7 +124,13 @@ impl DeviceMemory {
             pages: shape.pages,
             layers: place.layers,
         };
-        Ok(Self { space: space.clone(), shape, slice, definition, open: Mutex::new(None) })
+        let chunks = place.ranges.into_iter().flat_map(DeviceRange::chunks);
+        let chunks: Vec<_> = chunks.map(|chunk| chunk.memory).collect();
+        if chunks.len() > MEMORY_CHUNKS_MAX {
+            let fix = format!("open it in pieces of at most {MEMORY_CHUNKS_MAX}");
+            return Err(Error::limit("chunks", format!("{} in one memory", chunks.len()), fix));
+        }
+        Ok(Self { space: space.clone(), shape, slice, definition, chunks, open: Mutex::new(None) })
     }
 
     /// Group of the layout.
@@ -134,10 +178,25 @@ impl DeviceMemory {
         let request = wire::OpenMemoryRequest { space: self.space.id().await?, ..self.definition.clone() };
         let inner = &self.space.session().inner;
         let node = inner.node_process(incarnation)?;
+        let _one = inner.opening.lock().await;
+        self.give_chunks(incarnation).await?;
         let Answer::MemoryOpened(reply) = inner.call_of(incarnation, Ask::OpenMemory(request)).await? else {
             return Err(unexpected());
         };
         Ok(open.insert(Opened { incarnation, memory: reply.memory, node }).clone())
+    }
+
+    /// Each frame is answered before the next is sent, so that few descriptors are on their way at once: the kernel counts them against the user's limit.
+    async fn give_chunks(&self, incarnation: u64) -> Result<(), Error> {
+        for (at, some) in self.chunks.chunks(FRAME_FDS_MAX).enumerate() {
+            let (first, count) = ((at * FRAME_FDS_MAX) as u32, some.len() as u32);
+            let ask = Ask::GiveChunks(wire::GiveChunksRequest { first, count });
+            let inner = &self.space.session().inner;
+            let Answer::ChunksGiven(_) = inner.call_with(incarnation, ask, some.to_vec()).await? else {
+                return Err(unexpected());
+            };
+        }
+        Ok(())
     }
 
     /// Copies blocks of a lease, given by a daemon of that incarnation, between slots and pages; ends when nothing of it touches the pages any more. Not to be dropped before.

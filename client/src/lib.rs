@@ -57,7 +57,7 @@ mod storing;
 pub mod transport;
 mod worker;
 
-pub use device::{DeviceMemory, DevicePlace, DeviceRange};
+pub use device::{DeviceChunk, DeviceMemory, DevicePlace, DeviceRange};
 pub use fill::Fill;
 pub use kvd_proto::wire::{HandOffState, HandOffStatus, ReserveState, Tier};
 pub use lease::{Match, MissReason, OpenBlock, Read, View};

@@ -4,7 +4,7 @@
 //! Invariants: after a daemon restart (another node epoch) every lease from before is void: reading it is a miss; spaces
 //! are registered again before any new request uses them; while the node is away every call fails at once.
 
-use crate::connection::{Connection, Heard, Listener, lost};
+use crate::connection::{Beside, Connection, Heard, Listener, lost};
 use crate::lease::Progress;
 use crate::space::SpaceHandle;
 use crate::transport::shm::{Life, SharedSegment};
@@ -79,6 +79,8 @@ pub(crate) struct Inner {
     progress: Mutex<HashMap<u64, Arc<Progress>>>,
     /// There is something new to come back with.
     told: Arc<Notify>,
+    /// One memory is opened at a time: what is given is for the next that is asked for.
+    pub(crate) opening: tokio::sync::Mutex<()>,
 }
 
 #[derive(Default)]
@@ -195,6 +197,7 @@ impl Inner {
             spaces: Mutex::default(),
             progress: Mutex::default(),
             told,
+            opening: tokio::sync::Mutex::default(),
         })
     }
 
@@ -253,11 +256,16 @@ impl Inner {
 
     /// As `call`, of the daemon of that incarnation only: numbers of spaces mean something else to the next.
     pub(crate) async fn call_of(&self, incarnation: u64, ask: Ask) -> Result<Answer, Error> {
+        self.call_with(incarnation, ask, Vec::new()).await
+    }
+
+    /// As `call_of`, with descriptors beside it.
+    pub(crate) async fn call_with(&self, incarnation: u64, ask: Ask, fds: Beside) -> Result<Answer, Error> {
         let (now, connection) = self.connection()?;
         if now != incarnation {
             return Err(lost("the node was restarted"));
         }
-        Ok(connection.call(ask).await?.0)
+        Ok(connection.call_with(ask, fds).await?.0)
     }
 
     fn connection(&self) -> Result<(u64, Arc<Connection>), Error> {

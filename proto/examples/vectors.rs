@@ -178,6 +178,15 @@ fn frame_inputs() -> Vec<(&'static str, Value)> {
             json!({ "frame": "ClientFrame", "request_id": 0, "fds": 0, "body": "release", "lease": 77 }),
         ),
         (
+            "chunks, three descriptors",
+            json!({ "frame": "ClientFrame", "request_id": 302, "fds": 3, "body": "give_chunks", "first": 128, "count": 3 }),
+        ),
+        (
+            "memory of three chunks",
+            json!({ "frame": "ClientFrame", "request_id": 303, "fds": 0, "body": "open_memory", "space": 2,
+                    "device_hex": "44".repeat(16), "chunks": [2_097_152, 20_971_520, 20_971_520] }),
+        ),
+        (
             "a new segment, two descriptors",
             json!({ "frame": "NodeFrame", "request_id": 0, "fds": 2, "body": "segment", "segment": 3,
                     "slot_bytes": 2_097_152, "slots": 128, "header_bytes": 512 }),
@@ -313,6 +322,21 @@ fn client_body(input: &Value) -> client_frame::Body {
             ..Default::default()
         }),
         "release" => client_frame::Body::Release(wire::ReleaseRequest { lease: number(input, "lease") }),
+        "give_chunks" => client_frame::Body::GiveChunks(wire::GiveChunksRequest {
+            first: number(input, "first") as u32,
+            count: number(input, "count") as u32,
+        }),
+        "open_memory" => {
+            let sizes = input["chunks"].as_array().expect("chunks");
+            let chunks: Vec<u64> = sizes.iter().map(|size| size.as_u64().expect("a size")).collect();
+            let range = wire::DeviceRange { bytes: chunks.iter().sum(), chunks, ..Default::default() };
+            client_frame::Body::OpenMemory(wire::OpenMemoryRequest {
+                space: number(input, "space") as u32,
+                device: bytes(input, "device_hex").into(),
+                ranges: vec![range],
+                ..Default::default()
+            })
+        }
         other => panic!("no client frame {other}"),
     }
 }

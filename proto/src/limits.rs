@@ -32,7 +32,7 @@ pub const PART_ALIGN: u32 = 4096;
 pub const SLOT_BYTES_MAX: u32 = 64 << 20;
 /// Body of one frame on the session socket. At the limit: `Frame` error, the connection is closed.
 pub const FRAME_BYTES_MAX: usize = 1 << 20;
-/// Descriptors beside one frame (the kernel's SCM_MAX_FD is 253). More segments than fit come in frames of their own.
+/// Descriptors beside one frame (the kernel's SCM_MAX_FD is 253). More segments than fit come in frames of their own, and so do more chunks.
 pub const FRAME_FDS_MAX: usize = 128;
 /// Bytes of one chunk in a gRPC stream, so that a chunk stays well below gRPC's usual 4 MiB message limit.
 pub const CHUNK_BYTES_MAX: usize = 1 << 20;
@@ -64,6 +64,9 @@ pub const RESERVATION_TTL_MS_MAX: u32 = 60_000;
 pub const MEMORIES_MAX: usize = 256;
 /// Allocations of one device memory. At the limit: the memory is refused.
 pub const MEMORY_RANGES_MAX: usize = 1024;
+/// Chunks of one device memory (320 GiB in those of 20 MiB that torch makes), and descriptors of chunks that one connection has on their way at once, mapped by none
+/// yet. At the limit: `Limit`.
+pub const MEMORY_CHUNKS_MAX: usize = 16_384;
 /// Copies between slots and device memory that one member has under way. At the limit: `Limit`.
 pub const COPIES_MAX: usize = 1024;
 /// The bit that a fence has after a copy that failed; its values are below. (Not the uppermost: a stream that waits for "greater or equal" compares cyclically.)
@@ -82,6 +85,10 @@ pub const NODES_MAX: usize = 1024;
 const _: () = {
     assert!(CHAIN_BLOCKS_MAX * 16 + 1024 <= FRAME_BYTES_MAX, "a full chain fits a frame");
     assert!(RUNS_MAX * 48 + CHAIN_BLOCKS_MAX + 1024 <= FRAME_BYTES_MAX, "a full answer fits a frame");
+    assert!(
+        MEMORY_CHUNKS_MAX * 10 + MEMORY_RANGES_MAX * 128 < FRAME_BYTES_MAX / 2,
+        "every chunk's size fits a frame"
+    );
     assert!(PARTS_MAX <= u16::MAX as usize);
     assert!(SLOT_BYTES_MAX.is_multiple_of(PART_ALIGN));
     assert!(FRAME_FDS_MAX.is_multiple_of(2), "segments travel as pairs of descriptors");

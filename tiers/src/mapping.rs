@@ -121,17 +121,46 @@ impl Mapping {
     /// Maps a memfd that an earlier daemon made with `memfd`, its bytes as they are. Refused: another size, or one that could
     /// still shrink under us.
     pub fn adopt(fd: OwnedFd, bytes: usize) -> std::io::Result<Self> {
+        let page_bytes = Self::check_sealed(&fd, bytes)?;
+        let mut mapping = Self::owning(Self::map_shared(&fd, bytes)?, bytes, Some(fd));
+        if page_bytes >= HUGE_PAGE_BYTES {
+            mapping.pages = Pages::Huge;
+        }
+        Ok(mapping)
+    }
+
+    /// A memfd of this size that stays so; how large its pages are.
+    fn check_sealed(fd: impl AsFd, bytes: usize) -> std::io::Result<usize> {
         let found = rustix::fs::fstat(&fd)?;
         let seals = rustix::fs::fcntl_get_seals(&fd)?;
         if found.st_size as u64 != bytes as u64 || !seals.contains(SealFlags::SHRINK | SealFlags::GROW) {
             let what = format!("{} bytes with seals {seals:?}, not {bytes} sealed ones", found.st_size);
             return Err(std::io::Error::new(std::io::ErrorKind::InvalidData, what));
         }
-        let mut mapping = Self::owning(Self::map_shared(&fd, bytes)?, bytes, Some(fd));
-        if found.st_blksize as usize >= HUGE_PAGE_BYTES {
-            mapping.pages = Pages::Huge;
+        Ok(found.st_blksize as usize)
+    }
+
+    /// Maps memfds one behind the other, each whole, as one range; keeps none of the descriptors. Refuses what `adopt` refuses.
+    pub fn in_a_row(parts: &[(BorrowedFd<'_>, usize)]) -> std::io::Result<Self> {
+        let bytes =
+            parts.iter().try_fold(0_usize, |sum, part| sum.checked_add(part.1)).ok_or(Errno::NOMEM)?;
+        let whole = parts.iter().all(|part| part.1 > 0 && part.1.is_multiple_of(PAGE_BYTES));
+        assert!(whole && bytes > 0, "parts of whole pages: {parts:?}");
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: the kernel chooses the address, so no existing memory is replaced.
+        let address =
+            unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::empty(), flags) }?;
+        let row = Self::owning(address, bytes, None);
+        let mut offset = 0;
+        for (fd, bytes) in parts {
+            Self::check_sealed(fd, *bytes)?;
+            let (protection, flags) =
+                (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::FIXED);
+            // SAFETY: replaces a part of the range that was reserved above, which is this value's own and which nobody else knows of yet.
+            unsafe { rustix::mm::mmap(row.at(offset, *bytes).cast(), *bytes, protection, flags, fd, 0) }?;
+            offset += bytes;
         }
-        Ok(mapping)
+        Ok(row)
     }
 
     /// Private, page-aligned, zeroed memory.
@@ -322,6 +351,22 @@ mod tests {
         assert_eq!(memory.crc32(17, 5000), crc32fast::hash(&data));
         memory.copy_from(1017, &memory, 17, 5000);
         assert_eq!(memory.crc32(1017, 5000), crc32fast::hash(&data), "overlapping copy");
+    }
+
+    #[test]
+    fn memfds_in_a_row_are_one_range() {
+        let parts: Vec<_> = (1..4)
+            .map(|pages| Mapping::memfd("part", pages * PAGE_BYTES, MemfdOptions::default()).unwrap())
+            .collect();
+        let of = |mapping: &'static Mapping| (mapping.fd().unwrap(), mapping.len());
+        let parts: Vec<_> = parts.into_iter().map(|part| &*Box::leak(Box::new(part))).map(of).collect();
+        let row = Mapping::in_a_row(&parts).unwrap();
+        assert_eq!(row.len(), 6 * PAGE_BYTES);
+        row.copy_in(PAGE_BYTES - 7, &pattern(3 * PAGE_BYTES));
+        let again = Mapping::in_a_row(&parts[1..]).unwrap();
+        assert_eq!(again.crc32(0, PAGE_BYTES), crc32fast::hash(&pattern(2 * PAGE_BYTES)[7..7 + PAGE_BYTES]));
+        let other = [parts[0], (parts[1].0, PAGE_BYTES)];
+        assert!(Mapping::in_a_row(&other).unwrap_err().to_string().contains("not 4096 sealed ones"));
     }
 
     #[test]

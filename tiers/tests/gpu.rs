@@ -5,6 +5,8 @@ mod devices;
 #[path = "gpu/rig.rs"]
 mod rig;
 
+#[path = "gpu/chunks.rs"]
+mod chunks;
 #[path = "gpu/faults.rs"]
 mod faults;
 #[path = "gpu/files.rs"]

@@ -4,6 +4,9 @@
 //! Each version runs in a process of its own (this test, called again in a folder named for it), since a process loads one libcuda; memory is opened in yet another.
 //! Invariant: nothing here waits for a time to pass, only for events, with a deadline. Leaves to others: the seam's conformance on both sides and on real hardware (`gpu.rs`).
 
+#[path = "gpu_driver/chunks.rs"]
+mod chunks;
+
 use kvd_tiers::gpu::cuda::{CudaDevice, devices, kernels};
 use kvd_tiers::gpu::files::FileReads as _;
 use kvd_tiers::gpu::{Address, Cells, Checksums, Device, GpuError, Handle, MARKS_MAX, Mark, Piece};
@@ -16,7 +19,8 @@ use std::time::{Duration, Instant};
 
 /// The name by which this test calls itself.
 const SELF: &str = "a_driver_of_each_version_is_asked_as_its_documentation_says";
-const VERSIONS: [u32; 3] = [12_040, 12_080, 13_000];
+/// The first has no chunks.
+const VERSIONS: [u32; 4] = [12_000, 12_040, 12_080, 13_000];
 /// For what takes no time.
 const DEADLINE: Duration = Duration::from_secs(30);
 const MIB: u64 = 1 << 20;
@@ -71,6 +75,7 @@ struct Fake {
     fail: unsafe extern "C" fn(u32),
     hold: unsafe extern "C" fn(i32),
     count: unsafe extern "C" fn(i32) -> u64,
+    chunk: unsafe extern "C" fn(u64, i32, u32) -> i32,
 }
 
 impl Fake {
@@ -84,6 +89,7 @@ impl Fake {
                 fail: *library.get(b"fake_fail").unwrap(),
                 hold: *library.get(b"fake_hold").unwrap(),
                 count: *library.get(b"fake_count").unwrap(),
+                chunk: *library.get(b"fake_chunk").unwrap(),
             }
         }
     }
@@ -115,10 +121,11 @@ type Case = fn(&Fake, u32, &Path);
 
 fn every_case(version: u32, folder: &Path) {
     let fake = Fake::load();
-    let cases: [(&str, Case); 13] = [
+    let cases: [(&str, Case); 14] = [
         ("describes", describes),
         ("allocates", allocates),
         ("shares", shares),
+        ("maps chunks", chunks::maps),
         ("copies", copies),
         ("clears", clears),
         ("marks", marks),
@@ -132,8 +139,11 @@ fn every_case(version: u32, folder: &Path) {
     ];
     for (name, case) in cases {
         case(&fake, version, folder);
-        let left: Vec<u64> = (2..=6).map(|which| fake.count(which)).collect();
-        assert_eq!(left, [0; 5], "{name} left streams, events, regions, retentions, modules");
+        let left: Vec<u64> = (2..=8).map(|which| fake.count(which)).collect();
+        assert_eq!(
+            left, [0; 7],
+            "{name} left streams, events, regions, retentions, modules, handles, chunks"
+        );
     }
 }
 

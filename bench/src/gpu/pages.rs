@@ -145,7 +145,7 @@ impl Kind {
                 })
                 .collect(),
         };
-        let ranges = vec![DeviceRange { handle, bytes: u64::from(pages) * BLOCK_BYTES }];
+        let ranges = vec![DeviceRange::Handle { handle, bytes: u64::from(pages) * BLOCK_BYTES }];
         DevicePlace { device, ranges, layers: (0..u64::from(LAYERS)).map(layer).collect() }
     }
 

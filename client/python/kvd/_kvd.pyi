@@ -455,7 +455,7 @@ class Pages:
         layers: Sequence[LayerMemory],
         *,
         device: bytes,
-        ranges: Sequence[tuple[int, int, bytes]],
+        ranges: Sequence[tuple[int, int, bytes | Sequence[tuple[int, int]]]],
         page_tokens: int,
         pages: int,
         group: int = 0,
@@ -463,7 +463,8 @@ class Pages:
         first_head: int = 0,
         heads: int = 0,
     ) -> Pages:
-        """Pages in the memory of a device (its UUID), in allocations (address, bytes, CUipcMemHandle)."""
+        """Pages in the memory of a device (its UUID), in allocations: (address, bytes, CUipcMemHandle), or, of memory that has none,
+        (address, bytes, chunks), each chunk (file descriptor, bytes); descriptors may be closed afterwards."""
     def open(self) -> None:
         """Has the node open device pages now; raises what stands against it."""
     def close(self, timeout_s: float | None = None) -> bool:

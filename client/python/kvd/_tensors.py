@@ -82,12 +82,22 @@ def device_pages(
     tensor that a layer lies in. `shape`: as of `kvd.Pages`. Close them before their tensors are freed."""
     from kvd import _cuda
 
-    found = {one.address: one for one in (_cuda.allocation(tensor.data_ptr()) for tensor in tensors)}
-    devices = {one.device for one in found.values()}
-    if len(devices) != 1:
-        raise _invalid("tensors", f"on {len(devices)} devices", "make pages for each device of its own")
-    ranges = [(one.address, one.size, one.handle) for one in found.values()]
-    return kvd.Pages.on_device(space, layers, device=devices.pop(), ranges=ranges, **shape)
+    found = _cuda.allocations((tensor.data_ptr(), extent(tensor)) for tensor in tensors)
+    try:
+        devices = {one.device for one in found}
+        if len(devices) != 1:
+            raise _invalid("tensors", f"on {len(devices)} devices", "make pages for each device of its own")
+        ranges = [(one.address, one.size, one.share) for one in found]
+        return kvd.Pages.on_device(space, layers, device=devices.pop(), ranges=ranges, **shape)
+    finally:
+        for one in found:
+            one.close()
+
+
+def extent(tensor: torch.Tensor) -> int:
+    """Bytes from its first to behind its last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 def _same_shape(keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -13,10 +13,12 @@ use crate::runtime;
 use crate::space::{Space, Stored};
 use kvd_client::Pages as Paged;
 use kvd_client::{
-    DeviceMemory, DevicePlace, DeviceRange, PagedGroup, PagedMemory, PagedShape, Store, VectorMemory,
+    DeviceChunk, DeviceMemory, DevicePlace, DeviceRange, PagedGroup, PagedMemory, PagedShape, Store,
+    VectorMemory,
 };
 use kvd_proto::{Group, GroupKind, wire};
 use pyo3::prelude::*;
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -143,14 +145,15 @@ impl Pages {
     }
 
     /// Pages in a device's memory, which the node copies from and to. `device`: its UUID, 16 bytes. `ranges`: the allocations that the layers
-    /// are in, each as (address, bytes, the 64 bytes of its CUipcMemHandle).
+    /// are in, each as (address, bytes, the 64 bytes of its CUipcMemHandle); or, where there is none, (address, bytes, its chunks in order, each as
+    /// (file descriptor, bytes)). Descriptors may be closed afterwards.
     #[staticmethod]
     #[pyo3(signature = (space, layers, *, device, ranges, page_tokens, pages, group=0, first_layer=0, first_head=0, heads=0))]
     fn on_device(
         space: &Space,
         layers: Vec<LayerMemory>,
         device: Vec<u8>,
-        ranges: Vec<(usize, u64, Vec<u8>)>,
+        ranges: Vec<(usize, u64, Share)>,
         page_tokens: u32,
         pages: u32,
         group: usize,
@@ -205,18 +208,61 @@ impl Pages {
     }
 }
 
+/// By what others open an allocation.
+#[derive(FromPyObject)]
+enum Share {
+    Handle(Vec<u8>),
+    /// Descriptors, which stay the caller's, and sizes.
+    Chunks(Vec<(i32, u64)>),
+}
+
+impl Share {
+    fn range(&self, bytes: u64) -> PyResult<DeviceRange> {
+        let chunks = match self {
+            Self::Handle(handle) => {
+                let what = format!("a handle of {} bytes", handle.len());
+                let handle = handle[..].try_into();
+                let handle = handle.map_err(|_| invalid("ranges", what, "give CUipcMemHandle, 64 bytes"))?;
+                return Ok(DeviceRange::Handle { handle, bytes });
+            }
+            Self::Chunks(chunks) => chunks.iter().map(chunk).collect::<PyResult<Vec<_>>>()?,
+        };
+        let range = DeviceRange::Chunks(chunks);
+        if range.bytes() != bytes {
+            let what = format!("chunks of {} bytes for {bytes}", range.bytes());
+            return Err(invalid("ranges", what, "give all chunks of the range, with their sizes"));
+        }
+        Ok(range)
+    }
+}
+
+/// Kept as long as the pages, since the node may have to open them again.
+fn chunk((descriptor, bytes): &(i32, u64)) -> PyResult<DeviceChunk> {
+    let refused = |what: String| {
+        let fix = "give an open descriptor of cuMemExportToShareableHandle, and raise the limit of open files (ulimit -n) if it is that";
+        invalid("ranges", format!("descriptor {descriptor}: {what}"), fix)
+    };
+    if *descriptor < 0 {
+        return Err(refused("there is none of that number".to_owned()));
+    }
+    // SAFETY: the number is not -1. Whether it is open the kernel says, which makes another of it or refuses; nothing is done to it itself.
+    let memory = unsafe { BorrowedFd::borrow_raw(*descriptor) }.try_clone_to_owned();
+    let memory = memory.map_err(|error| refused(error.to_string()))?;
+    Ok(DeviceChunk { memory: Arc::new(memory), bytes: *bytes })
+}
+
 /// Addresses as places within allocations.
 fn place(
     kind: &Group,
     layers: &[LayerMemory],
     device: &[u8],
-    ranges: &[(usize, u64, Vec<u8>)],
+    ranges: &[(usize, u64, Share)],
 ) -> PyResult<DevicePlace> {
     let uuid = device.try_into();
     let device =
         uuid.map_err(|_| invalid("device", format!("{} bytes", device.len()), "give its UUID, 16 bytes"))?;
     let within = |address: usize| {
-        let holds = |(base, bytes, _): &(usize, u64, Vec<u8>)| {
+        let holds = |(base, bytes, _): &(usize, u64, Share)| {
             address.checked_sub(*base).is_some_and(|offset| (offset as u64) < *bytes)
         };
         let range = ranges.iter().position(holds)?;
@@ -253,15 +299,9 @@ fn place(
         let (page_stride, head_stride) = (memory.page_stride as i64, memory.head_stride as i64);
         Ok(wire::LayerPlace { page_stride, head_stride, vectors })
     };
-    let handle = |(_, bytes, handle): &(usize, u64, Vec<u8>)| {
-        let what = || {
-            invalid("ranges", format!("a handle of {} bytes", handle.len()), "give CUipcMemHandle, 64 bytes")
-        };
-        Ok(DeviceRange { handle: handle[..].try_into().map_err(|_| what())?, bytes: *bytes })
-    };
     Ok(DevicePlace {
         device,
-        ranges: ranges.iter().map(handle).collect::<PyResult<_>>()?,
+        ranges: ranges.iter().map(|(_, bytes, share)| share.range(*bytes)).collect::<PyResult<_>>()?,
         layers: layers.iter().map(layer).collect::<PyResult<_>>()?,
     })
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from paged import Rank, Truth
 from rig import DEADLINE_S, MIB, Daemon
-from standin import Memory, device_uuid
+from standin import CHUNK_BYTES, Chunks, Memory, chunk, device_uuid
 
 import kvd
 from kvd._quarantine import Quarantine
@@ -28,12 +29,15 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 
 class DeviceRank(Rank):
-    """A rank whose layers lie in one allocation of a device's."""
+    """A rank whose layers lie in one allocation of a device's, or in chunks that have no handle."""
 
-    def on(self, space: kvd.Space) -> DeviceRank:
+    device: Memory | Chunks
+
+    def on(self, space: kvd.Space, chunks: int = 0) -> DeviceRank:
         shape = self.memory[0].shape
         each = int(np.prod(shape))
-        self.device = Memory(each * len(self.memory))
+        size = each * len(self.memory)
+        self.device = Chunks(size, chunks) if chunks else Memory(size)
         self.memory = [self.device.bytes[at * each : (at + 1) * each].reshape(shape) for at in range(len(self.memory))]
         for memory in self.memory:
             memory[:] = 0xEE
@@ -230,10 +234,64 @@ def test_what_is_on_nvme_comes_to_the_device_past_dram(tmp_path: Path) -> None:
         assert pages.close(DEADLINE_S)
 
 
-def test_cuda_is_asked_only_where_it_is() -> None:
-    from kvd import _cuda
+def _open_files(pid: int, named: str) -> int:
+    links = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            links.append(os.readlink(entry))
+    return sum(named in link for link in links)
 
-    try:
-        _cuda.allocation(4096)
-    except kvd.InvalidError as error:
-        assert error.field == "tensor"
+
+def test_memory_without_a_handle_is_given_chunk_by_chunk(tmp_path: Path) -> None:
+    # more chunks than one frame's descriptors; the pages lie over the first few, and end in the middle of one
+    blocks, truth = 400, Truth(LAYOUT, 400, seed=11)
+    with Daemon(tmp_path, device="software") as node, node.client() as session:
+        space = session.space("chunks", "r1", LAYOUT)
+        chain, table = space.chain(list(range(blocks * 16))), _table(1, blocks)
+        rank = DeviceRank(LAYOUT, blocks).on(space, chunks=300)
+        assert len(rank.device.bytes) > 3 * CHUNK_BYTES
+        rank.fill(truth, table)
+        pages = rank.described()
+        rank.device.close()  # the pages have their own
+        pages.open()
+        assert _open_files(node.pid, "kvd-chunk-") == 0, "what is mapped needs no descriptor"
+        storing = space.store_from("", chain, [pages], [table], wait_s=DEADLINE_S)
+        assert storing.wait(DEADLINE_S)
+        stored = storing.outcome()
+        assert stored is not None
+        assert stored.stored == blocks
+        for memory in rank.memory:
+            memory[:] = 0
+        with space.match("", chain) as match:
+            loading = match.load_into([pages], [table], first=0, end=blocks, patience_s=DEADLINE_S)
+            assert loading.wait(DEADLINE_S)
+            assert loading.outcome() == (None, None, blocks * LAYOUT.slot_bytes())
+        assert rank.differs(truth, table) == []
+        assert pages.close()
+
+
+def test_chunks_that_are_none_are_refused_by_name(node: Daemon) -> None:
+    with node.client() as session:
+        space = session.space("no-chunks", "r1", LAYOUT)
+        memory = Chunks(CHUNK_BYTES)
+        layer = kvd.LayerMemory(memory.address, page_stride=32768, head_stride=128, token_stride=512, device=True)
+
+        def pages(size: int, chunks: list[tuple[int, int]]) -> kvd.Pages:
+            ranges = [(memory.address, size, chunks)]
+            shape = {"page_tokens": 16, "pages": 1}
+            return kvd.Pages.on_device(space, [layer] * 4, device=device_uuid(), ranges=ranges, **shape)
+
+        for size, chunks, says in [
+            (CHUNK_BYTES, [(-1, CHUNK_BYTES)], "-1"),
+            (CHUNK_BYTES, [(10_000_000, CHUNK_BYTES)], "Bad file descriptor"),
+            (2 * CHUNK_BYTES, memory.share, "for 4194304"),
+        ]:
+            with pytest.raises(kvd.InvalidError, match=says):
+                pages(size, chunks)
+        other, file = chunk(ordinal=1), os.open("/dev/null", os.O_RDWR)
+        for wrong in (other, file):
+            with pytest.raises(kvd.InvalidError, match="chunk 0") as refused:
+                pages(CHUNK_BYTES, [(wrong, CHUNK_BYTES)]).open()
+            assert "cuMemExportToShareableHandle" in refused.value.fix
+            os.close(wrong)
+        memory.close()

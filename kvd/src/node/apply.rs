@@ -1,5 +1,6 @@
 //! One call: events in, effects out, then what keeps the house in order.
 
+use super::device::Given;
 use super::event::{Effect, Event, MemberId, Question};
 use super::recovery::RecoveredSegment;
 use super::search::Then;
@@ -70,7 +71,12 @@ impl Node {
                     self.refuse(member, request_id, error);
                 }
             }
-            Event::Request { member, request_id, body } => self.request(member, request_id, body),
+            Event::Request { member, request_id, body } => {
+                self.request(member, request_id, body, Given::default());
+            }
+            Event::OpenMemory { member, request_id, request, given } => {
+                self.request(member, request_id, Ask::OpenMemory(*request), given);
+            }
             Event::SocketLost { member } => self.socket_lost(member),
             Event::ProcessGone { member } => self.process_gone(member),
             Event::SegmentOpened { tier, segment, result } => self.segment_opened(tier, segment, result),
@@ -104,7 +110,7 @@ impl Node {
         }
     }
 
-    fn request(&mut self, member: MemberId, request_id: u64, body: Ask) {
+    fn request(&mut self, member: MemberId, request_id: u64, body: Ask, given: Given) {
         if let Err(error) = self.sessions.seen(member, self.now_us) {
             self.refuse(member, request_id, error);
             return;
@@ -133,10 +139,16 @@ impl Node {
             Ask::Pin(request) => self.pin_chain(member, &request).map(Reply::Pin),
             Ask::Prefetch(request) => self.prefetch(member, &request).map(Reply::Prefetch),
             Ask::Settled(_) => return self.client_settled(member),
-            Ask::OpenMemory(request) => match self.open_memory(member, request_id, request) {
+            Ask::OpenMemory(request) => match self.open_memory(member, request_id, request, given) {
                 Ok(()) => return, // until it is open
                 Err(error) => Err(error),
             },
+            // on a socket the shell takes them: the node has descriptors only with what they are for
+            Ask::GiveChunks(_) => Err(Error::invalid(
+                "give_chunks",
+                "asked over gRPC, which carries no descriptors",
+                "use the session's Unix socket, on the node's own machine",
+            )),
             Ask::CloseMemory(request) => match self.close_memory(member, request_id, request) {
                 Ok(()) => return, // until nothing touches it
                 Err(error) => Err(error),

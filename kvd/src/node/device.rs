@@ -7,6 +7,15 @@ use kvd_proto::wire;
 use kvd_proto::{Error, Layout};
 use kvd_tiers::segment::{SegmentId, SlotRef};
 
+/// Descriptors that the shell holds for one request, and closes if the call that hears of the request does not order it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Given {
+    /// By which the shell knows them.
+    pub ticket: u64,
+    /// How many.
+    pub count: usize,
+}
+
 /// What to do.
 #[derive(Debug)]
 pub enum DeviceOrder {
@@ -18,6 +27,8 @@ pub enum DeviceOrder {
         layout: Box<Layout>,
         /// As asked; its group is the layout's, its slice is of whole parts.
         request: Box<wire::OpenMemoryRequest>,
+        /// As many as its ranges name.
+        given: Given,
     },
     /// Stop what is copied there, each copy answered by `Copied`, and close it; then answered by `Closed`.
     Close {

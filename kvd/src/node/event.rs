@@ -4,7 +4,7 @@
 //! file, socket or clock. Every `Effect` that starts something has the `Event` that ends it.
 
 use super::NvmeConfig;
-use super::device::{DeviceEnd, DeviceOrder};
+use super::device::{DeviceEnd, DeviceOrder, Given};
 use super::telling::Run;
 use kvd_proto::cost::PrefillProfile;
 use kvd_proto::slot_header::SlotHeader;
@@ -43,6 +43,17 @@ pub enum Event {
         request_id: u64,
         /// What.
         body: client_frame::Body,
+    },
+    /// A member asks for device memory to be opened, and may have given descriptors for it. The same call orders it or refuses it.
+    OpenMemory {
+        /// Who.
+        member: MemberId,
+        /// To answer with.
+        request_id: u64,
+        /// What.
+        request: Box<wire::OpenMemoryRequest>,
+        /// Of the chunks that it names.
+        given: Given,
     },
     /// The connection is gone; its process may still be reading and writing slots.
     SocketLost {

@@ -153,19 +153,16 @@ impl Node {
         }
         self.counters.match_requests += 1;
         self.counters.match_blocks += chain.ids().len() as u64;
-        let near = self.sessions.memory_node(member);
-        let (items, bytes, predicted_us) =
-            self.lease_items(space, &found, skip..loaded, budget, (near, &into));
-        self.not_loaded(space, &found, loaded..stored, near);
+        let to = (self.sessions.memory_node(member), &into[..]);
+        let (items, bytes, predicted_us) = self.lease_items(space, &found, skip..loaded, budget, to);
+        self.not_loaded(space, &found, loaded..stored, to.0);
         let (items, bytes) = self.fit_frame(space, items, bytes);
         let leased = items.iter().map(|item| item.block as usize + 1).max().unwrap_or(skip.min(stored));
         let used = self.touch(&found, stored); // what is not loaded is wanted all the same
         self.count_match(space, chain.ids(), &items, leased, skip.min(stored));
         if items.is_empty() {
             self.tell_matched(used, space, chain.ids(), leased, None, hints);
-            let hand_off = hand_off_status(request, false);
-            let none = wire::MatchReply { blocks: leased as u32, hand_off, ..wire::MatchReply::default() };
-            return Ok(Matched::Reply(none));
+            return Ok(Matched::Reply(without_lease(leased, request)));
         }
         let lease = self.new_lease(NewLease {
             session,
@@ -468,6 +465,12 @@ impl Node {
         }
         self.start_promotion(handle, near)
     }
+}
+
+/// So many blocks are there, and the engine has all of them.
+fn without_lease(blocks: usize, request: &wire::MatchRequest) -> wire::MatchReply {
+    let hand_off = hand_off_status(request, false);
+    wire::MatchReply { blocks: blocks as u32, hand_off, ..wire::MatchReply::default() }
 }
 
 /// What an answer with blocks, or a miss, says to a claim.

@@ -26,6 +26,7 @@ mod memory;
 mod movement;
 mod order;
 mod orphans;
+mod page_request;
 mod pages;
 mod policy_change;
 mod purge;

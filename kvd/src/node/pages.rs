@@ -4,15 +4,18 @@
 //! Invariants: a copy holds its lease, so that no slot under it is anybody else's before it has ended, whoever let go meanwhile (law 2); a part that is
 //! being copied is neither committed nor copied a second time; memory is forgotten when the shell says that nothing touches it any more, and whoever opened it
 //! hears no sooner. Only blocks that are whole are copied into pages, and what is told as copied has been verified (the shell does, part by part).
-//! Leaves to others: page tables, addresses, devices (the shell), who may lease what (`lease`).
+//! Leaves to others: what a request must be like (`page_request`), page tables, addresses, devices (the shell), who may lease what (`lease`).
 
 use super::Node;
-use super::device::{Copied, CopyBlock, CopyOrder, DeviceEnd, DeviceOrder};
+use super::device::{Copied, CopyBlock, CopyOrder, DeviceEnd, DeviceOrder, Given};
 use super::event::{Effect, MemberId};
 use super::hbm::{Class, Using};
 use super::lease::{ItemState, Lease, LeaseId, PartSet, RequestKind};
+use super::page_request::{
+    UUID_BYTES, check_fence, check_filling, check_memory, check_table, wanted_blocks, wanted_ranges,
+};
 use super::session::SessionId;
-use kvd_proto::limits::{COPIES_MAX, FENCE_FAILED, MEMORIES_MAX, MEMORY_RANGES_MAX};
+use kvd_proto::limits::{COPIES_MAX, MEMORIES_MAX};
 use kvd_proto::wire::{self, CopyMiss, node_frame::Body as Reply};
 use kvd_proto::{Code, Error, Slice};
 use kvd_tiers::catalog::Handle;
@@ -20,12 +23,6 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 pub(super) type MemoryId = u64;
-
-/// Bytes of a device's UUID, and of the name of an allocation.
-const UUID_BYTES: usize = 16;
-const HANDLE_BYTES: usize = 64;
-/// Of a page table: one i32.
-const TABLE_ENTRY_BYTES: usize = 4;
 
 /// All device memory that engines have handed over.
 pub(super) struct Pages {
@@ -177,13 +174,14 @@ impl Node {
         member: MemberId,
         request_id: u64,
         request: wire::OpenMemoryRequest,
+        given: Given,
     ) -> Result<(), Error> {
         if !self.sessions.member_maps(member) {
             let fix = "use the session's Unix socket, on the node's own machine";
             return Err(Error::invalid("open_memory", "asked over gRPC", fix));
         }
         let space = self.space_of(member, request.space)?;
-        let device = check_memory(&request)?;
+        let device = check_memory(&request, given.count)?;
         if self.pages.of(member).count() >= MEMORIES_MAX {
             return Err(Error::limit("memory", format!("{MEMORIES_MAX} of one member"), "close some"));
         }
@@ -207,6 +205,7 @@ impl Node {
             memory: id,
             layout: Box::new(layout),
             request: Box::new(request),
+            given,
         }));
         Ok(())
     }
@@ -330,10 +329,7 @@ impl Node {
         let Memory { device, space, group, slice, .. } = *memory;
         let layer_ranges = wanted_ranges(&slice, &request)?;
         check_fence(request.fence.as_ref())?;
-        if !request.table.len().is_multiple_of(TABLE_ENTRY_BYTES) {
-            let what = format!("{} bytes", request.table.len());
-            return Err(Error::invalid("table", what, "give pages as i32, four bytes each"));
-        }
+        check_table(&request.table)?;
         let lease = self.open_lease(member, request.lease)?;
         let blocks = wanted_blocks(lease, space, request.blocks)?;
         if self.pages.copies_of(member) >= COPIES_MAX {
@@ -359,9 +355,6 @@ impl Node {
         };
         let mut slots: Vec<_> = items.iter().map(block).collect();
         let kept = if into_pages { self.keep_some(class, &mut slots, parts) } else { None };
-        for (_, block) in slots.iter().filter(|(_, block)| block.slot.is_none()) {
-            assert!(block.kept.is_some_and(|kept| kept.there), "what was lifted is there");
-        }
         let slots = slots.into_iter().map(|(_, slot)| slot).collect();
         let part_bytes = u64::from(self.spaces[usize::from(space)].space.layout.part_stride(group.into()));
         let token = self.pages.next();
@@ -404,6 +397,8 @@ impl Node {
         let mut using = Vec::new();
         for (at, (handle, block)) in blocks.iter_mut().enumerate() {
             block.kept = self.use_kept(pool, *handle, parts);
+            let there = block.kept.is_some_and(|kept| kept.there);
+            assert!(there || block.slot.is_some(), "what was lifted is there");
             let used = block.kept.map(|kept| Using { at: at as u32, handle: *handle, there: kept.there });
             using.extend(used);
         }
@@ -488,87 +483,6 @@ impl Node {
 fn unknown_memory(id: MemoryId) -> Error {
     let what = format!("memory {id} was never opened by this member, or is closed");
     Error::new(Code::UnknownMemory, "memory", what, "open it again")
-}
-
-/// What can be said of it without a device.
-fn check_memory(request: &wire::OpenMemoryRequest) -> Result<[u8; UUID_BYTES], Error> {
-    let device = <[u8; UUID_BYTES]>::try_from(&request.device[..]).map_err(|_| {
-        let what = format!("{} bytes", request.device.len());
-        Error::invalid("device", what, "give the device's UUID: 16 bytes")
-    })?;
-    let count = request.ranges.len();
-    if count == 0 || count > MEMORY_RANGES_MAX {
-        let fix = format!("give 1 to {MEMORY_RANGES_MAX} allocations");
-        return Err(Error::invalid("ranges", format!("{count} allocations"), fix));
-    }
-    for (at, range) in request.ranges.iter().enumerate() {
-        if range.handle.len() != HANDLE_BYTES || range.bytes == 0 {
-            let what = format!("a handle of {} bytes, for {} bytes", range.handle.len(), range.bytes);
-            let fix = "give the 64 bytes of CUipcMemHandle, and the size of what it names";
-            return Err(Error::invalid(format!("ranges[{at}]"), what, fix));
-        }
-    }
-    Ok(device)
-}
-
-/// Layer ranges of the slice, counted in the group.
-fn wanted_ranges(slice: &Slice, request: &wire::CopyRequest) -> Result<Range<u32>, Error> {
-    let all = slice.layer_ranges();
-    if request.layer_ranges == 0 {
-        return Ok(all);
-    }
-    let first = request.first_layer_range;
-    let end = first.checked_add(request.layer_ranges).filter(|end| first >= all.start && *end <= all.end);
-    let end = end.ok_or_else(|| {
-        let what = format!("{} from {first} on, of a memory that has {all:?}", request.layer_ranges);
-        Error::invalid("layer_ranges", what, "give layer ranges that the memory has, counted in the group")
-    })?;
-    Ok(first..end)
-}
-
-fn check_fence(fence: Option<&wire::Fence>) -> Result<(), Error> {
-    let Some(fence) = fence else { return Ok(()) };
-    if !fence.offset.is_multiple_of(4) {
-        let what = format!("at byte {}", fence.offset);
-        return Err(Error::invalid("fence.offset", what, "give the offset of a word: a multiple of 4"));
-    }
-    if fence.value >= FENCE_FAILED {
-        let what = format!("{}", fence.value);
-        return Err(Error::invalid("fence.value", what, "give less than 2^30: that bit says that it failed"));
-    }
-    Ok(())
-}
-
-fn wanted_blocks(lease: &Lease, space: u16, blocks: Option<wire::BlockRange>) -> Result<Range<u32>, Error> {
-    if lease.space != space {
-        let what = "the lease and the memory are of different spaces";
-        return Err(Error::invalid("memory", what, "open the memory for the space of the lease"));
-    }
-    let wanted = blocks.unwrap_or_default();
-    let chain = lease.chain.len() as u32;
-    let end = wanted.first.checked_add(wanted.count).filter(|end| wanted.count > 0 && *end <= chain);
-    let end = end.ok_or_else(|| {
-        let what = format!("{} blocks from {} of a chain of {chain}", wanted.count, wanted.first);
-        Error::invalid("blocks", what, "name blocks of the chain that the lease was asked for with")
-    })?;
-    Ok(wanted.first..end)
-}
-
-/// All blocks are being filled by this lease, and of these parts none is filled or being filled yet.
-fn check_filling(lease: &Lease, group: u8, blocks: Range<u32>, parts: PartSet) -> Result<u32, Error> {
-    let items = &lease.items[lease.places(group, blocks.clone())];
-    for (at, block) in blocks.clone().enumerate() {
-        let item = items.get(at).filter(|item| item.block == block);
-        let Some(ItemState::Filling(filled)) = item.map(|item| item.state) else {
-            let what = format!("block {block} is not granted by this lease, or is committed");
-            return Err(Error::invalid("blocks", what, "copy what was granted, before it is committed"));
-        };
-        if let Some(part) = filled.common(parts).or_else(|| lease.copied_now(group, block, parts)) {
-            let what = format!("part {part} of block {block} is filled, or being filled");
-            return Err(Error::new(Code::PartFilledTwice, "blocks", what, "copy each part once"));
-        }
-    }
-    Ok(blocks.len() as u32)
 }
 
 impl Node {

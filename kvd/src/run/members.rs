@@ -1,11 +1,13 @@
 //! A member's socket and the process behind it, as the reactor watches them; either may go first.
 
+use super::chunks::Share;
 use super::reattach::Orphan;
 use super::socket::Socket;
 use crate::node::event::MemberId;
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use rustix::fd::{AsRawFd as _, OwnedFd};
+use std::sync::Arc;
 
 pub(super) struct Peer {
     pub(super) socket: Option<Socket>,
@@ -34,6 +36,7 @@ impl Peer {
         registry: &Registry,
         member: MemberId,
         mut stream: mio::net::UnixStream,
+        share: Arc<Share>,
     ) -> std::io::Result<Self> {
         let pid = rustix::net::sockopt::socket_peercred(&stream)?.pid;
         let process = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok();
@@ -43,7 +46,7 @@ impl Peer {
             tracing::warn!(pid = pid.as_raw_nonzero().get(), "no pidfd for this client");
         }
         let peer = Self {
-            socket: Some(Socket::new(stream)),
+            socket: Some(Socket::new(stream, share)),
             process,
             pid: pid.as_raw_nonzero().get() as u32,
             opened: false,

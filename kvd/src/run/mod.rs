@@ -5,6 +5,7 @@
 
 mod attach;
 mod bucket;
+mod chunks;
 mod dram;
 mod fetcher;
 mod follower;

@@ -5,9 +5,11 @@
 //! `apply` calls as the node's batch limit allows. A member's process is watched by pidfd until the node lets it go.
 
 mod devices;
+mod frames;
 
 use super::attach::Attach;
 use super::bucket::BucketTier;
+use super::chunks::{Allowance, Parked, Share};
 use super::dram::DramSegments;
 use super::fetcher;
 use super::gpu::Gpus;
@@ -24,16 +26,15 @@ use super::socket::Left;
 use super::watch::Watchers;
 use super::workers::{Checksumming, Reading, checksummer, populator};
 use crate::node::Node;
-use crate::node::device::DeviceOrder;
 use crate::node::event::{Answer, Effect, Event, MemberId};
 use kvd_proto::slot_header::SlotHeader;
-use kvd_proto::wire::{self, ClientFrame, Tier, client_frame, node_frame};
-use kvd_proto::{Code, Error};
+use kvd_proto::wire::{self, Tier, client_frame, node_frame};
 use kvd_tiers::catalog::record::SpaceRecord;
 use kvd_tiers::segment::{SegmentId, SlotRef};
 use mio::{Events, Interest, Poll, Token};
 use prost::Message as _;
 use rustix::fd::OwnedFd;
+use rustix::process::{Resource, getrlimit};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -107,6 +108,9 @@ pub(super) struct Reactor {
     teller: Teller,
     fetcher: fetcher::Orders,
     keeping: Keeping,
+    /// Descriptors of engines' memory: what there may be, and those that the node is about to hear of.
+    allowance: Arc<Allowance>,
+    parked: Parked,
     questions: HashMap<u64, oneshot::Sender<Answer>>,
     /// By token, of promotions and fetches: the header to show once every part agrees.
     promotions: HashMap<u64, (SlotRef, u32, Box<SlotHeader>)>,
@@ -162,6 +166,8 @@ impl Reactor {
             teller: parts.teller,
             fetcher: parts.fetcher,
             keeping: parts.keeping,
+            allowance: Allowance::of(getrlimit(Resource::Nofile).current),
+            parked: Parked::default(),
             questions: HashMap::new(),
             promotions: HashMap::new(),
             last_ticket: 0,
@@ -249,7 +255,8 @@ impl Reactor {
     fn welcome(&mut self, stream: mio::net::UnixStream) -> std::io::Result<()> {
         self.last_member += 1;
         let member = self.last_member;
-        self.members.insert(member, Peer::welcome(self.poll.registry(), member, stream)?);
+        let share = Share::new(self.allowance.clone());
+        self.members.insert(member, Peer::welcome(self.poll.registry(), member, stream, share)?);
         self.unread.insert(member);
         Ok(())
     }
@@ -284,37 +291,6 @@ impl Reactor {
             }
         }
         self.read_buffer = buffer;
-    }
-
-    fn frame(&mut self, member: MemberId, frame: ClientFrame) {
-        let request_id = frame.request_id;
-        let Some(body) = frame.body else {
-            let error = Error::invalid("body", "not given or of a later version", "use this node's version");
-            self.send(member, crate::node::event::frame(request_id, node_frame::Body::Error(error.into())));
-            return;
-        };
-        // cut off in the middle of what was read: it did not read its answers
-        let Some(peer) = self.members.get_mut(&member) else { return };
-        self.events.push(match body {
-            client_frame::Body::OpenSession(request) if !peer.opened => {
-                (peer.opened, peer.client) = (true, request.client);
-                self.opening.push(member);
-                Event::Open { member, request_id, pid: peer.pid, maps: true, token: random(), request }
-            }
-            body => Event::Request { member, request_id, body },
-        });
-    }
-
-    /// The next boundary is unknown: says why, then ends the connection.
-    fn not_a_frame(&mut self, member: MemberId, error: Error) {
-        assert_eq!(error.code, Code::Frame, "only a broken frame ends a connection");
-        tracing::warn!(member, %error, "a connection is closed");
-        self.send(member, crate::node::event::frame(0, node_frame::Body::Error(error.into())));
-        let Some(socket) = self.members.get_mut(&member).and_then(|peer| peer.socket.as_mut()) else {
-            return;
-        };
-        socket.closing = true;
-        self.unsent.insert(member);
     }
 
     fn socket_lost(&mut self, member: MemberId) {
@@ -416,6 +392,7 @@ impl Reactor {
             let events: Vec<_> = self.events.drain(..batch).collect();
             self.call(events);
         }
+        self.parked.close();
     }
 
     fn call(&mut self, events: Vec<Event>) {
@@ -442,17 +419,6 @@ impl Reactor {
             None => self.orders.clear(), // spaces: who attaches a device is told all of them
         }
         self.send_all();
-    }
-
-    fn device(&mut self, order: DeviceOrder) {
-        let DeviceOrder::Lift { token, memory, device, from, to } = order else {
-            return self.gpus.tell(order);
-        };
-        let wanted = self.gpus.lift(token, (memory, device), to);
-        match &self.mover {
-            Some(_) => self.orders.push(Order::Look { slot: from, wanted }),
-            None => wanted(None),
-        }
     }
 
     /// Peers that asked for a session and got none: they may ask again, or go like anybody who never asked.
@@ -580,7 +546,7 @@ impl Reactor {
         let Some(peer) = self.members.get_mut(&member) else { return };
         match peer.socket.as_mut() {
             Some(socket) => {
-                socket.closing = true;
+                socket.shut();
                 peer.let_go = true;
                 self.unsent.insert(member);
             }

@@ -43,6 +43,8 @@ pub(crate) struct Setup {
     pub(crate) device: &'static str,
     /// Of each, for copies.
     pub(crate) hbm_bytes: u64,
+    /// How many it may have open; 0: as many as this process.
+    pub(crate) open_files: u64,
 }
 
 impl Default for Setup {
@@ -63,6 +65,7 @@ impl Default for Setup {
             s3: String::new(),
             device: "off",
             hbm_bytes: 0,
+            open_files: 0,
         }
     }
 }
@@ -128,6 +131,7 @@ pub(crate) fn run(command: &str, config: &Path) -> Output {
 pub(crate) struct Daemon {
     child: Child,
     config: PathBuf,
+    open_files: u64,
     folder: TempDir,
     channel: OnceCell<Channel>,
 }
@@ -136,7 +140,13 @@ impl Daemon {
     pub(crate) async fn start(setup: &Setup) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let config = setup.write(folder.path());
-        let mut daemon = Self { child: serve(&config), config, folder, channel: OnceCell::new() };
+        let mut daemon = Self {
+            child: serve(&config, setup.open_files),
+            open_files: setup.open_files,
+            config,
+            folder,
+            channel: OnceCell::new(),
+        };
         daemon.answers().await;
         daemon
     }
@@ -163,6 +173,13 @@ impl Daemon {
     }
 
     /// Kills it (-9) and waits for its end.
+    /// How many of its open files have this in their name.
+    pub(crate) fn open_files(&self, named: &str) -> usize {
+        let files = std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap();
+        let links = files.filter_map(|file| std::fs::read_link(file.ok()?.path()).ok()); // one may be closed meanwhile
+        links.filter(|link| link.to_string_lossy().contains(named)).count()
+    }
+
     pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
@@ -171,7 +188,7 @@ impl Daemon {
 
     /// Another process in the same folder.
     pub(crate) async fn start_again(&mut self) {
-        self.child = serve(&self.config);
+        self.child = serve(&self.config, self.open_files);
         self.answers().await;
     }
 
@@ -236,8 +253,10 @@ impl Daemon {
     }
 }
 
-fn serve(config: &Path) -> Child {
-    let mut kvd = Command::new(env!("CARGO_BIN_EXE_kvd"));
+fn serve(config: &Path, open_files: u64) -> Child {
+    let mut kvd = Command::new("sh");
+    let limit = if open_files > 0 { format!("ulimit -n {open_files}; ") } else { String::new() };
+    kvd.arg("-c").arg(limit + "exec \"$@\"").arg("sh").arg(env!("CARGO_BIN_EXE_kvd"));
     kvd.arg("serve").arg("--config").arg(config).stdin(Stdio::null()).spawn().unwrap()
 }
 

@@ -6,14 +6,15 @@ use crate::engine::{BLOCK_BYTES, Engine, space};
 use crate::victim::Victim;
 use crate::wait::{DEADLINE, until, within};
 use kvd_client::{
-    DeviceMemory, DevicePlace, DeviceRange, LayerMemory, Loaded, Loading, Match, MatchOptions, MissReason,
-    PagedMemory, PagedShape, Read, Store, Storing, VectorMemory,
+    DeviceChunk, DeviceMemory, DevicePlace, DeviceRange, LayerMemory, Loaded, Loading, Match, MatchOptions,
+    MissReason, PagedMemory, PagedShape, Read, Store, Storing, VectorMemory,
 };
 use kvd_proto::limits::FENCE_FAILED;
 use kvd_proto::wire::Fence;
 use kvd_proto::{Code, wire};
-use kvd_tiers::gpu::software::{SoftwareDevice, SoftwareOptions};
-use kvd_tiers::gpu::{Address, Device as _};
+use kvd_tiers::gpu::software::{CHUNK_BYTES, SoftwareDevice, SoftwareOptions};
+use kvd_tiers::gpu::{Address, Chunk, Device as _};
+use rustix::fd::AsFd as _;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -24,14 +25,16 @@ const PAGE_TOKENS: u32 = 16;
 const FENCE_BYTES: u64 = 4096;
 /// Of one head and token: 64 numbers of two bytes.
 const ROW_BYTES: isize = 128;
+/// Of one layer's K or V, 16 tokens of 4 heads.
+const PAGE_BYTES: u64 = 16 * 4 * ROW_BYTES as u64;
 
-fn setup() -> Setup {
+pub(crate) fn setup() -> Setup {
     Setup { device: "software", dram_bytes: 64 * MIB, segment_bytes: 32 * MIB, ..Setup::default() }
 }
 
 /// An engine's paged KV in its own device's memory, token-first: all heads of a token lie side by side.
 pub(crate) struct Pages {
-    memory: Arc<DeviceMemory>,
+    pub(crate) memory: Arc<DeviceMemory>,
     /// The same bytes, as this process sees them.
     seen: PagedMemory,
     pages: u32,
@@ -46,21 +49,44 @@ impl Pages {
         let mut device = SoftwareDevice::open(SoftwareOptions::default()).unwrap();
         let bytes = u64::from(pages) * BLOCK_BYTES as u64 + FENCE_BYTES;
         let address = device.allocate(bytes).unwrap();
-        let ranges = vec![DeviceRange { handle: device.export(address).unwrap(), bytes }];
+        let range = DeviceRange::Handle { handle: device.export(address).unwrap(), bytes };
+        Self::lying(engine, (device, address, range), pages, u64::from(pages) * PAGE_BYTES)
+    }
+
+    /// In memory that has no handle: of so many chunks, over all of which its vectors lie.
+    pub(crate) fn open_chunks(engine: &Engine, pages: u32, chunks: u64) -> Self {
+        let mut device = SoftwareDevice::open(SoftwareOptions::default()).unwrap();
+        let made = |_| Arc::new(device.chunk(CHUNK_BYTES).unwrap());
+        let made: Vec<_> =
+            (0..chunks).map(made).map(|memory| DeviceChunk { memory, bytes: CHUNK_BYTES }).collect();
+        let mapped: Vec<_> =
+            made.iter().map(|one| Chunk { memory: one.memory.as_fd(), bytes: one.bytes }).collect();
+        let address = device.map(&mapped).unwrap();
+        let apart = (chunks * CHUNK_BYTES - u64::from(pages) * PAGE_BYTES) / 7 / 256 * 256;
+        Self::lying(engine, (device, address, DeviceRange::Chunks(made)), pages, apart)
+    }
+
+    /// Layers, and K and V, so many bytes apart.
+    fn lying(
+        engine: &Engine,
+        (device, address, range): (SoftwareDevice, Address, DeviceRange),
+        pages: u32,
+        apart: u64,
+    ) -> Self {
         let layers = (0..4).map(|layer| wire::LayerPlace {
-            page_stride: 16 * 4 * ROW_BYTES as i64,
+            page_stride: PAGE_BYTES as i64,
             head_stride: ROW_BYTES as i64,
             vectors: (0..2)
                 .map(|vector| wire::VectorPlace {
                     range: 0,
-                    offset: offset(pages, layer, vector),
+                    offset: (layer * 2 + vector) * apart,
                     token_stride: 4 * ROW_BYTES as i64,
                 })
                 .collect(),
         });
-        let place = DevicePlace { device: device.info().uuid, ranges, layers: layers.collect() };
+        let place = DevicePlace { device: device.info().uuid, ranges: vec![range], layers: layers.collect() };
         let memory = DeviceMemory::new(&engine.space, shape(pages), place).unwrap();
-        let seen = seen(pages, address);
+        let seen = seen(pages, address, apart);
         Self { memory: Arc::new(memory), seen, pages, address, loads: Vec::new(), _device: device }
     }
 
@@ -68,11 +94,11 @@ impl Pages {
         (0..self.pages as i32).rev().collect()
     }
 
-    fn group(&self) -> Vec<kvd_client::PagedGroup> {
+    pub(crate) fn group(&self) -> Vec<kvd_client::PagedGroup> {
         vec![(kvd_client::Pages::Device(self.memory.clone()), self.table())]
     }
 
-    async fn load(&self, found: &Arc<Match>) -> Loaded {
+    pub(crate) async fn load(&self, found: &Arc<Match>) -> Loaded {
         self.load_fenced(found, None).await
     }
 
@@ -100,7 +126,7 @@ impl Pages {
     }
 
     /// The block, as it lies in the pages now, as a slot would have it.
-    fn block(&self, block: u32) -> Vec<u8> {
+    pub(crate) fn block(&self, block: u32) -> Vec<u8> {
         let mut bytes = vec![0; BLOCK_BYTES];
         for part in 0..4 {
             let part_bytes = BLOCK_BYTES / 4;
@@ -110,7 +136,7 @@ impl Pages {
         bytes
     }
 
-    fn write(&self, block: u32, bytes: &[u8]) {
+    pub(crate) fn write(&self, block: u32, bytes: &[u8]) {
         for part in 0..4 {
             let part_bytes = bytes.len() / 4;
             let range = usize::from(part) * part_bytes..(usize::from(part) + 1) * part_bytes;
@@ -119,22 +145,17 @@ impl Pages {
     }
 }
 
-fn shape(pages: u32) -> PagedShape {
+pub(crate) fn shape(pages: u32) -> PagedShape {
     PagedShape { group: 0, first_layer: 0, first_head: 0, heads: 4, page_tokens: PAGE_TOKENS, pages }
 }
 
-/// Layers, and K and V, one behind the other.
-fn offset(pages: u32, layer: u64, vector: u64) -> u64 {
-    (layer * 2 + vector) * u64::from(pages) * (16 * 4 * ROW_BYTES as u64)
-}
-
-fn seen(pages: u32, address: Address) -> PagedMemory {
-    let layer = |layer| LayerMemory {
-        page_stride: 16 * 4 * ROW_BYTES,
+fn seen(pages: u32, address: Address, apart: u64) -> PagedMemory {
+    let layer = |layer: u64| LayerMemory {
+        page_stride: PAGE_BYTES as isize,
         head_stride: ROW_BYTES,
         vectors: (0..2)
             .map(|vector| VectorMemory {
-                base: (address + offset(pages, layer, vector)) as *mut u8,
+                base: (address + (layer * 2 + vector) * apart) as *mut u8,
                 token_stride: 4 * ROW_BYTES,
                 element_stride: None,
             })
@@ -145,7 +166,7 @@ fn seen(pages: u32, address: Address) -> PagedMemory {
     unsafe { PagedMemory::new(&space().layout, shape(pages), (0..4).map(layer).collect()).unwrap() }
 }
 
-async fn matched(engine: &Engine, names: &[u64]) -> Arc<Match> {
+pub(crate) async fn matched(engine: &Engine, names: &[u64]) -> Arc<Match> {
     let found = engine.lease(b"", names).await.unwrap();
     assert_eq!(found.blocks() as usize, names.len());
     Arc::new(found)
@@ -192,7 +213,7 @@ async fn a_word_of_the_engines_memory_says_how_far_a_load_is() {
     let names: Vec<u64> = (0..40).collect();
     assert_eq!(engine.put(&names).await, 40);
     let pages = Pages::open(&engine, 40);
-    let offset = offset(40, 4, 0);
+    let offset = 40 * BLOCK_BYTES as u64;
     // SAFETY: a word of the allocation behind the pages, aligned; the stand-in's addresses are this process's.
     let word = unsafe { AtomicU32::from_ptr((pages.address + offset) as *mut u32) };
     for value in [1, 40] {
@@ -395,7 +416,7 @@ async fn memory_that_cannot_be_opened_is_refused_with_what_to_do() {
     let opened = |change: fn(&mut DevicePlace)| {
         let mut device = SoftwareDevice::open(SoftwareOptions::default()).unwrap();
         let address = device.allocate(MIB).unwrap();
-        let ranges = vec![DeviceRange { handle: device.export(address).unwrap(), bytes: MIB }];
+        let ranges = vec![DeviceRange::Handle { handle: device.export(address).unwrap(), bytes: MIB }];
         let vector = |at: u64| wire::VectorPlace { range: 0, offset: at * 65536, token_stride: 512 };
         let layer = |at: u64| wire::LayerPlace {
             page_stride: 8192,
@@ -409,8 +430,13 @@ async fn memory_that_cannot_be_opened_is_refused_with_what_to_do() {
     };
     for (field, code, change) in [
         ("device", Code::Unavailable, (|place| place.device[0] ^= 1) as fn(&mut DevicePlace)),
-        ("ranges[0]", Code::Invalid, |place| place.ranges[0].handle = [9; 64]),
-        ("ranges[0]", Code::Invalid, |place| place.ranges[0].bytes = 1 << 40),
+        ("ranges[0]", Code::Invalid, |place| {
+            place.ranges[0] = DeviceRange::Handle { handle: [9; 64], bytes: MIB }
+        }),
+        ("ranges[0]", Code::Invalid, |place| {
+            let DeviceRange::Handle { bytes, .. } = &mut place.ranges[0] else { unreachable!() };
+            *bytes = 1 << 40;
+        }),
         ("layers[2]", Code::Invalid, |place| place.layers[2].vectors[1].range = 7),
         ("vectors[7]", Code::Invalid, |place| place.layers[3].vectors[1].offset = MIB - 128),
         ("vectors[0].token_stride", Code::Invalid, |place| place.layers[0].vectors[0].token_stride = 0),

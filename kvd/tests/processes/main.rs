@@ -11,6 +11,7 @@ mod bucket_server;
 #[path = "../../../tiers/tests/s3/proxy.rs"]
 #[allow(dead_code, reason = "the bucket's own suite asks more of it")]
 mod bucket_weather;
+mod chunks;
 mod cluster;
 mod content;
 mod daemon;

@@ -4,10 +4,13 @@ use kvd_proto::frame::{self, FrameHeader, HEADER_BYTES};
 use kvd_proto::wire::{self, ClientFrame, NodeFrame, client_frame, node_frame::Body};
 use kvd_proto::{Code, PROTOCOL_MAJOR};
 use prost::Message as _;
-use rustix::fd::OwnedFd;
-use rustix::net::{Shutdown, getpeername, shutdown};
+use rustix::fd::{BorrowedFd, OwnedFd};
+use rustix::net::{
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, getpeername, sendmsg, shutdown,
+};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
-use std::io::{ErrorKind, Read as _, Write as _};
+use std::io::{ErrorKind, IoSlice, Read as _, Write as _};
+use std::mem::MaybeUninit;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
@@ -25,6 +28,15 @@ impl Raw {
 
     pub(crate) fn send(&mut self, bytes: &[u8]) {
         self.stream.write_all(bytes).unwrap();
+    }
+
+    /// With descriptors beside the first byte.
+    pub(crate) fn send_beside(&mut self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(descriptors)));
+        let sent = sendmsg(&self.stream, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL).unwrap();
+        assert_eq!(sent, bytes.len());
     }
 
     /// `false`: the node has closed the connection.
@@ -77,12 +89,27 @@ impl Raw {
         }
     }
 
+    /// The next frame that is no segment's.
+    pub(crate) fn answer(&mut self) -> Body {
+        loop {
+            match self.receive().expect("an answer").body.expect("of this version") {
+                Body::Segment(_) => {}
+                answer => return answer,
+            }
+        }
+    }
+
     /// The error that the next frame is.
     pub(crate) fn error(&mut self) -> Code {
-        match self.receive().expect("an error").body {
-            Some(Body::Error(error)) => {
+        self.refusal().0
+    }
+
+    /// And of which field.
+    pub(crate) fn refusal(&mut self) -> (Code, String) {
+        match self.answer() {
+            Body::Error(error) => {
                 assert!(!error.message.is_empty() && !error.fix.is_empty(), "{error:?}");
-                error.code()
+                (error.code(), error.field)
             }
             other => panic!("{other:?}"),
         }
@@ -90,8 +117,13 @@ impl Raw {
 }
 
 pub(crate) fn framed(request_id: u64, body: Option<client_frame::Body>) -> Vec<u8> {
+    framed_with(request_id, body, 0)
+}
+
+/// Which says that so many descriptors come beside it.
+pub(crate) fn framed_with(request_id: u64, body: Option<client_frame::Body>, descriptors: u8) -> Vec<u8> {
     let mut bytes = Vec::new();
-    frame::push(&mut bytes, &ClientFrame { request_id, body }, 0);
+    frame::push(&mut bytes, &ClientFrame { request_id, body }, descriptors);
     bytes
 }
 

@@ -176,6 +176,10 @@ impl Held {
                 return format!("whole {whole}");
             }
             "device" => self.pages = Some(Pages::open(self.engine(), words[0].parse().unwrap())),
+            "device-chunks" => {
+                let (pages, chunks) = (words[0].parse().unwrap(), words[1].parse().unwrap());
+                self.pages = Some(Pages::open_chunks(self.engine(), pages, chunks));
+            }
             "device-loads" => {
                 let found = std::sync::Arc::new(self.found.take().unwrap());
                 self.pages.as_mut().unwrap().begin_loads(&found, words[0].parse().unwrap());

@@ -19,6 +19,7 @@ pub mod work;
 
 use crate::mapping::Mapping;
 use crate::media::Wake;
+use rustix::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,6 +30,15 @@ pub type Address = u64;
 
 /// Names an allocation to another process: 64 bytes, as CUDA's `CUipcMemHandle`.
 pub type Handle = [u8; 64];
+
+/// A piece of an allocation that has no `Handle`, since the driver's virtual memory functions (`cuMemCreate`) made it.
+#[derive(Debug, Clone, Copy)]
+pub struct Chunk<'a> {
+    /// What the driver exported it as, in whatever process.
+    pub memory: BorrowedFd<'a>,
+    /// All of it.
+    pub bytes: u64,
+}
 
 /// Streams of one device at a time; `stream` refuses more.
 pub const STREAMS_MAX: usize = 16;
@@ -107,6 +117,14 @@ pub enum GpuError {
     /// A handle that names no memory of a living process, or of another device.
     #[error("the memory handle cannot be opened: {0}")]
     BadHandle(String),
+    /// A descriptor that is no memory of this device, or of another size.
+    #[error("chunk {at} cannot be mapped: {reason}")]
+    BadChunk {
+        /// Counted from 0.
+        at: usize,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// Streams or marks.
     #[error("no more than {limit} {what}")]
     Limit {
@@ -140,7 +158,10 @@ pub trait Device: Send {
     /// Another process's allocation (CUDA opens none of its own process's), from its first byte on, at most as long as that; `bytes` is what the caller will use of it. (The driver knows the
     /// real size, and refuses one that is shorter.)
     fn open(&mut self, handle: &Handle, bytes: u64) -> Result<Address, GpuError>;
-    /// Forgets what `open` gave; asserts that it did.
+    /// Another process's chunks of this device's memory, each whole, one behind the other from the address on. The descriptors may be closed afterwards. Refused as a whole, and nothing
+    /// stays mapped, where one is none, or of another size, or of another device.
+    fn map(&mut self, chunks: &[Chunk<'_>]) -> Result<Address, GpuError>;
+    /// Forgets what `open` or `map` gave; asserts that it did.
     fn close(&mut self, address: Address);
     /// Makes host memory reachable for the device's copies and kernels, and gives the device's address of its first byte. The same mapping twice is the same
     /// address, unpinned once. Holds the mapping until `unpin`.

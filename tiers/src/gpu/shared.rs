@@ -2,7 +2,7 @@
 //!
 //! Invariant: a call is one caller's at a time, `wait` included; so both must be of one thread, or one would wait for the other's patience.
 
-use super::{Address, Device, DeviceInfo, GpuError, Handle, Mark, Piece, Stream, Way, Work};
+use super::{Address, Chunk, Device, DeviceInfo, GpuError, Handle, Mark, Piece, Stream, Way, Work};
 use crate::mapping::Mapping;
 use crate::media::Wake;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -49,6 +49,10 @@ impl Device for SharedDevice {
 
     fn open(&mut self, handle: &Handle, bytes: u64) -> Result<Address, GpuError> {
         self.lock().open(handle, bytes)
+    }
+
+    fn map(&mut self, chunks: &[Chunk<'_>]) -> Result<Address, GpuError> {
+        self.lock().map(chunks)
     }
 
     fn close(&mut self, address: Address) {

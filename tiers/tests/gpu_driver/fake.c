@@ -26,7 +26,11 @@ typedef struct CUfunc_st *CUfunction;
 typedef struct { char bytes[16]; } CUuuid;
 typedef struct { char reserved[64]; } CUipcMemHandle;
 typedef unsigned CUdevice_attribute, CUfunction_attribute, CUjit_option, CUpointer_attribute;
+typedef unsigned CUmemAllocationHandleType, CUmemAllocationGranularity_flags;
+typedef unsigned long long CUmemGenericAllocationHandle;
 typedef struct { unsigned type; int id; } CUmemLocation;
+typedef struct { CUmemLocation location; unsigned flags; } CUmemAccessDesc;
+typedef struct { unsigned type, requestedHandleTypes; CUmemLocation location; void *win32HandleMetaData; unsigned char allocFlags[8]; } CUmemAllocationProp;
 typedef struct { unsigned srcAccessOrder; CUmemLocation srcLocHint, dstLocHint; unsigned flags; } CUmemcpyAttributes;
 #endif
 
@@ -42,14 +46,20 @@ typedef struct { unsigned srcAccessOrder; CUmemLocation srcLocHint, dstLocHint; 
 #define NOT_REGISTERED 713
 #define MEMORY_BYTES (1ull << 30)
 #define REGIONS_MAX 256
+#define CHUNKS_MAX 4096
+#define CHUNK_BYTES (2ull << 20)
 
-/* Allocated, opened or pinned memory. */
+/* Allocated, opened or pinned memory, or addresses for chunks. */
 typedef struct {
     u64 start, bytes, host;
     char name[64];
     unsigned users;
-    enum { FREE, ALLOCATED, OPENED, PINNED } kind;
+    enum { FREE, ALLOCATED, OPENED, PINNED, RESERVED } kind;
 } Region;
+
+/* A chunk's handle (bytes 0: none), and a chunk that is mapped within reserved addresses. */
+typedef struct { u64 bytes; int fd, device; unsigned kind; } Import;
+typedef struct { u64 start, bytes; int access; } Mapped;
 
 typedef struct Op {
     struct Op *next;
@@ -76,6 +86,8 @@ static struct CUfunc_st functions[] = {
     {"kvd_gather", sizeof(struct Cells)}, {"kvd_scatter", sizeof(struct Cells)}, {"kvd_checksum", sizeof(struct Checksums)}};
 static __thread CUcontext current;
 static Region regions[REGIONS_MAX];
+static Import imports[CHUNKS_MAX];
+static Mapped mapped_chunks[CHUNKS_MAX];
 static int begun, streams, events, held, refusals;
 static int life; /* of the context; a stream of an earlier one does nothing any more */
 static u64 allocated, calls, batches;
@@ -109,16 +121,29 @@ void fake_hold(int hold) {
     pthread_mutex_unlock(&lock);
 }
 
-/* 0 calls of copies, 1 of them batched, 2 streams, 3 events, 4 regions, 5 retentions, 6 modules. */
+/* 0 calls of copies, 1 of them batched, 2 streams, 3 events, 4 regions, 5 retentions, 6 modules, 7 handles of chunks, 8 chunks mapped. */
 u64 fake_count(int which) {
     pthread_mutex_lock(&lock);
     u64 used = 0;
     for (int at = 0; at < REGIONS_MAX; at += 1) {
         used += regions[at].kind != FREE;
     }
-    const u64 counts[] = {calls, batches, (u64)streams, (u64)events, used, (u64)context.retained, (u64)module.loaded};
+    u64 handles = 0, mapped = 0;
+    for (int at = 0; at < CHUNKS_MAX; at += 1) {
+        handles += imports[at].bytes != 0;
+        mapped += mapped_chunks[at].bytes != 0;
+    }
+    const u64 counts[] = {calls, batches, (u64)streams, (u64)events, used, (u64)context.retained, (u64)module.loaded, handles, mapped};
     pthread_mutex_unlock(&lock);
     return counts[which];
+}
+
+/* A chunk as another process exports it: memory of that kind (1: it stays where it is) on a device. */
+int fake_chunk(u64 bytes, int device, unsigned kind) {
+    char name[64];
+    snprintf(name, sizeof name, "kvd-fake-chunk-%d-%u", device, kind);
+    const int fd = memfd_create(name, MFD_CLOEXEC);
+    return fd >= 0 && ftruncate(fd, (off_t)bytes) == 0 ? fd : -1;
 }
 
 /* ---- Rules --------------------------------------------------------------------------------------------------------------------------------------------- */
@@ -165,7 +190,7 @@ static Region *free_region(void) {
     return NULL;
 }
 
-static Region *around(u64 address, u64 bytes) {
+static Region *containing(u64 address, u64 bytes) {
     for (int at = 0; at < REGIONS_MAX; at += 1) {
         Region *region = &regions[at];
         if (region->kind != FREE && address >= region->start && bytes <= region->bytes && address - region->start <= region->bytes - bytes) {
@@ -173,6 +198,24 @@ static Region *around(u64 address, u64 bytes) {
         }
     }
     return NULL;
+}
+
+/* Bytes of a range that are chunks' (which never overlap); those that may not be touched do not count where access is wanted. */
+static u64 mapped_bytes(u64 address, u64 bytes, int access) {
+    u64 sum = 0;
+    for (int at = 0; at < CHUNKS_MAX; at += 1) {
+        const Mapped *chunk = &mapped_chunks[at];
+        const u64 first = chunk->start > address ? chunk->start : address;
+        const u64 chunk_end = chunk->start + chunk->bytes, end = chunk_end < address + bytes ? chunk_end : address + bytes;
+        sum += first < end && (chunk->access || !access) ? end - first : 0;
+    }
+    return sum;
+}
+
+/* Memory that may be touched. */
+static Region *around(u64 address, u64 bytes) {
+    Region *region = containing(address, bytes);
+    return region == NULL || (region->kind == RESERVED && mapped_bytes(address, bytes, 1) != bytes) ? NULL : region;
 }
 
 static Region *beginning(u64 address, int kind) {
@@ -538,6 +581,7 @@ CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice
     case 41: *value = 1; break;  /* unified addresses */
     case 75: *value = 9; break;  /* compute capability, major */
     case 76: *value = 0; break;  /* and minor */
+    case 103: *value = 1; break; /* memory by descriptor */
     case 124: *value = 1; break; /* dma-buf */
     default: return leave(INVALID_VALUE);
     }
@@ -568,7 +612,7 @@ CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
             if (regions[at].kind == ALLOCATED) {
                 shm_unlink(regions[at].name);
             }
-            if (regions[at].kind != FREE) {
+            if (regions[at].kind != FREE && regions[at].kind != RESERVED) { /* chunks are the process's */
                 drop_region(&regions[at]);
             }
         }
@@ -774,6 +818,142 @@ CUresult cuMemHostUnregister(void *pointer) {
     drop_region(region);
     return leave(SUCCESS);
 }
+
+/* ---- Virtual memory ------------------------------------------------------------------------------------------------------------------------------------ */
+
+#if FAKE_VERSION >= 12040 /* an earlier fake is a driver without them */
+CUresult cuMemGetAllocationGranularity(size_t *bytes, const CUmemAllocationProp *wanted, CUmemAllocationGranularity_flags which) {
+    ENTER("cuMemGetAllocationGranularity", 1);
+    *bytes = CHUNK_BYTES;
+    return leave(wanted->type == 1 && wanted->requestedHandleTypes == 1 && wanted->location.type == 1 && wanted->location.id == 0 && which == 0 ? SUCCESS : INVALID_VALUE);
+}
+
+CUresult cuMemAddressReserve(CUdeviceptr *address, size_t bytes, size_t alignment, CUdeviceptr wish, unsigned long long flags) {
+    ENTER("cuMemAddressReserve", 1);
+    Region *region = free_region();
+    if (region == NULL || bytes == 0 || bytes % CHUNK_BYTES != 0 || alignment != 0 || wish != 0 || flags != 0) {
+        return leave(INVALID_VALUE);
+    }
+    const u64 all = bytes + CHUNK_BYTES, found = (u64)mmap(NULL, all, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    const u64 start = (found + CHUNK_BYTES - 1) / CHUNK_BYTES * CHUNK_BYTES;
+    if (start > found) {
+        munmap((void *)found, start - found);
+    }
+    if (found + all > start + bytes) {
+        munmap((void *)(start + bytes), found + all - start - bytes);
+    }
+    region->start = start;
+    region->bytes = bytes;
+    region->kind = RESERVED;
+    *address = start;
+    return leave(SUCCESS);
+}
+
+CUresult cuMemAddressFree(CUdeviceptr address, size_t bytes) {
+    ENTER("cuMemAddressFree", 1);
+    Region *region = beginning(address, RESERVED);
+    if (region == NULL || region->bytes != bytes || mapped_bytes(address, bytes, 0) != 0) {
+        return leave(INVALID_VALUE);
+    }
+    drop_region(region);
+    return leave(SUCCESS);
+}
+
+CUresult cuMemImportFromShareableHandle(CUmemGenericAllocationHandle *handle, void *descriptor, CUmemAllocationHandleType type) {
+    char path[64], name[128] = "";
+    int device = 0;
+    unsigned kind = 0;
+    ENTER("cuMemImportFromShareableHandle", 1);
+    snprintf(path, sizeof path, "/proc/self/fd/%d", (int)(u64)descriptor);
+    if (type != 1 || readlink(path, name, sizeof name - 1) < 0 || sscanf(name, "/memfd:kvd-fake-chunk-%d-%u", &device, &kind) != 2) {
+        return leave(INVALID_VALUE);
+    }
+    for (int at = 0; at < CHUNKS_MAX; at += 1) {
+        if (imports[at].bytes == 0) {
+            const int fd = dup((int)(u64)descriptor);
+            imports[at] = (Import){(u64)lseek(fd, 0, SEEK_END), fd, device, kind};
+            *handle = (CUmemGenericAllocationHandle)at + 1;
+            return leave(SUCCESS);
+        }
+    }
+    return leave(OUT_OF_MEMORY);
+}
+
+static Import *imported(CUmemGenericAllocationHandle handle) {
+    return handle > 0 && handle <= CHUNKS_MAX && imports[handle - 1].bytes != 0 ? &imports[handle - 1] : NULL;
+}
+
+CUresult cuMemGetAllocationPropertiesFromHandle(CUmemAllocationProp *found, CUmemGenericAllocationHandle handle) {
+    ENTER("cuMemGetAllocationPropertiesFromHandle", 1);
+    const Import *import = imported(handle);
+    if (import == NULL) {
+        return leave(INVALID_VALUE);
+    }
+    memset(found, 0, sizeof *found);
+    found->type = import->kind;
+    found->requestedHandleTypes = 1;
+    found->location.type = 1;
+    found->location.id = import->device;
+    return leave(SUCCESS);
+}
+
+CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
+    ENTER("cuMemRelease", 1);
+    Import *import = imported(handle);
+    if (import == NULL) {
+        return leave(INVALID_VALUE);
+    }
+    close(import->fd);
+    memset(import, 0, sizeof *import);
+    return leave(SUCCESS);
+}
+
+/* Not to be touched before `cuMemSetAccess`. */
+CUresult cuMemMap(CUdeviceptr address, size_t bytes, size_t offset, CUmemGenericAllocationHandle handle, unsigned long long flags) {
+    ENTER("cuMemMap", 1);
+    const Import *import = imported(handle);
+    const Region *region = containing(address, bytes);
+    if (import == NULL || import->bytes != bytes || region == NULL || region->kind != RESERVED || mapped_bytes(address, bytes, 0) != 0 || offset != 0 || flags != 0) {
+        return leave(INVALID_VALUE);
+    }
+    for (int at = 0; at < CHUNKS_MAX; at += 1) {
+        if (mapped_chunks[at].bytes == 0) {
+            if (mmap((void *)address, bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, import->fd, 0) == MAP_FAILED) {
+                return leave(OUT_OF_MEMORY);
+            }
+            mapped_chunks[at] = (Mapped){address, bytes, 0};
+            return leave(SUCCESS);
+        }
+    }
+    return leave(OUT_OF_MEMORY);
+}
+
+CUresult cuMemSetAccess(CUdeviceptr address, size_t bytes, const CUmemAccessDesc *access, size_t count) {
+    ENTER("cuMemSetAccess", 1);
+    if (mapped_bytes(address, bytes, 0) != bytes || count != 1 || access->location.type != 1 || access->location.id != 0 || access->flags != 3) {
+        return leave(INVALID_VALUE);
+    }
+    for (int at = 0; at < CHUNKS_MAX; at += 1) {
+        Mapped *chunk = &mapped_chunks[at];
+        if (chunk->bytes != 0 && chunk->start >= address && chunk->start < address + bytes) {
+            chunk->access = mprotect((void *)chunk->start, chunk->bytes, PROT_READ | PROT_WRITE) == 0;
+        }
+    }
+    return leave(SUCCESS);
+}
+
+CUresult cuMemUnmap(CUdeviceptr address, size_t bytes) {
+    ENTER("cuMemUnmap", 1);
+    for (int at = 0; at < CHUNKS_MAX; at += 1) {
+        if (mapped_chunks[at].bytes == bytes && mapped_chunks[at].start == address) {
+            mmap((void *)address, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
+            memset(&mapped_chunks[at], 0, sizeof mapped_chunks[at]);
+            return leave(SUCCESS);
+        }
+    }
+    return leave(INVALID_VALUE);
+}
+#endif
 
 /* ---- cuFile -------------------------------------------------------------------------------------------------------------------------------------------- */
 

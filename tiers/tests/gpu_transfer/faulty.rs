@@ -1,7 +1,7 @@
 //! A stand-in of which one chosen call goes wrong, or that says it is none.
 
 use kvd_tiers::gpu::software::{Operation, SoftwareControl, SoftwareDevice};
-use kvd_tiers::gpu::{Address, Device, DeviceInfo, GpuError, Handle, Mark, Piece, Stream, Way, Work};
+use kvd_tiers::gpu::{Address, Chunk, Device, DeviceInfo, GpuError, Handle, Mark, Piece, Stream, Way, Work};
 use kvd_tiers::mapping::Mapping;
 use kvd_tiers::media::Wake;
 use std::sync::Arc;
@@ -78,6 +78,9 @@ impl Device for Faulty {
     }
     fn open(&mut self, handle: &Handle, bytes: u64) -> Result<Address, GpuError> {
         self.inner.open(handle, bytes)
+    }
+    fn map(&mut self, chunks: &[Chunk<'_>]) -> Result<Address, GpuError> {
+        self.inner.map(chunks)
     }
     fn close(&mut self, address: Address) {
         self.inner.close(address);

@@ -71,7 +71,7 @@ fn tell(shell: &mut Shell, member: u64, body: Ask) {
 fn requested(shell: &mut Shell, member: u64, body: Ask) -> Event {
     let request_id = shell.next_number();
     shell.expect(member, request_id);
-    Event::Request { member, request_id, body }
+    requests::event(member, request_id, body)
 }
 
 /// One whose socket is lost says nothing any more; one that was never there is nobody.

@@ -6,7 +6,6 @@
 use fuzz::material::Material;
 use fuzz::node::Shell;
 use fuzz::node::requests;
-use kvd::node::event::Event;
 use kvd_proto::frame::{FrameHeader, HEADER_BYTES};
 use kvd_proto::wire::{ClientFrame, client_frame::Body as Ask};
 use libfuzzer_sys::fuzz_target;
@@ -45,7 +44,7 @@ fn answer(shell: &mut Shell, member: Option<u64>, frame: ClientFrame) -> Option<
         (body, member) => {
             let of = member.unwrap_or(u64::MAX);
             shell.expect(of, request_id);
-            shell.tell([Event::Request { member: of, request_id, body }]);
+            shell.tell([requests::event(of, request_id, body)]);
             shell.pass_us(100_000);
             member
         }

@@ -4,7 +4,8 @@
 
 use super::Shell;
 use crate::material::Material;
-use kvd::node::event::{MoveError, Offer, Question};
+use kvd::node::device::Given;
+use kvd::node::event::{Event, MoveError, Offer, Question};
 use kvd::node::{NodeConfig, NvmeConfig};
 use kvd_proto::cost::PrefillProfile;
 use kvd_proto::layout::DataType;
@@ -263,6 +264,27 @@ fn memory(material: &mut Material, shell: &Shell) -> u64 {
     if material.one_in(8) { material.number() } else { material.pick(&known).unwrap_or(0) }
 }
 
+/// With a handle, or of a few chunks, mostly as long as they are.
+fn device_range(material: &mut Material) -> wire::DeviceRange {
+    let bytes = material.number();
+    if !material.one_in(4) {
+        return wire::DeviceRange { handle: vec![1; 64].into(), bytes, chunks: Vec::new() };
+    }
+    let chunks: Vec<u64> = (0..material.below(5)).map(|_| material.number()).collect();
+    let sum = chunks.iter().fold(0, |sum: u64, chunk| sum.wrapping_add(*chunk));
+    let handle = if material.one_in(8) { vec![1; 64] } else { Vec::new() };
+    wire::DeviceRange { handle: handle.into(), bytes: if material.one_in(8) { bytes } else { sum }, chunks }
+}
+
+/// As the reactor tells a request: what memory is to be opened with comes with a number of descriptors, mostly as many as it names.
+pub fn event(member: u64, request_id: u64, body: Ask) -> Event {
+    let Ask::OpenMemory(request) = body else { return Event::Request { member, request_id, body } };
+    let named: usize = request.ranges.iter().map(|range| range.chunks.len()).sum();
+    let count = if request_id.is_multiple_of(8) { request_id as usize % 5 } else { named };
+    let given = Given { ticket: request_id, count };
+    Event::OpenMemory { member, request_id, request: Box::new(request), given }
+}
+
 /// Mostly all layers and heads of a space's first group.
 fn open_memory(material: &mut Material, shell: &Shell) -> wire::OpenMemoryRequest {
     let odd = material.one_in(4);
@@ -272,10 +294,7 @@ fn open_memory(material: &mut Material, shell: &Shell) -> wire::OpenMemoryReques
         space: space(material, shell),
         group: small(material, 0),
         device: vec![7; if odd { material.below(18) } else { 16 }].into(),
-        ranges: vec![
-            wire::DeviceRange { handle: vec![1; 64].into(), bytes: material.number() };
-            1 + layers / 8
-        ],
+        ranges: vec![device_range(material); 1 + layers / 8],
         first_layer: small(material, 0),
         first_head: small(material, 0),
         heads: small(material, 2),

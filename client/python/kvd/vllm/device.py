@@ -6,6 +6,7 @@ is so at once. Leaves to others: what must wait for which mark (`worker`), drive
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -30,8 +31,8 @@ class Device(Protocol):
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether its memory is the device's."""
 
-    def allocation(self, address: int) -> Allocation:
-        """The allocation around an address."""
+    def allocations(self, spans: Iterable[tuple[int, int]]) -> list[Allocation]:
+        """What spans of addresses (first, bytes) lie in; whoever asks closes them."""
 
     def mark(self) -> Mark:
         """After everything that the engine has enqueued so far."""
@@ -69,10 +70,10 @@ class Cuda:
     def holds(self, tensor: torch.Tensor) -> bool:
         return bool(tensor.is_cuda)
 
-    def allocation(self, address: int) -> Allocation:
+    def allocations(self, spans: Iterable[tuple[int, int]]) -> list[Allocation]:
         from kvd import _cuda
 
-        return _cuda.allocation(address)
+        return _cuda.allocations(spans)
 
     def mark(self) -> Mark:
         return _Event()

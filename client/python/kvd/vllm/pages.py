@@ -17,9 +17,11 @@ import torch
 
 import kvd
 from kvd._errors import of
+from kvd._tensors import extent
 from kvd.vllm.memory import Layer, layer_of
 
 if TYPE_CHECKING:
+    from kvd._cuda import Allocation
     from kvd.vllm.device import Device
     from kvd.vllm.identity import GroupPages, Identity
 
@@ -41,7 +43,8 @@ class RankPages:
         self.on_device = False
         self._described: list[tuple[list[Layer], dict[str, int]]] = []
         self._host: list[kvd.Pages] = []
-        self._ranges: list[tuple[int, int, bytes]] = []
+        self._found: list[Allocation] = []
+        self._ranges: list[tuple[int, int, bytes | list[tuple[int, int]]]] = []
         self._uuid = b""
         self._ratios: list[int] = []
         self._places: dict[str, tuple[int, int]] = {}
@@ -50,6 +53,7 @@ class RankPages:
     def register(self, caches: dict[str, torch.Tensor], num_blocks: int) -> None:
         """As `register_kv_caches`: reads how the tensors lie, refuses what it cannot."""
         self._described, self._host, self._ratios, self._opening = [], [], [], None
+        self._lose()
         tensors = [caches[name] for group in self._engine.groups for name in group.layer_names]
         on_device = [self._device.holds(tensor) for tensor in tensors]
         self.on_device = any(on_device)
@@ -101,14 +105,20 @@ class RankPages:
     def _find(self, tensors: list[torch.Tensor]) -> None:
         """The allocations that they are in: an engine may have one for all of its layers."""
         try:
-            found = {one.address: one for one in (self._device.allocation(tensor.data_ptr()) for tensor in tensors)}
+            self._found = self._device.allocations((tensor.data_ptr(), extent(tensor)) for tensor in tensors)
         except kvd.InvalidError as error:
             raise _refused(error.message, f"{error.fix}; for vLLM: without {_ALLOCATOR_FLAGS}") from error
-        devices = {one.device for one in found.values()}
+        devices = {one.device for one in self._found}
         if len(devices) != 1:
             raise _refused(f"on {len(devices)} devices", "give each rank one device")
         self._uuid = devices.pop()
-        self._ranges = [(one.address, one.size, one.handle) for one in found.values()]
+        self._ranges = [(one.address, one.size, one.share) for one in self._found]
+
+    def _lose(self) -> None:
+        """Descriptors of memory that nobody will be given any more."""
+        found, self._found, self._ranges = self._found, [], []
+        for one in found:
+            one.close()
 
     def kernel_tables(self, tables: list[list[int]]) -> list[list[int]]:
         """Page tables in the kernels' pages, which may be cuts of the engine's."""
@@ -144,6 +154,7 @@ class RankPages:
     def close(self, timeout_s: float) -> bool:
         """Whether the node touches them no more; who has not got that word leaves their memory alone."""
         opening, self._opening = self._opening, None
+        self._lose()
         return opening is None or opening.close(timeout_s)
 
 

@@ -7,14 +7,16 @@ a device; nothing of the connector's own is replaced. Leaves to others: the memo
 from __future__ import annotations
 
 import math
+import os
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from backends import a_layer, side_by_side, views
 from rig import DEADLINE_S, Daemon, until
 from rig import torch as have_torch
-from standin import Memory, device_uuid
+from standin import Chunks, Memory, device_uuid
 
 import kvd
 from kvd._cuda import Allocation
@@ -55,8 +57,9 @@ class Mark:
 class StandIn:
     """In place of `kvd.vllm.device.Cuda`. `busy`: a test says when marks are reached; otherwise after so many `asks`."""
 
-    def __init__(self, asks: int = 0) -> None:
-        self._memories: list[Memory] = []
+    def __init__(self, asks: int = 0, *, kind: type[Memory | Chunks] = Memory) -> None:
+        self._kind = kind
+        self._memories: list[Memory | Chunks] = []
         self.marks: list[Mark] = []
         self.asks = asks
         self.busy = False
@@ -64,7 +67,7 @@ class StandIn:
 
     def allocate(self, size: int) -> Any:
         """Bytes of its memory, as a tensor."""
-        memory = Memory(size)
+        memory = self._kind(size)
         self._memories.append(memory)
         return torch.frombuffer(memory.bytes, dtype=torch.uint8)
 
@@ -72,12 +75,15 @@ class StandIn:
         """As `Device.holds`."""
         return self._around(tensor.data_ptr()) is not None
 
-    def allocation(self, address: int) -> Allocation:
-        """As `Device.allocation`."""
-        memory = self._around(address)
-        assert memory is not None
-        start, size, handle = memory.range
-        return Allocation(start, size, handle, device_uuid())
+    def allocations(self, spans: Iterable[tuple[int, int]]) -> list[Allocation]:
+        """As `Device.allocations`."""
+        found = {}
+        for first, size in spans:
+            memory = self._around(first)
+            assert memory is not None
+            assert memory is self._around(first + size - 1), "a tensor lies in one of them"
+            found[memory.address] = memory
+        return [Allocation(*_own(memory.range), device_uuid()) for memory in found.values()]
 
     def mark(self) -> Mark:
         """As `Device.mark`."""
@@ -86,9 +92,15 @@ class StandIn:
         self.marks.append(mark)
         return mark
 
-    def _around(self, address: int) -> Memory | None:
+    def _around(self, address: int) -> Memory | Chunks | None:
         held = (one for one in self._memories if one.address <= address < one.address + len(one.bytes))
         return next(held, None)
+
+
+def _own(found: tuple[int, int, Any]) -> tuple[int, int, Any]:
+    """With descriptors that whoever asked closes."""
+    start, size, share = found
+    return start, size, share if isinstance(share, bytes) else [(os.dup(fd), each) for fd, each in share]
 
 
 @dataclass
@@ -153,12 +165,13 @@ class Rank:
     layout: str = "LBNHC"
     settings: dict[str, Any] = field(default_factory=dict)
     on_device: bool = True
+    device: StandIn = field(default_factory=StandIn)
 
     def __post_init__(self) -> None:
         from kvd.vllm.settings import Settings
         from kvd.vllm.worker import WorkerSide
 
-        self.device, self.epoch, self.steps, self.numbers = StandIn(), 0, 0, 0
+        self.epoch, self.steps, self.numbers = 0, 0, 0
         self.client = self.node.client(member="scheduler")
         self.identity = identity_of(self.name, self.shapes, self.page_tokens)
         self.caches: dict[str, Any] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,15 @@ def test_what_one_device_stored_another_loads(
     after, size = counted(device), len(TABLE) * page_tokens * 2 * 4 * 4 * 64 * 2
     assert after["pages_stored_bytes"] - before["pages_stored_bytes"] == size
     assert after["pages_loaded_bytes"] - before["pages_loaded_bytes"] == size
+
+
+def test_memory_without_a_handle_is_given_in_chunks(device: Daemon, space: str) -> None:
+    with Rank(device, space, device=StandIn(kind=Chunks)) as first:
+        first.stored(1, [TABLE])
+    with Rank(device, space) as second:
+        second.step(loads=[second.load_job("r", 1, [OTHER], True)])
+        assert second.holds(1, [OTHER])
+        assert second.untouched([REST])
 
 
 def test_host_and_device_share(device: Daemon, space: str) -> None:
@@ -216,15 +225,14 @@ def test_a_node_that_has_no_device_says_so_once(
 class Elsewhere(StandIn):
     """Each of its allocations is another device's."""
 
-    def allocation(self, address: int) -> Allocation:
-        found = super().allocation(address)
-        return replace(found, device=found.address.to_bytes(16, "little"))
+    def allocations(self, spans: Iterable[tuple[int, int]]) -> list[Allocation]:
+        return [replace(one, device=one.address.to_bytes(16, "little")) for one in super().allocations(spans)]
 
 
 class Unnamed(StandIn):
     """Its memory has no handle, as CUDA says of what the virtual memory API made."""
 
-    def allocation(self, address: int) -> Allocation:
+    def allocations(self, spans: Iterable[tuple[int, int]]) -> list[Allocation]:
         raise kvd.InvalidError("invalid", "tensor", "cuIpcGetMemHandle: invalid", "without expandable_segments")
 
 

@@ -4,7 +4,7 @@ use super::super::NodeConfig;
 use super::super::event::MoveError;
 use super::harness::{BLOCK_BYTES, World, ids, packed, reserve_of, with_nvme};
 use super::pages::copy_of;
-use super::simulation::Random;
+use super::random::Random;
 use kvd_proto::Code;
 use kvd_proto::wire::client_frame::Body as Ask;
 use kvd_proto::wire::node_frame::Body as Reply;

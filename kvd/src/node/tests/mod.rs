@@ -18,6 +18,7 @@ mod order;
 mod pages;
 mod policy_change;
 mod purge;
+mod random;
 mod recording;
 mod seeking;
 mod sessions;

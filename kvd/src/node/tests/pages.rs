@@ -1,10 +1,11 @@
 //! Engines' device memory: opened, copied from and to, closed; and who let go in the middle of it.
 
 use super::super::NodeConfig;
-use super::super::device::{Copied, CopyOrder, DeviceEnd, DeviceOrder};
-use super::super::event::{Event, MoveError};
+use super::super::device::{Copied, CopyOrder, DeviceEnd, DeviceOrder, Given};
+use super::super::event::{Effect, Event, MoveError};
 use super::harness::{LEASE_TTL_MS, World, commit_of, config, id, layout, open_of, reserve_after};
 use kvd_proto::BlockId;
+use kvd_proto::limits::MEMORY_CHUNKS_MAX;
 use kvd_proto::wire::client_frame::Body as Ask;
 use kvd_proto::wire::node_frame::Body as Reply;
 use kvd_proto::wire::{self, CopyMiss};
@@ -153,7 +154,7 @@ pub(super) fn open_memory_of(space: u32) -> wire::OpenMemoryRequest {
         space,
         group: 0,
         device: vec![7; 16].into(),
-        ranges: vec![wire::DeviceRange { handle: vec![1; 64].into(), bytes: 1 << 30 }],
+        ranges: vec![wire::DeviceRange { handle: vec![1; 64].into(), bytes: 1 << 30, chunks: Vec::new() }],
         heads: layout().groups()[0].heads,
         page_tokens: 16,
         pages: 64,
@@ -449,6 +450,8 @@ fn what_makes_no_sense_is_refused_by_name() {
         assert_eq!(refused(member, Ask::OpenMemory(request)), said(Code::Invalid, field));
     }
     assert_eq!(refused(stranger, Ask::OpenMemory(open)), said(Code::UnknownSpace, "space"));
+    let give = wire::GiveChunksRequest { first: 0, count: 1 };
+    assert_eq!(refused(member, Ask::GiveChunks(give)), said(Code::Invalid, "give_chunks"));
     let copy = copy_of(lease, memory, 0..3);
     let unknown = said(Code::UnknownMemory, "memory");
     assert_eq!(refused(other, Ask::Copy(copy.clone())), unknown);
@@ -523,4 +526,47 @@ fn a_copy_in_hbm_goes_with_the_last_other_copy_and_with_a_doubt() {
     // nothing of the chain stays in DRAM, and there is no NVMe
     world.put(member, space, &(100..140).map(id).collect::<Vec<_>>());
     assert_eq!(world.node.hbm_status().expect("a tier").copies, 0);
+}
+
+#[test]
+fn as_many_descriptors_as_chunks_that_are_named_or_none_is_used() {
+    let mut world = World::new(config());
+    let member = world.open("a");
+    let space = world.space(member);
+    let range =
+        |bytes, chunks: &[u64]| wire::DeviceRange { bytes, chunks: chunks.to_vec(), ..Default::default() };
+    let both = wire::DeviceRange { handle: vec![1; 64].into(), ..range(6, &[6]) };
+    let many = vec![1; MEMORY_CHUNKS_MAX + 1];
+    for (at, (ranges, count, says)) in (1..).zip([
+        (vec![range(6, &[2, 4])], 2, Ok(())),
+        (vec![range(6, &[2, 4]), open_memory_of(space).ranges[0].clone(), range(8, &[8])], 3, Ok(())),
+        (vec![range(6, &[2, 4])], 0, Err((Code::Invalid, "ranges"))),
+        (vec![range(6, &[2, 4])], 3, Err((Code::Invalid, "ranges"))),
+        (open_memory_of(space).ranges, 1, Err((Code::Invalid, "ranges"))),
+        (vec![range(7, &[2, 4])], 2, Err((Code::Invalid, "ranges[0]"))),
+        (vec![range(6, &[2, 4]), range(4, &[4, 0])], 4, Err((Code::Invalid, "ranges[1]"))),
+        (vec![range(3, &[u64::MAX, 4])], 2, Err((Code::Invalid, "ranges[0]"))),
+        (vec![both], 1, Err((Code::Invalid, "ranges[0]"))),
+        (vec![range(many.len() as u64, &many)], many.len(), Err((Code::Limit, "chunks"))),
+    ]) {
+        let given = Given { ticket: 9, count };
+        let request = Box::new(wire::OpenMemoryRequest { ranges, ..open_memory_of(space) });
+        let (event, mut effects) = (Event::OpenMemory { member, request_id: at, request, given }, Vec::new());
+        world.node.apply([event], world.now_us, &mut effects);
+        let ordered = effects.iter().find_map(|effect| match effect {
+            Effect::Device(DeviceOrder::Open { given, .. }) => Some(*given),
+            _ => None,
+        });
+        let refused = effects.iter().find_map(|effect| match effect {
+            Effect::Send { frame, .. } => match &frame.body {
+                Some(Reply::Error(error)) => Some((error.code(), error.field.clone())),
+                _ => None,
+            },
+            _ => None,
+        });
+        match says {
+            Ok(()) => assert_eq!((ordered, refused), (Some(given), None)),
+            Err((code, field)) => assert_eq!((ordered, refused), (None, Some((code, field.to_owned())))),
+        }
+    }
 }

@@ -8,6 +8,7 @@ mod readers;
 #[cfg(test)]
 mod tests;
 
+use super::chunks::Chunks;
 use super::dram::DramSegments;
 use super::inbox::{Inbox, Input};
 use super::mover::{Found as Look, InFile};
@@ -38,6 +39,7 @@ enum Order {
         memory: u64,
         layout: Box<Layout>,
         request: Box<wire::OpenMemoryRequest>,
+        chunks: Chunks,
     },
     Close {
         memory: u64,
@@ -162,10 +164,12 @@ impl Gpus {
         Self { found, choice, options, capacity_bytes, storage, dram, inbox }
     }
 
-    /// Does what the node says, or answers why not.
-    pub(super) fn tell(&mut self, order: DeviceOrder) {
+    /// Does what the node says, or answers why not. `chunks`: those of memory to be opened.
+    pub(super) fn tell(&mut self, order: DeviceOrder, chunks: Chunks) {
         match order {
-            DeviceOrder::Open { memory, layout, request } => self.open(memory, layout, request),
+            DeviceOrder::Open { memory, layout, request, .. } => {
+                self.open(memory, layout, request, chunks);
+            }
             DeviceOrder::Close { memory, device } => self.thread(device).order(Order::Close { memory }),
             DeviceOrder::Copy(order) => self.thread(order.device).order(Order::Copy(order)),
             DeviceOrder::Take { segment, device, bytes, slot_bytes } => {
@@ -187,13 +191,19 @@ impl Gpus {
         Box::new(move |from| thread.order(Order::Lift { token, memory, to, from }))
     }
 
-    fn open(&mut self, memory: u64, layout: Box<Layout>, request: Box<wire::OpenMemoryRequest>) {
+    fn open(
+        &mut self,
+        memory: u64,
+        layout: Box<Layout>,
+        request: Box<wire::OpenMemoryRequest>,
+        chunks: Chunks,
+    ) {
         let uuid = <[u8; 16]>::try_from(&request.device[..]).expect("the node checked its length");
         if !self.found.contains_key(&uuid) {
             let result = Err(self.unknown(&uuid));
             return self.inbox.push(Input::Event(Event::Device(DeviceEnd::Opened { memory, result })));
         }
-        self.thread(uuid).order(Order::Open { memory, layout, request });
+        self.thread(uuid).order(Order::Open { memory, layout, request, chunks });
     }
 
     fn unknown(&self, uuid: &[u8; 16]) -> Error {

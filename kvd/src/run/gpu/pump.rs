@@ -5,6 +5,7 @@
 //! checked whole before anything moves.
 //! Leaves to others: how bytes move (`kvd_tiers::gpu::transfer`), who may have them moved (the node).
 
+use super::super::chunks::{Chunks, HeldChunk};
 use super::super::dram::DramSegments;
 use super::super::inbox::{Inbox, Input};
 use super::super::mover::InFile;
@@ -23,10 +24,11 @@ use kvd_tiers::gpu::transfer::{
     self, Direction, Ended, Fence, HostSlot, Item, Miss, Options, Outcome, Transfers,
 };
 use kvd_tiers::gpu::work::NO_PAGE;
-use kvd_tiers::gpu::{Address, GpuError, Vector};
+use kvd_tiers::gpu::{Address, Chunk, Device, GpuError, Vector};
 use kvd_tiers::media::hbm::{HbmMedium, HbmOptions};
 use kvd_tiers::media::{Medium as _, MediumError, Wake};
 use kvd_tiers::segment::SegmentId;
+use rustix::fd::AsFd as _;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
@@ -159,8 +161,8 @@ impl Pump {
 
     fn order(&mut self, order: Order) {
         match order {
-            Order::Open { memory, layout, request } => {
-                let opened = self.open(&layout, &request);
+            Order::Open { memory, layout, request, chunks } => {
+                let opened = self.open(&layout, &request, &chunks);
                 let reads_nvme = self.readers.is_some();
                 let result = opened.map(|opened| {
                     self.memories.insert(memory, opened);
@@ -199,16 +201,20 @@ impl Pump {
         }
     }
 
-    fn open(&mut self, layout: &Layout, request: &wire::OpenMemoryRequest) -> Result<Memory, Error> {
+    fn open(
+        &mut self,
+        layout: &Layout,
+        request: &wire::OpenMemoryRequest,
+        given: &Chunks,
+    ) -> Result<Memory, Error> {
         let device = self.transfers.device_mut();
         let mut ranges = Vec::with_capacity(request.ranges.len());
+        let mut given = given.iter();
         for (at, range) in request.ranges.iter().enumerate() {
-            let handle = range.handle[..].try_into().expect("the node checked its length");
-            match device.open(handle, range.bytes) {
+            match open_range(device, range, &mut given) {
                 Ok(address) => ranges.push(address..address + range.bytes),
-                Err(error) => {
+                Err((error, fix)) => {
                     ranges.into_iter().for_each(|range| device.close(range.start));
-                    let fix = "give handles of allocations that live, made by cuIpcGetMemHandle of their first byte, and their sizes";
                     return Err(Error::invalid(format!("ranges[{at}]"), error.to_string(), fix));
                 }
             }
@@ -484,6 +490,26 @@ impl Memory {
         }
         Ok(rows)
     }
+}
+
+/// One allocation, by its handle or by as many of the given chunks as it names; or why not, and what to do.
+fn open_range<'a>(
+    device: &mut dyn Device,
+    range: &wire::DeviceRange,
+    given: &mut impl Iterator<Item = &'a HeldChunk>,
+) -> Result<Address, (GpuError, &'static str)> {
+    if range.chunks.is_empty() {
+        let handle = range.handle[..].try_into().expect("the node checked its length");
+        let fix = "give handles of allocations that live, made by cuIpcGetMemHandle of their first byte, and their sizes";
+        return device.open(handle, range.bytes).map_err(|error| (error, fix));
+    }
+    let chunks: Vec<_> = range
+        .chunks
+        .iter()
+        .map(|bytes| Chunk { memory: given.next().expect("the node counted them").as_fd(), bytes: *bytes })
+        .collect();
+    let fix = "give whole chunks of that device's memory, in order, each by what cuMemExportToShareableHandle (POSIX file descriptor) gives, and its size";
+    device.map(&chunks).map_err(|error| (error, fix))
 }
 
 /// What was asked to be opened, as addresses of this device, each within what the engine handed over.

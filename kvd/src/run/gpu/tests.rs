@@ -54,16 +54,15 @@ fn rig() -> Rig {
     };
     let request = wire::OpenMemoryRequest {
         device: engine.info().uuid.to_vec().into(),
-        ranges: vec![wire::DeviceRange { handle, bytes }],
+        ranges: vec![wire::DeviceRange { handle, bytes, ..Default::default() }],
         heads: 2,
         page_tokens: 16,
         pages: BLOCKS,
         layers: (0..2).map(layer).collect(),
         ..wire::OpenMemoryRequest::default()
     };
-    orders
-        .send(Order::Open { memory: 1, layout: Box::new(layout.clone()), request: Box::new(request) })
-        .unwrap();
+    let (request, chunks) = (Box::new(request), Chunks::default());
+    orders.send(Order::Open { memory: 1, layout: Box::new(layout.clone()), request, chunks }).unwrap();
     let mut rig = Rig {
         orders,
         inbox,

@@ -3,6 +3,7 @@
 //! Invariant: each is answered by its event, DRAM's in the same round.
 
 use super::Reactor;
+use crate::node::device::{DeviceOrder, Given};
 use crate::node::event::Event;
 use crate::run::attach::Attached;
 use crate::run::bucket;
@@ -30,6 +31,21 @@ impl Reactor {
             let _ = self.populate.send((segment, opened));
         });
         self.events.push(Event::SegmentOpened { tier, segment, result });
+    }
+
+    pub(super) fn device(&mut self, order: DeviceOrder) {
+        let given = match &order {
+            DeviceOrder::Open { given, .. } => *given,
+            _ => Given::default(),
+        };
+        let DeviceOrder::Lift { token, memory, device, from, to } = order else {
+            return self.gpus.tell(order, self.parked.take(given));
+        };
+        let wanted = self.gpus.lift(token, (memory, device), to);
+        match &self.mover {
+            Some(_) => self.orders.push(Order::Look { slot: from, wanted }),
+            None => wanted(None),
+        }
     }
 
     pub(super) fn upload(&self, token: u64, from: SlotRef, attempt: u32) {

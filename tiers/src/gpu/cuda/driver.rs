@@ -1,7 +1,7 @@
 //! The driver's library: whether it is there, what it is missing, and what its answers mean.
 //!
 //! Owns finding `libcuda` and all that is asked of it before a device is opened. Invariants: nothing here panics or creates a context; after `driver()` has answered, every function
-//! that this folder calls was seen in the library (`NEEDED`; a test compares the list with the sources), so no call of one panics; a function that some drivers lack is had
+//! that this folder calls was seen in the library (`NEEDED`, `NEEDED_FOR_CHUNKS`; a test compares the lists with the sources), so no call of one panics; a function that some drivers lack is had
 //! as a pointer, or not at all; what could not be found is looked for anew at the next call, since a driver may come up after its daemon.
 //! Leaves to others: contexts and all that lives in them.
 
@@ -62,6 +62,19 @@ const NEEDED: &[&str] = &[
     "cuStreamWaitEvent",
 ];
 
+/// Functions without which a device maps no chunks; it does everything else.
+const NEEDED_FOR_CHUNKS: &[&str] = &[
+    "cuMemAddressFree",
+    "cuMemAddressReserve",
+    "cuMemGetAllocationGranularity",
+    "cuMemGetAllocationPropertiesFromHandle",
+    "cuMemImportFromShareableHandle",
+    "cuMemMap",
+    "cuMemRelease",
+    "cuMemSetAccess",
+    "cuMemUnmap",
+];
+
 /// `cuMemcpyBatchAsync` as CUDA 12.8 has it, and as 13.0 has it: without the index of the piece that was refused.
 pub(super) type BatchV1 = unsafe extern "C" fn(
     *mut sys::CUdeviceptr,
@@ -98,6 +111,8 @@ pub(super) struct Driver {
     /// 1000 x major + 10 x minor.
     pub(super) version: i32,
     pub(super) batch: Option<Batch>,
+    /// A function that mapping chunks would need.
+    pub(super) lacks_chunks: Option<&'static str>,
 }
 
 /// A call that the driver refused.
@@ -196,7 +211,8 @@ pub(super) fn driver() -> Result<Driver, GpuError> {
     let version = version()?;
     // SAFETY: `version` saw the function; 0 is the only flag there is; may be called again and from any thread.
     check("cuInit", unsafe { sys::cuInit(0) }).map_err(unavailable)?;
-    Ok(*FOUND.get_or_init(|| Driver { version, batch: batch(version) }))
+    let lacks_chunks = NEEDED_FOR_CHUNKS.iter().find(|name| symbol(name).is_none()).copied();
+    Ok(*FOUND.get_or_init(|| Driver { version, batch: batch(version), lacks_chunks }))
 }
 
 /// Why a driver that is there does not begin.
@@ -300,6 +316,7 @@ mod tests {
     fn every_function_that_is_called_is_looked_for_first() {
         let sources = [
             include_str!("mod.rs"),
+            include_str!("chunks.rs"),
             include_str!("context.rs"),
             include_str!("copies.rs"),
             include_str!("kernels.rs"),
@@ -318,7 +335,8 @@ mod tests {
                 }
             }
         }
-        let needed: BTreeSet<String> = NEEDED.iter().map(|name| (*name).to_owned()).collect();
+        let needed = NEEDED.iter().chain(NEEDED_FOR_CHUNKS);
+        let needed: BTreeSet<String> = needed.map(|name| (*name).to_owned()).collect();
         assert_eq!(called, needed);
     }
 

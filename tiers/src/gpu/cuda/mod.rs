@@ -1,6 +1,6 @@
 //! A GPU, by its driver: the real side of the Device seam.
 //!
-//! Owns `CudaDevice` and the order in which its parts are asked: driver (`driver`), context (`context`), memory (`memory`), pinned memory (`pinned`), streams and marks (`marks`), copies
+//! Owns `CudaDevice` and the order in which its parts are asked: driver (`driver`), context (`context`), memory (`memory`, `chunks`), pinned memory (`pinned`), streams and marks (`marks`), copies
 //! (`copies`), kernels (`kernels`). Invariants: CUDA is found when it is asked for and nothing panics where there is none; the context is made the thread's before any call that needs it; every
 //! answer of the driver is looked at; a failure that leaves the context useless makes the device *lost*, after which everything fails at once and the driver is left alone.
 //! Leaves to others: what lies where, what moves when, which addresses may be touched.
@@ -32,6 +32,15 @@
 //! | cuIpcOpenMemHandle_v2 | handle by value; the one flag is required; counted by the driver; not in the exporting process |
 //! | cuIpcCloseMemHandle | once for each open; before the exporter frees |
 //! | cuPointerGetAttribute | DEVICE_ORDINAL writes an int |
+//! | cuMemGetAllocationGranularity | out, description, which: MINIMUM is what sizes and addresses must be multiples of |
+//! | cuMemAddressReserve | out, bytes, alignment 0: the driver's own, no wish for an address, flags 0 |
+//! | cuMemImportFromShareableHandle | a descriptor in the pointer's place, which stays the caller's to close; type; one reference, to be released |
+//! | cuMemGetAllocationPropertiesFromHandle | out, then handle; type, and where it is: kind of place, then its number |
+//! | cuMemMap | address, bytes, offset 0 (no other), handle, flags 0; no access yet |
+//! | cuMemSetAccess | the whole range, which may span mappings; descriptions, then how many; may wait for the device |
+//! | cuMemRelease | the memory stays while it is mapped anywhere, or another handle of it is open |
+//! | cuMemUnmap | what one cuMemMap mapped, all of it; before the addresses are freed; may wait for the device |
+//! | cuMemAddressFree | what one cuMemAddressReserve reserved, all of it |
 //! | cuMemHostRegister_v2 | pointer, bytes, flags; PORTABLE for all contexts, DEVICEMAP for kernels; refuses what is registered |
 //! | cuMemHostGetDevicePointer_v2 | flags 0; the base's address, valid for the range |
 //! | cuMemHostUnregister | with the registered base |
@@ -52,6 +61,7 @@
 //! | cuLaunchKernel | blocks, then threads; arguments are copied by the call |
 //! | cuModuleUnload | with the context current and nothing of it running |
 
+mod chunks;
 mod context;
 mod copies;
 mod driver;
@@ -60,9 +70,12 @@ mod marks;
 mod memory;
 mod pinned;
 
-use super::{Address, Device, DeviceInfo, GpuError, Handle, Mark, PIECES_MAX, Piece, Stream, Way, Work};
+use super::{
+    Address, Chunk, Device, DeviceInfo, GpuError, Handle, Mark, PIECES_MAX, Piece, Stream, Way, Work,
+};
 use crate::mapping::Mapping;
 use crate::media::Wake;
+use chunks::Chunks;
 pub(super) use context::Context;
 use copies::Copies;
 use cudarc::driver::sys;
@@ -94,6 +107,7 @@ pub struct CudaDevice {
     kernels: Kernels,
     copies: Copies,
     memory: Memory,
+    chunks: Chunks,
     pinned: Pinned,
     marks: Marks,
     /// Why everything fails.
@@ -200,12 +214,13 @@ impl CudaDevice {
         context.enter()?;
         let marks = Marks::new(&context)?;
         let kernels = Kernels::load(multiprocessors)?;
-        let (memory, pinned) = (Memory::default(), Pinned::default());
+        let (memory, chunks, pinned) = (Memory::default(), Chunks::default(), Pinned::default());
         Ok(Self {
             info,
             kernels,
             copies: Copies::new(driver.batch),
             memory,
+            chunks,
             pinned,
             marks,
             lost: None,
@@ -319,9 +334,19 @@ impl Device for CudaDevice {
         self.told(opened)
     }
 
+    fn map(&mut self, chunks: &[Chunk<'_>]) -> Result<Address, GpuError> {
+        self.enter()?;
+        let mapped = self.chunks.map(self.context.device, chunks);
+        self.told(mapped)
+    }
+
     fn close(&mut self, address: Address) {
         if self.enter().is_ok() {
-            let closed = self.memory.close(address);
+            let closed = if self.chunks.has(address) {
+                self.chunks.unmap(address)
+            } else {
+                self.memory.close(address)
+            };
             self.given_back(closed);
         }
     }
@@ -348,8 +373,9 @@ impl Device for CudaDevice {
     fn copy(&mut self, stream: Stream, way: Way, pieces: &[Piece]) -> Result<(), GpuError> {
         assert!(pieces.len() <= PIECES_MAX, "{} pieces in one copy", pieces.len());
         let raw = self.usable(stream)?;
-        let (memory, pinned) = (&self.memory, &self.pinned);
-        let begins_at = |address| memory.begins_at(address) || pinned.begins_at(address);
+        let (memory, chunks, pinned) = (&self.memory, &self.chunks, &self.pinned);
+        let begins_at =
+            |address| memory.begins_at(address) || chunks.has(address) || pinned.begins_at(address);
         let queued = self.copies.queue(raw, way, pieces, begins_at);
         self.queued(stream, queued)
     }
@@ -439,6 +465,7 @@ impl Drop for CudaDevice {
             self.marks.clear();
             self.kernels.unload();
             self.memory.clear();
+            self.chunks.clear();
             self.pinned.clear(false);
             return; // the context goes with the last that holds it
         }

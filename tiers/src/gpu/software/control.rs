@@ -18,6 +18,8 @@ pub enum Operation {
     Export,
     /// `open`.
     Open,
+    /// `map`.
+    Map,
     /// `pin`.
     Pin,
     /// `stream`.
@@ -85,7 +87,7 @@ impl Script {
 pub struct Held {
     /// By `allocate`.
     pub allocated: usize,
-    /// By `open`.
+    /// By `open` and `map`.
     pub opened: usize,
     /// By `pin`.
     pub pinned: usize,

@@ -109,7 +109,8 @@ pub(super) fn open(name: &Name) -> Result<Mapping, GpuError> {
     Mapping::adopt(opened, name.mapped_bytes as usize).map_err(|error| refused(error.to_string()))
 }
 
-fn link_of(fd: impl AsFd) -> Result<String, rustix::io::Errno> {
+/// What the kernel calls the file behind a descriptor.
+pub(super) fn link_of(fd: impl AsFd) -> Result<String, rustix::io::Errno> {
     let link = rustix::fs::readlink(format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd()), Vec::new())?;
     Ok(link.to_string_lossy().into_owned())
 }

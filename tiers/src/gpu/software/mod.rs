@@ -5,6 +5,7 @@
 //! a caller could come to rely on it.
 //! Leaves to others: speed.
 
+mod chunk;
 mod control;
 mod engine;
 mod files;
@@ -13,18 +14,21 @@ mod kernels;
 mod ranges;
 
 use super::{
-    Address, Device, DeviceInfo, GpuError, Handle, Mark, PIECES_MAX, Piece, STREAMS_MAX, Stream, Way, Work,
+    Address, Chunk, Device, DeviceInfo, GpuError, Handle, Mark, PIECES_MAX, Piece, STREAMS_MAX, Stream, Way,
+    Work,
 };
 use crate::mapping::Mapping;
 use crate::media::Wake;
 use engine::{Engine, Task};
 use handle::Name;
+use kvd_proto::limits::MEMORY_CHUNKS_MAX;
 use ranges::Kind;
-use rustix::fd::AsRawFd;
+use rustix::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+pub use chunk::CHUNK_BYTES;
 pub use control::{Held, Operation, SoftwareControl};
 pub use files::SoftwareFiles;
 
@@ -79,6 +83,12 @@ impl SoftwareDevice {
         };
         let engine = Arc::new(Engine::new(bytes_per_s));
         Ok(Self { info, allocated_bytes: 0, engine, threads: Vec::new() })
+    }
+
+    /// A chunk of memory as an engine's allocator makes it, whole `CHUNK_BYTES`, for `map` here and elsewhere. It is nobody's but its descriptors': `memory_bytes` does not count it.
+    pub fn chunk(&self, bytes: u64) -> Result<OwnedFd, GpuError> {
+        let made = chunk::create(self.info.uuid, bytes);
+        made.map_err(|error| GpuError::Driver { operation: "chunk", reason: error.to_string() })
     }
 
     /// To do to it what happens to devices.
@@ -169,6 +179,14 @@ impl Device for SoftwareDevice {
         if bytes > name.bytes || name.bytes > mapping.len() as u64 {
             return Err(refused(&format!("{bytes} bytes wanted, {} there", name.bytes)));
         }
+        Ok(self.engine.ranges.add(Kind::Opened, Arc::new(mapping), bytes))
+    }
+
+    fn map(&mut self, chunks: &[Chunk<'_>]) -> Result<Address, GpuError> {
+        assert!(!chunks.is_empty() && chunks.len() <= MEMORY_CHUNKS_MAX, "{} chunks", chunks.len());
+        self.enter(Operation::Map)?;
+        let mapping = chunk::map(self.info.uuid, chunks)?;
+        let bytes = mapping.len() as u64;
         Ok(self.engine.ranges.add(Kind::Opened, Arc::new(mapping), bytes))
     }
 
