@@ -15,6 +15,7 @@ from on_device import BLOCK, Rank, Shape, StandIn, identity_of
 from rig import MIB, Daemon, until
 from rig import torch as have_torch
 from rig_vllm import counted, need_vllm
+from standin import Chunks
 
 import kvd
 from kvd._cuda import Allocation
