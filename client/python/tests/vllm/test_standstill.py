@@ -57,6 +57,11 @@ def _given_up(rank: Rank) -> None:
     until("its time", lambda: rank.step().received == set() and load.given_up)
 
 
+def _missed_or_whole(rank: Rank, step: Any) -> bool:
+    """What was given up may have been ordered whole by then: the node does it when it goes on, and what it says is so."""
+    return bool(step.invalid == set(OTHER) or (not step.invalid and rank.holds(1, [OTHER])))
+
+
 def test_what_a_standing_node_may_still_write_is_nobodys(node: Daemon, space: str) -> None:
     with Rank(node, space, settings=SOON) as rank:
         _ready(rank)
@@ -71,7 +76,7 @@ def test_what_a_standing_node_may_still_write_is_nobodys(node: Daemon, space: st
             rank.step(loads=[rank.load_job("b", 1, [MORE], True)])
             assert rank.untouched([MORE])
         step = rank.until_received("r")
-        assert step.invalid == set(OTHER), "what was given up is not loaded"
+        assert _missed_or_whole(rank, step)
         rank.load(rank.load_job("again", 1, [OTHER]))
         assert rank.holds(1, [OTHER])
 
@@ -124,7 +129,7 @@ def test_in_the_batch_as_well(node: Daemon, space: str) -> None:
         assert ended.is_alive(), "in the next step the engine computes these pages"
         os.kill(node.pid, signal.SIGCONT)
         assert joined(ended)
-        assert steps[0].invalid == set(OTHER)
+        assert _missed_or_whole(rank, steps[0])
 
 
 def test_a_store_that_a_standing_node_has_not_begun_is_given_up_at_once(
