@@ -81,7 +81,8 @@ fn nodes(config: &Config) -> String {
 }
 
 fn descriptors(config: &Config) -> Finding {
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    // the daemon takes all that it may
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
     let segments = config.dram.capacity_bytes / config.dram.segment_bytes;
     let needed = 2 * segments + 3 * u64::from(config.limits.members_max);
     let good = limit.is_none_or(|limit| limit >= needed);
@@ -92,7 +93,12 @@ fn descriptors(config: &Config) -> Finding {
             "limit {}, {needed} needed",
             limit.map_or("none".to_owned(), |limit| limit.to_string())
         ),
-        cost: if good { String::new() } else { "later clients are refused: raise LimitNOFILE".to_owned() },
+        cost: if good {
+            String::new()
+        } else {
+            "later clients are refused, and engines' expandable segments (some 100 a GiB): raise LimitNOFILE"
+                .to_owned()
+        },
     }
 }
 

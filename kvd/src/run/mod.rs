@@ -52,6 +52,7 @@ use mover::Mover;
 use reactor::{FIRST_MEMBER, Parts, Reactor};
 use reattach::Reattached;
 use rustix::fs::{FlockOperation, flock};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use servers::{Servers, Shared};
 use shelf::Shelf;
 use std::fs::File;
@@ -74,6 +75,7 @@ pub fn serve(config: &Config) -> Result<(), Error> {
 pub fn serve_over(config: &Config, made: impl FnOnce(NvmeMedium) -> Box<dyn Medium>) -> Result<(), Error> {
     config.check()?;
     end_with_any_thread();
+    open_all_files();
     let started = Instant::now();
     let _lock = lock_data_dir(&config.data_dir)?;
     let io = |what: &str, e: std::io::Error| {
@@ -186,6 +188,13 @@ fn end_with_any_thread() {
             std::process::abort();
         }
     }));
+}
+
+/// The usual limit of 1,024 is for programs that `select`; an engine's device memory alone may come as thousands of descriptors.
+fn open_all_files() {
+    let limit = getrlimit(Resource::Nofile);
+    // refused, it is what it was
+    _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
 
 fn lock_data_dir(path: &Path) -> Result<File, Error> {
