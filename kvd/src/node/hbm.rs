@@ -170,11 +170,12 @@ impl Node {
         Some(Hold::Bring(place))
     }
 
-    /// One use more of a copy that is used.
-    pub(super) fn hold_kept(&mut self, pool: usize, handle: Handle) {
+    /// One use more of a copy that is used; `false`: it goes with its last use, and is nobody's else.
+    pub(super) fn hold_kept(&mut self, pool: usize, handle: Handle) -> bool {
         let kept = self.hbm.pools[pool].copies.get_mut(&handle).expect("a copy that is used stays");
         assert!(kept.users > 0, "a copy that nobody used");
-        kept.users += 1;
+        kept.users += u32::from(!kept.doomed);
+        !kept.doomed
     }
 
     /// One use less.

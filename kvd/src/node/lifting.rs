@@ -83,8 +83,8 @@ impl Node {
         let from = entry.readable(Tier::Nvme)?;
         let pool = self.hbm_pool(class)?;
         if self.lifts.by_copy.contains_key(&(pool, handle)) {
-            self.hold_kept(pool, handle);
-            return Some((pool, ItemState::Loading));
+            // one that is doomed is of a block that is gone, and had this handle before
+            return self.hold_kept(pool, handle).then_some((pool, ItemState::Loading));
         }
         let parts = PartSet::of(class.slice.parts(class.slice.layer_ranges()));
         let may_read = self.lifts.under_way.len() < LIFTS_MAX
@@ -94,7 +94,7 @@ impl Node {
             Hold::There => return Some((pool, ItemState::Ready)),
             Hold::Bring(to) => to,
         };
-        self.hold_kept(pool, handle); // one use is the lift's, the other the item's
+        assert!(self.hold_kept(pool, handle), "one use is the lift's, the other the item's");
         let layout = &self.spaces[usize::from(class.space)].space.layout;
         let bytes = class.slice.span(layout.part_stride(class.group.into())).len() as u64;
         let token = self.pages.next();

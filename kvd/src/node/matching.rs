@@ -21,6 +21,8 @@ const UNPINNED_PER_CALL_MAX: usize = 4096;
 
 /// Loads that one call starts. A match that needs more is answered in slices, after those who need none.
 const LOADS_PER_CALL_MAX: usize = 32;
+/// As many, where devices are to bring them: no room has to be made for what is lifted.
+const LIFTS_PER_CALL_MAX: usize = 256;
 /// Matches that are answered in slices. At the limit: the next one is answered at once.
 const DEFERRED_MAX: usize = 1024;
 
@@ -147,8 +149,8 @@ impl Node {
         // whoever claims, or asks for another node, decides for itself
         let weighs = record.is_none() && !request.this_node_only && skip < stored;
         let loaded = if weighs { self.worth_loading(space, &found, skip..stored) } else { stored };
-        // what is lifted needs no room to be made
-        if may_defer && into.is_empty() && self.loads_of(&found, loaded) > LOADS_PER_CALL_MAX {
+        let at_once = if into.is_empty() { LOADS_PER_CALL_MAX } else { LIFTS_PER_CALL_MAX };
+        if may_defer && self.loads_of(&found, loaded) > at_once {
             return Ok(Matched::Loads);
         }
         self.counters.match_requests += 1;

@@ -1,14 +1,16 @@
 //! Blocks on NVMe that come straight into a device's memory, and what becomes of them when they do not.
 
 use super::super::NodeConfig;
-use super::super::event::MoveError;
+use super::super::event::{MoveError, Question};
+use super::super::lease::ItemState;
 use super::harness::{BLOCK_BYTES, World, ids, packed, reserve_of, with_nvme};
 use super::pages::copy_of;
 use super::random::Random;
 use kvd_proto::Code;
 use kvd_proto::wire::client_frame::Body as Ask;
 use kvd_proto::wire::node_frame::Body as Reply;
-use kvd_proto::wire::{self, Tier};
+use kvd_proto::wire::{self, Tier, purge_request::What};
+use std::collections::BTreeSet;
 
 /// A node whose first prompts are on NVMe alone, and a member's memory on a device that has room for six blocks.
 fn world() -> (World, u64, u32, u64) {
@@ -190,6 +192,35 @@ fn who_goes_in_the_middle_leaves_nothing_behind() {
     while world.end_gpu_work(0, true) {}
     assert_eq!((world.node.leases.totals(), world.node.pages.counts()), ((0, 0), (0, 0)));
     assert!(world.node.hbm.uses().values().all(|uses| *uses == 0));
+}
+
+/// A lift ends when the device has ended, whatever became of its block; its handle may be another's by then.
+#[test]
+fn a_block_waits_for_no_lift_of_one_that_had_its_handle_before() {
+    let (mut world, member, space, memory) = world();
+    let gone = asked(&mut world, member, space, &[memory], 2);
+    assert_eq!(lifts(&world).len(), 2);
+    let handles =
+        |world: &World| world.node.lifts.places().map(|(_, handle)| handle).collect::<BTreeSet<_>>();
+    let old = handles(&world);
+    world.release(member, gone.lease);
+    world.question(Question::Purge(What::Everything(true)));
+    for prompt in 20..48 {
+        world.put_slowly(member, space, &ids(prompt * 10 + 1..prompt * 10 + 3));
+    }
+    let mut met = 0;
+    for prompt in 20..36 {
+        let (lifted, promoted) = (lifts(&world).len(), promotions(&world));
+        let reply = asked(&mut world, member, space, &[memory], prompt);
+        let lease = &world.node.leases.leases[&reply.lease];
+        let loading = lease.items.iter().filter(|item| item.state == ItemState::Loading).count();
+        met += lease.items.iter().filter(|item| old.contains(&item.handle)).count();
+        assert_eq!(lifts(&world).len() - lifted + promotions(&world) - promoted, loading, "each is brought");
+        world.settle();
+        world.release(member, reply.lease);
+    }
+    assert!(met > 0, "no handle came again");
+    end_lifts(&mut world, true);
 }
 
 #[test]
