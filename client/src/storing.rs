@@ -1,7 +1,7 @@
 //! Blocks on their way out of an engine's pages: reserved, copied, committed, behind the engine's back.
 //!
 //! Owns when the pages are touched. Invariants: after `stop` has returned nobody reads the pages, and what was not copied whole by then is
-//! not committed; a rank commits its own parts only. Leaves to others: which blocks and pages (the engine), slots (`fill`).
+//! not committed; of a store layer by layer nothing is read before it is said to be computed; a rank commits its own parts only. Leaves to others: which blocks and pages (the engine), slots (`fill`).
 
 use crate::device::{DeviceMemory, packed};
 use crate::fill::Fill;
@@ -9,6 +9,7 @@ use crate::paged::{PagedGroup, PagedMemory, Pages};
 use crate::space::SpaceHandle;
 use kvd_proto::wire::ReserveState;
 use kvd_proto::{Error, Layout};
+use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
@@ -52,6 +53,8 @@ struct State {
     stopped: bool,
     /// Pages are being read.
     copying: bool,
+    /// By group, of its layers from the first on; empty: all are.
+    computed: Vec<u32>,
     ended: Option<Result<Stored, Error>>,
 }
 
@@ -64,6 +67,15 @@ struct Shared {
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Until a group's first so many layers are computed; `false`: it is given up.
+    fn wait_computed(&self, group: usize, layers: u32) -> bool {
+        let not_yet = |state: &mut State| {
+            !state.stopped && state.computed.get(group).is_some_and(|computed| *computed < layers)
+        };
+        let state = self.changed.wait_while(self.lock(), not_yet).unwrap_or_else(PoisonError::into_inner);
+        !state.stopped
     }
 }
 
@@ -80,6 +92,8 @@ pub struct Store {
     pub groups: Vec<PagedGroup>,
     /// Of the last block, if that is a tail; 0: it is a whole one.
     pub tail_tokens: u32,
+    /// Layer ranges are copied as `Storing::computed` says that they are there; otherwise all are.
+    pub by_layers: bool,
 }
 
 impl Storing {
@@ -91,6 +105,9 @@ impl Storing {
         runtime: &Handle,
     ) -> Self {
         let shared = Arc::new(Shared::default());
+        if store.by_layers {
+            shared.lock().computed = vec![0; store.groups.len()];
+        }
         let told = Arc::new(EndsWith(shared.clone()));
         runtime.spawn(async move {
             let ended = stored(store, blocks, reserved, told.clone()).await;
@@ -108,9 +125,18 @@ impl Storing {
         waited.unwrap_or_else(PoisonError::into_inner).0.ended.clone()
     }
 
+    /// The first so many layers of a group are in the pages, those before the rank's included. Of a store layer by layer.
+    pub fn computed(&self, group: usize, layers: u32) {
+        if let Some(computed) = self.shared.lock().computed.get_mut(group) {
+            *computed = layers.max(*computed);
+        }
+        self.shared.changed.notify_all();
+    }
+
     /// Nothing more is stored, and what is being copied is left out; pages on a device are read until it has ended all the same.
     pub fn give_up(&self) {
         self.shared.lock().stopped = true;
+        self.shared.changed.notify_all();
     }
 
     /// Returns when nobody reads the pages any more; what is not copied by then is left out.
@@ -187,14 +213,28 @@ fn copy(
         state.copying = true;
     }
     let _copied = Copying(&told.0);
+    let kinds = store.space.layout().groups();
+    let ranges = kinds.iter().map(|group| group.layer_ranges).max().unwrap_or(0);
+    let at_once = if store.by_layers { 1 } else { ranges.max(1) };
     let (mut done, mut bytes) = (granted.len(), 0);
-    for (pages, table) in &store.groups {
-        let granted = &granted[..done];
-        let (copied, of_group) = match pages {
-            Pages::Host(pages) => copy_here(store, blocks, fill, granted, (pages, table), told)?,
-            Pages::Device(memory) => have_copied(fill, granted, (memory, table), told, runtime)?,
-        };
-        (done, bytes) = (copied, bytes + of_group);
+    for first in (0..ranges).step_by(at_once as usize) {
+        for (group, (pages, table)) in store.groups.iter().enumerate() {
+            let ours = pages.layer_ranges();
+            let layers = first.max(ours.start)..(first + at_once).min(ours.end);
+            if layers.is_empty() {
+                continue;
+            }
+            let each = kinds[group].layers / kinds[group].layer_ranges;
+            if !told.0.wait_computed(group, layers.end * each) {
+                return Ok((0, bytes));
+            }
+            let granted = &granted[..done];
+            let (copied, of_group) = match pages {
+                Pages::Host(pages) => copy_here(store, blocks, fill, granted, (pages, table, layers), told)?,
+                Pages::Device(memory) => have_copied(fill, granted, (memory, table, layers), told, runtime)?,
+            };
+            (done, bytes) = (copied, bytes + of_group);
+        }
     }
     Ok((done as u32, bytes))
 }
@@ -205,14 +245,14 @@ fn copy_here(
     blocks: u32,
     fill: &Fill,
     granted: &[u32],
-    (pages, table): (&PagedMemory, &[i32]),
+    (pages, table, layers): (&PagedMemory, &[i32], Range<u32>),
     told: &EndsWith,
 ) -> Result<(usize, u64), Error> {
     let mut bytes = 0;
     for (done, block) in granted.iter().enumerate() {
         let is_tail = store.tail_tokens > 0 && block + 1 == blocks;
         let tokens = if is_tail { store.tail_tokens } else { store.space.layout().block_tokens() };
-        for part in pages.parts() {
+        for part in pages.parts_of(layers.clone()) {
             if told.0.lock().stopped {
                 return Ok((done, bytes));
             }
@@ -227,24 +267,19 @@ fn copy_here(
 fn have_copied(
     fill: &Fill,
     granted: &[u32],
-    (memory, table): (&DeviceMemory, &[i32]),
+    (memory, table, layers): (&DeviceMemory, &[i32], Range<u32>),
     told: &EndsWith,
     runtime: &Handle,
 ) -> Result<(usize, u64), Error> {
     let (mut done, mut bytes, table) = (0, 0, packed(table));
-    let each = memory.bytes(memory.layer_ranges(), fill.layout().block_tokens());
+    let each = memory.bytes(layers.clone(), fill.layout().block_tokens());
     for run in granted.chunk_by(|a, b| a + 1 == *b).flat_map(|run| run.chunks(BLOCKS_AT_ONCE)) {
         if told.0.lock().stopped {
             break;
         }
         let blocks = run[0]..run[0] + run.len() as u32;
-        let reply = runtime.block_on(memory.copy(
-            fill.lease_of(),
-            blocks,
-            table.clone(),
-            memory.layer_ranges(),
-            None,
-        ))?;
+        let reply =
+            runtime.block_on(memory.copy(fill.lease_of(), blocks, table.clone(), layers.clone(), None))?;
         if told.0.lock().stopped {
             break; // whoever gave up may have changed the pages while they were read
         }

@@ -172,7 +172,12 @@ impl Engine {
     }
 
     fn stored(&self, fill: Fill, blocks: u32, runtime: &Runtime) -> Result<(), Failure> {
-        let store = Store { space: self.space.clone(), groups: self.groups(blocks), tail_tokens: 0 };
+        let store = Store {
+            space: self.space.clone(),
+            groups: self.groups(blocks),
+            tail_tokens: 0,
+            by_layers: false,
+        };
         let storing = Storing::begin(store, blocks, std::future::ready(Ok(fill)), runtime.handle());
         let stored = storing.wait(PATIENCE).ok_or("a store does not end")??;
         if stored.filled == blocks { Ok(()) } else { Err(format!("a store: {stored:?}").into()) }

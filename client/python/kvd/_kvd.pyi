@@ -496,6 +496,9 @@ class Storing:
 
     def done(self) -> bool: ...
     def wait(self, timeout_s: float | None = None) -> bool: ...
+    def computed(self, layers: int, *, group: int = 0) -> None:
+        """The first so many layers of a group are in the pages: of a store `by_layers`, which reads none before."""
+
     def give_up(self) -> None:
         """Waits for nothing: pages on a device may be read until it is `done`."""
 
@@ -607,6 +610,7 @@ class Space:
         first: int = 0,
         wait_s: float = 0.0,
         hand_off: HandOff | None = None,
+        by_layers: bool = False,
     ) -> Storing:
         """`tables[g][i]`: the i-th page of tokens, counted from block `first` on."""
 

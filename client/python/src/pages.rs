@@ -423,6 +423,14 @@ impl Storing {
         Ok(patiently(py, seconds("timeout_s", timeout_s)?, |left| self.waited(left))?.is_some())
     }
 
+    /// The first so many layers of a group are in the pages; for a store `by_layers`, which reads none before.
+    #[pyo3(signature = (layers, *, group=0))]
+    fn computed(&self, layers: u32, group: usize) {
+        if let Some(storing) = self.storing.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
+            storing.computed(group, layers);
+        }
+    }
+
     /// Nothing more is stored; pages on a device may be read until it is `done`.
     fn give_up(&self) {
         if let Some(storing) = self.storing.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
@@ -477,6 +485,7 @@ pub(crate) fn store_from(
     first: u32,
     wait_s: f64,
     hand_off: Option<HandOff>,
+    by_layers: bool,
 ) -> PyResult<Storing> {
     let groups = paged(space.handle().layout(), &pages, tables)?;
     let first_token = u64::from(first) * u64::from(space.handle().layout().block_tokens());
@@ -487,7 +496,7 @@ pub(crate) fn store_from(
     }
     let blocks = chain.ids_slice().len() as u32 - first.min(chain.ids_slice().len() as u32);
     let reserved = space.reserving(Space::key(key)?, chain, first, wait_s, hand_off)?;
-    let store = Store { space: space.handle().clone(), groups, tail_tokens: chain.tail() };
+    let store = Store { space: space.handle().clone(), groups, tail_tokens: chain.tail(), by_layers };
     let storing = kvd_client::Storing::begin(store, blocks, reserved, &runtime::handle()?);
     Ok(Storing { storing: Mutex::new(Some(storing)), ended: Mutex::new(None), _keep: pages })
 }

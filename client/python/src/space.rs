@@ -350,8 +350,9 @@ impl Space {
     }
 
     /// Begins to store the chain's blocks from `first` on out of an engine's pages: one `Pages` and one page table for each group;
-    /// `tables[g][i]` is the page of the i-th page of tokens from the first block on. `done`, `wait`, `stop` and `outcome` say the rest.
-    #[pyo3(signature = (key, chain, pages, tables, *, first=0, wait_s=0.0, hand_off=None))]
+    /// `tables[g][i]` is the page of the i-th page of tokens from the first block on. `done`, `wait`, `stop` and `outcome` say the rest. `by_layers`: layers are
+    /// still being computed, and read as `computed` says that they are there.
+    #[pyo3(signature = (key, chain, pages, tables, *, first=0, wait_s=0.0, hand_off=None, by_layers=false))]
     fn store_from(
         &self,
         key: Text,
@@ -361,8 +362,9 @@ impl Space {
         first: u32,
         wait_s: f64,
         hand_off: Option<HandOff>,
+        by_layers: bool,
     ) -> PyResult<Storing> {
-        store_from(self, key, chain, pages, tables, first, wait_s, hand_off)
+        store_from(self, key, chain, pages, tables, first, wait_s, hand_off, by_layers)
     }
 
     /// A chain out of ids that another process hashed, as `Chain.root` and `Chain.ids` are.

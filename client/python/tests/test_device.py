@@ -101,6 +101,30 @@ def test_what_one_device_stored_another_loads(node: Daemon, style: str, page_tok
         assert host.differs(truth, table) == [], "and so does who has no device"
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_store_by_layers_reads_none_before_it_is_computed(node: Daemon, on_device: bool) -> None:
+    truth, table = Truth(LAYOUT, BLOCKS, seed=21), list(range(BLOCKS))
+    with node.client() as session:
+        space = session.space(f"by-layers-{on_device}", "r1", LAYOUT)
+        chain = space.chain(list(range(BLOCKS * 16)))
+        rank = DeviceRank(LAYOUT, BLOCKS).on(space) if on_device else Rank(LAYOUT, BLOCKS)
+        pages = rank.described()
+        storing = space.store_from("", chain, [pages], [table], wait_s=DEADLINE_S, by_layers=True)
+        assert not storing.wait(0.05)
+        rank.fill(truth, table)  # nothing was read by now
+        for layers in range(1, 5):
+            assert not storing.done()
+            storing.computed(layers)
+        assert storing.wait(DEADLINE_S)
+        stored = storing.outcome()
+        assert stored is not None
+        assert stored.stored == BLOCKS
+        host = Rank(LAYOUT, BLOCKS)
+        assert _load(space, chain, host, table)[:2] == (None, None)
+        assert host.differs(truth, table) == []
+        assert pages.close(DEADLINE_S)
+
+
 def test_ranks_store_their_halves_and_one_rank_loads_both(node: Daemon) -> None:
     truth = Truth(LAYOUT, BLOCKS, seed=5)
     with node.client() as session, node.client(member="rank-1", join=session.token) as other:

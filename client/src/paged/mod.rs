@@ -17,6 +17,7 @@ use crate::device::DeviceMemory;
 use crate::transport::LayerMemory;
 use crate::transport::strided::{Geometry, Place, Span, StridedMemory};
 use kvd_proto::{Error, Group, GroupKind, Layout, Slice};
+use std::ops::Range;
 use std::sync::Arc;
 use table::PageTable;
 
@@ -38,6 +39,14 @@ impl Pages {
         match self {
             Self::Host(memory) => memory.parts().collect(),
             Self::Device(memory) => memory.parts().collect(),
+        }
+    }
+
+    /// The layer ranges of the group that are this rank's.
+    pub fn layer_ranges(&self) -> Range<u32> {
+        match self {
+            Self::Host(memory) => memory.slice.layer_ranges(),
+            Self::Device(memory) => memory.layer_ranges(),
         }
     }
 }
@@ -102,6 +111,11 @@ impl PagedMemory {
     /// The parts that are this rank's, in the order of a slot.
     pub fn parts(&self) -> impl Iterator<Item = u16> + '_ {
         self.slice.parts(self.slice.layer_ranges())
+    }
+
+    /// Likewise, in these layer ranges.
+    pub(crate) fn parts_of(&self, layer_ranges: Range<u32>) -> impl Iterator<Item = u16> + '_ {
+        self.slice.parts(layer_ranges)
     }
 
     /// Bytes of a part with meaning, in a block of so many tokens.

@@ -63,7 +63,8 @@ async fn blocks_travel_to_and_from_a_thousand_chunks() {
         let root = crate::engine::root(&handle.space.fingerprint());
         handle.space.reserve(b"", root, 0, &chain, Duration::from_secs(5)).await
     };
-    let store = Store { space: engine.space.clone(), groups: pages.group(), tail_tokens: 0 };
+    let store =
+        Store { space: engine.space.clone(), groups: pages.group(), tail_tokens: 0, by_layers: false };
     let storing = Storing::begin(store, 400, reserved, &tokio::runtime::Handle::current());
     let stored = tokio::task::spawn_blocking(move || storing.wait(DEADLINE)).await.unwrap();
     assert_eq!(stored.expect("a store ends").unwrap().filled, 400);

@@ -191,7 +191,8 @@ async fn blocks_travel_between_slots_and_another_processes_device() {
         let root = crate::engine::root(&handle.space.fingerprint());
         handle.space.reserve(b"", root, 0, &chain, Duration::from_secs(5)).await
     };
-    let store = Store { space: engine.space.clone(), groups: pages.group(), tail_tokens: 0 };
+    let store =
+        Store { space: engine.space.clone(), groups: pages.group(), tail_tokens: 0, by_layers: false };
     let storing = Storing::begin(store, 40, reserved, &tokio::runtime::Handle::current());
     let stored = tokio::task::spawn_blocking(move || storing.wait(DEADLINE)).await.unwrap();
     let stored = stored.expect("a store ends").unwrap();
@@ -269,6 +270,49 @@ async fn what_is_loaded_again_comes_from_the_device_and_what_left_dram_from_nvme
     assert!(counters.nvme_read_bytes > 0 && counters.pages_hbm_bytes > 0, "{counters:?}");
     let hbm = daemon.tier(wire::Tier::Hbm).await;
     assert_eq!((hbm.capacity_bytes, hbm.copies), (4 * MIB, 64));
+    daemon.is_well().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_layer_by_layer_reads_no_layer_before_it_is_computed() {
+    let mut daemon = Daemon::start(&setup()).await;
+    let engine = Engine::open(&daemon.socket()).await;
+    let (names, pages) = ((0..40).collect::<Vec<u64>>(), Pages::open(&engine, 40));
+    let bytes = 40 * BLOCK_BYTES as u64;
+    let stored = async || daemon.status().await.counters.unwrap().pages_stored_bytes;
+    let begin = |names: &[u64]| {
+        let store =
+            Store { space: engine.space.clone(), groups: pages.group(), tail_tokens: 0, by_layers: true };
+        let (engine, names) = (engine.clone(), names.to_vec());
+        let reserved = async move { engine.reserve(b"", &names).await };
+        Storing::begin(store, 40, reserved, &tokio::runtime::Handle::current())
+    };
+    let storing = begin(&names);
+    storing.computed(0, 1); // of two, which are a range
+    assert!(storing.wait(Duration::from_millis(200)).is_none());
+    assert_eq!(stored().await, 0);
+    // the engine computes: all of it is written here, and half of it is said to be there
+    names.iter().for_each(|name| pages.write(*name as u32, &content::of(*name, BLOCK_BYTES)));
+    storing.computed(0, 2);
+    until("the first layer range", DEADLINE, async || (stored().await == bytes / 2).then_some(())).await;
+    assert!(storing.wait(Duration::from_millis(50)).is_none(), "the other two are not there");
+    storing.computed(0, 4);
+    let ended = tokio::task::spawn_blocking(move || storing.wait(DEADLINE)).await.unwrap();
+    let ended = ended.expect("a store ends").unwrap();
+    assert_eq!((ended.filled, ended.bytes), (40, bytes));
+    assert_eq!(engine.get(&names).await, 40);
+    // given up in between, nothing is stored
+    let others: Vec<u64> = (100..140).collect();
+    let storing = begin(&others);
+    storing.computed(0, 2);
+    until("the first layer range", DEADLINE, async || (stored().await == bytes + bytes / 2).then_some(()))
+        .await;
+    let ended = tokio::task::spawn_blocking(move || {
+        storing.stop();
+        storing.wait(DEADLINE)
+    });
+    assert_eq!(ended.await.unwrap().expect("a store ends").unwrap().filled, 0);
+    assert_eq!(engine.get(&others).await, 0);
     daemon.is_well().await;
 }
 
