@@ -162,6 +162,16 @@ impl Connection {
         body: client_frame::Body,
         beside: Beside,
     ) -> Result<(node_frame::Body, Vec<OwnedFd>), Error> {
+        self.ask_with(body, beside)?.await
+    }
+
+    /// As `call_with`, in two: it is sent when this returns, behind what was sent before.
+    pub(crate) fn ask_with(
+        &self,
+        body: client_frame::Body,
+        beside: Beside,
+    ) -> Result<impl Future<Output = Result<(node_frame::Body, Vec<OwnedFd>), Error>> + Send + use<>, Error>
+    {
         let (sender, receiver) = oneshot::channel();
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         {
@@ -180,11 +190,13 @@ impl Connection {
             let message = ClientFrame { request_id: id, body: Some(body) };
             self.send_locked(&mut shared, &message, beside)?;
         }
-        match receiver.await {
-            Ok((Ok(node_frame::Body::Error(error)), _)) => Err(error.into()),
-            Ok((reply, fds)) => reply.map(|body| (body, fds)),
-            Err(_) => Err(lost("the connection has ended")),
-        }
+        Ok(async move {
+            match receiver.await {
+                Ok((Ok(node_frame::Body::Error(error)), _)) => Err(error.into()),
+                Ok((reply, fds)) => reply.map(|body| (body, fds)),
+                Err(_) => Err(lost("the connection has ended")),
+            }
+        })
     }
 
     /// The node's, to see whether it is gone.

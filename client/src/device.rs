@@ -201,13 +201,25 @@ impl DeviceMemory {
 
     /// Copies blocks of a lease, given by a daemon of that incarnation, between slots and pages; ends when nothing of it touches the pages any more. Not to be dropped before.
     pub(crate) async fn copy(
-        &self,
+        self: &Arc<Self>,
         (lease, incarnation): (u64, u64),
         blocks: Range<u32>,
         table: Bytes,
         layer_ranges: Range<u32>,
         fence: Option<wire::Fence>,
     ) -> Result<wire::CopyReply, Error> {
+        self.begin_copy((lease, incarnation), blocks, table, layer_ranges, fence).await?.await
+    }
+
+    /// As `copy`, in two: the node is asked when this has ended, and does copies of a lease in the order in which it was asked (a fence tells of all before it). The end is not to be dropped.
+    pub(crate) async fn begin_copy(
+        self: &Arc<Self>,
+        (lease, incarnation): (u64, u64),
+        blocks: Range<u32>,
+        table: Bytes,
+        layer_ranges: Range<u32>,
+        fence: Option<wire::Fence>,
+    ) -> Result<impl Future<Output = Result<wire::CopyReply, Error>> + Send + use<>, Error> {
         let opened = self.opened(incarnation).await?;
         let inner = &self.space.session().inner;
         let request = wire::CopyRequest {
@@ -219,14 +231,29 @@ impl DeviceMemory {
             layer_ranges: layer_ranges.len() as u32,
             fence,
         };
-        match inner.call_of(incarnation, Ask::Copy(request)).await {
+        let (asked, memory) = (inner.ask_of(incarnation, Ask::Copy(request), Vec::new()), self.clone());
+        Ok(async move {
+            let answered = match asked {
+                Ok(reply) => reply.await,
+                Err(error) => Err(error),
+            };
+            memory.copied(&opened, answered).await
+        })
+    }
+
+    async fn copied(
+        &self,
+        opened: &Opened,
+        answered: Result<Answer, Error>,
+    ) -> Result<wire::CopyReply, Error> {
+        match answered {
             Ok(Answer::Copy(reply)) => Ok(reply),
             Ok(_) => {
-                self.settle(&opened).await;
+                self.settle(opened).await;
                 Err(unexpected())
             }
             Err(error) if error.code == Code::Unavailable => {
-                self.settle(&opened).await;
+                self.settle(opened).await;
                 Err(error)
             }
             Err(refused) => {

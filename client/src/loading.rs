@@ -310,10 +310,16 @@ impl<'a> Ahead<'a> {
         let last = group + 1 == self.job.groups.len();
         let fence =
             self.job.fence.filter(|_| last).map(|fence| Fence { value: fence.value + range, ..fence });
-        let (memory, lease, table) = (memory.clone(), self.job.found.lease_of(), self.tables[group].clone());
-        let wanted = blocks.clone();
-        let copy = async move { memory.copy(lease, wanted, table, range..range + 1, fence).await };
-        let reply = self.runtime.spawn(copy);
+        let (lease, table) = (self.job.found.lease_of(), self.tables[group].clone());
+        // asked for here, one after the other, as a fence tells of all before it
+        let copy = memory.begin_copy(lease, blocks.clone(), table, range..range + 1, fence);
+        let begun = self.runtime.block_on(copy);
+        let reply = self.runtime.spawn(async move {
+            match begun {
+                Ok(copy) => copy.await,
+                Err(error) => Err(error),
+            }
+        });
         self.copies.push_back(Copying { range, group, blocks, reply });
         while self.copies.len() > COPIES_AHEAD {
             self.end_one();

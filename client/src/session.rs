@@ -261,11 +261,22 @@ impl Inner {
 
     /// As `call_of`, with descriptors beside it.
     pub(crate) async fn call_with(&self, incarnation: u64, ask: Ask, fds: Beside) -> Result<Answer, Error> {
+        self.ask_of(incarnation, ask, fds)?.await
+    }
+
+    /// As `call_with`, in two: it is sent when this returns, behind what was sent before.
+    pub(crate) fn ask_of(
+        &self,
+        incarnation: u64,
+        ask: Ask,
+        fds: Beside,
+    ) -> Result<impl Future<Output = Result<Answer, Error>> + Send + use<>, Error> {
         let (now, connection) = self.connection()?;
         if now != incarnation {
             return Err(lost("the node was restarted"));
         }
-        Ok(connection.call_with(ask, fds).await?.0)
+        let reply = connection.ask_with(ask, fds)?;
+        Ok(async move { Ok(reply.await?.0) })
     }
 
     fn connection(&self) -> Result<(u64, Arc<Connection>), Error> {

@@ -267,7 +267,7 @@ fn copy_here(
 fn have_copied(
     fill: &Fill,
     granted: &[u32],
-    (memory, table, layers): (&DeviceMemory, &[i32], Range<u32>),
+    (memory, table, layers): (&Arc<DeviceMemory>, &[i32], Range<u32>),
     told: &EndsWith,
     runtime: &Handle,
 ) -> Result<(usize, u64), Error> {
