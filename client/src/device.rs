@@ -192,7 +192,7 @@ impl DeviceMemory {
             let (first, count) = ((at * FRAME_FDS_MAX) as u32, some.len() as u32);
             let ask = Ask::GiveChunks(wire::GiveChunksRequest { first, count });
             let inner = &self.space.session().inner;
-            let Answer::ChunksGiven(_) = inner.call_with(incarnation, ask, some.to_vec()).await? else {
+            let Answer::ChunksGiven(_) = inner.ask_of(incarnation, ask, some.to_vec())?.await? else {
                 return Err(unexpected());
             };
         }

@@ -256,15 +256,10 @@ impl Inner {
 
     /// As `call`, of the daemon of that incarnation only: numbers of spaces mean something else to the next.
     pub(crate) async fn call_of(&self, incarnation: u64, ask: Ask) -> Result<Answer, Error> {
-        self.call_with(incarnation, ask, Vec::new()).await
+        self.ask_of(incarnation, ask, Vec::new())?.await
     }
 
-    /// As `call_of`, with descriptors beside it.
-    pub(crate) async fn call_with(&self, incarnation: u64, ask: Ask, fds: Beside) -> Result<Answer, Error> {
-        self.ask_of(incarnation, ask, fds)?.await
-    }
-
-    /// As `call_with`, in two: it is sent when this returns, behind what was sent before.
+    /// As `call_of`, with descriptors, and in two: it is sent when this returns, behind what was sent before.
     pub(crate) fn ask_of(
         &self,
         incarnation: u64,
@@ -272,10 +267,8 @@ impl Inner {
         fds: Beside,
     ) -> Result<impl Future<Output = Result<Answer, Error>> + Send + use<>, Error> {
         let (now, connection) = self.connection()?;
-        if now != incarnation {
-            return Err(lost("the node was restarted"));
-        }
-        let reply = connection.ask_with(ask, fds)?;
+        let same = (now == incarnation).then_some(connection);
+        let reply = same.ok_or_else(|| lost("the node was restarted"))?.ask_with(ask, fds)?;
         Ok(async move { Ok(reply.await?.0) })
     }
 
@@ -601,10 +594,6 @@ fn unregistered() -> Error {
 }
 
 pub(crate) fn unexpected() -> Error {
-    Error::new(
-        Code::Frame,
-        "reply",
-        "the node answered with another message",
-        "check that node and client versions agree",
-    )
+    let fix = "check that node and client versions agree";
+    Error::new(Code::Frame, "reply", "the node answered with another message", fix)
 }
