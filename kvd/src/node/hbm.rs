@@ -297,6 +297,7 @@ impl Node {
             segments: self.hbm.segments.len() as u32,
             copies: pools.iter().map(|pool| pool.copies.len() as u64).sum(),
             eviction: "lru".to_owned(),
+            trouble: self.lifts.trouble(self.now_us),
             ..wire::TierStatus::default()
         })
     }

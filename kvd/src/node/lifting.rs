@@ -50,6 +50,13 @@ impl Lifts {
         self.under_way.values().map(|lift| (lift.pool, lift.handle))
     }
 
+    /// Why blocks come through DRAM instead; empty: they do not.
+    pub(super) fn trouble(&self, now_us: u64) -> String {
+        let sick = self.health.sick(now_us);
+        let text = |(why, again)| format!("blocks on NVMe come through DRAM, tried again {again}: {why}");
+        sick.map_or_else(String::new, text)
+    }
+
     /// One took too long.
     pub(super) fn stalled(&mut self, now_us: u64) {
         self.health.leave_alone("a read into device memory did not end in time", now_us);

@@ -90,9 +90,13 @@ impl Health {
     }
 
     fn trouble(&self, what: &str, now_us: u64) -> Option<String> {
-        let again = again(self.left_alone_until_us, now_us);
-        let why = &self.why;
-        (!why.is_empty()).then(|| format!("{ERRORS_MAX} {what} in a row failed, tried again {again}: {why}"))
+        let (why, again) = self.sick(now_us)?;
+        Some(format!("{ERRORS_MAX} {what} in a row failed, tried again {again}: {why}"))
+    }
+
+    /// Why it is, or was last, left alone, and when it is tried again; `None`: it has worked since.
+    pub(super) fn sick(&self, now_us: u64) -> Option<(&str, String)> {
+        (!self.why.is_empty()).then(|| (&self.why[..], again(self.left_alone_until_us, now_us)))
     }
 }
 
@@ -495,7 +499,7 @@ impl Node {
             self.held_is_lost(handle);
             // neither the half-read slot nor the copy it came from is a copy of anything
             self.forget_slot(handle, Tier::Dram, dram);
-            // what a device has of it was verified when it was read, and is read on; the next one who fails here finds nobody
+            // a lease that stands holds what a device has of it, which was verified there and is read on; whoever fails here next drops it
             if ended.kind == MoveKind::Promotion && self.catalog.get(handle).leases() == 0 {
                 self.drop_copy(handle, Tier::Nvme);
             }

@@ -172,7 +172,6 @@ impl Daemon {
         self.folder().join("grpc.sock").to_str().unwrap().to_owned()
     }
 
-    /// Kills it (-9) and waits for its end.
     /// How many of its open files have this in their name.
     pub(crate) fn open_files(&self, named: &str) -> usize {
         let files = std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap();
@@ -180,6 +179,7 @@ impl Daemon {
         links.filter(|link| link.to_string_lossy().contains(named)).count()
     }
 
+    /// Kills it (-9) and waits for its end.
     pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();

@@ -128,6 +128,8 @@ fn a_lift_that_fails_comes_through_dram_and_many_in_a_row_are_not_tried_for_a_wh
         assert_eq!(load(&mut world, member, reply.lease, memory), [false, false]);
         world.release(member, reply.lease);
     }
+    let trouble = |world: &World| world.node.hbm_status().expect("a tier").trouble;
+    assert!(trouble(&world).contains("come through DRAM, tried again in 10 s: EIO"), "{}", trouble(&world));
     let left_alone = asked(&mut world, member, space, &[memory], 6);
     assert_eq!((lifts(&world).len(), promotions(&world)), (0, 2));
     world.settle();
@@ -136,6 +138,7 @@ fn a_lift_that_fails_comes_through_dram_and_many_in_a_row_are_not_tried_for_a_wh
     let again = asked(&mut world, member, space, &[memory], 7);
     assert_eq!(lifts(&world).len(), 2);
     end_lifts(&mut world, true);
+    assert_eq!(trouble(&world), "");
     world.release(member, again.lease);
 }
 
